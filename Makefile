@@ -1,0 +1,30 @@
+# `make demo` and `make test` set up what they need on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install demo test test-all lint bench clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev,demo]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/swim-fast demo configs/demo.yaml
+
+test: $(STAMP)
+	$(BIN)/pytest tests
+
+test-all: $(STAMP)
+	$(BIN)/pytest tests -m ''
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf runs build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,155 @@
+"""The public op: checks its arguments, chooses the backend."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from swim_kernels.noun_attention.queries import NounQueries
+from swim_kernels.noun_attention.recompute import no_autocast, noun_attention_torch
+from swim_kernels.noun_attention.reference import noun_attention_eager
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "eager", "torch", "triton")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def noun_attention(
+    query: Tensor,
+    key: Tensor,
+    queries: NounQueries,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention probabilities of a few query tokens on chosen keys, averaged over heads, differentiable.
+
+    The full softmax of each row over its range of keys, as in attention itself (Vaswani et al. 2017, eq. 1), read out
+    on the row's key set and averaged over the query heads; equations in `reference.py`, which is the specification.
+    Gradients flow to `query` at the rows' tokens and to every key of the rows' ranges.
+
+    Args:
+        query: [B, Hq, L, D] bf16, fp16, fp32 or fp64, after rotary embedding; any strides.
+        key: [B, Hkv, L, D] of the same dtype; Hq a multiple of Hkv; query head h uses key head h // (Hq / Hkv).
+        queries: the R rows and the key sets they are read out on, on the same device. On the CPU their values are
+            checked too; on an accelerator nothing is read back: check them before they move (`NounQueries.check`).
+        scale: factor on the scores; D ** -0.5 if not given.
+        lse: [R, Hq], if the attention has already computed it: natural logarithm of Σ_j exp(scaled score) over the
+            row's range, for row r of `queries` and query head h; fp32 (fp64 for fp64 inputs). It must belong to the
+            same scale and range. A constant: it gets no gradient, and ∂query, ∂key are those of the full softmax all
+            the same.
+        backend: "eager" (the reference, materialises everything), "torch" (chunked, recomputes in backward, any
+            device), "triton" (CUDA), or "auto": triton on CUDA if there is one, else torch.
+
+    Returns:
+        [R, N] fp32 (fp64 for fp64 inputs); 0 where the key set is padded and where the key is outside the row's range.
+        With no rows or no keys the result is empty, and backward gives zeros.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: shapes, devices or values that do not go together; an unknown backend.
+        RuntimeError: a backend that is not available here.
+    """
+    _check_arguments(query, key, queries, scale, lse)
+    implementation = _implementation(choose_backend(backend, query.device.type))
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    with no_autocast(query.device.type):
+        return implementation(query, key, queries, scale, lse)
+
+
+def choose_backend(backend: str, device_type: str) -> str:
+    """The backend that runs when `backend` is asked for on such a device; says so once per process.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: known, but not available.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown noun attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        reason = _triton_missing()
+        if reason:
+            raise RuntimeError(f"noun attention backend 'triton' is not available: {reason}; use backend='torch'")
+    if backend != "auto":
+        _say(logging.INFO, backend, device_type, "asked for")
+        return backend
+    if device_type != "cuda":
+        _say(logging.INFO, "torch", device_type, "auto, triton needs CUDA")
+        return "torch"
+    reason = _triton_missing()
+    if reason:
+        _say(logging.WARNING, "torch", device_type, f"auto, slower than triton, which is not available: {reason}")
+        return "torch"
+    _say(logging.INFO, "triton", device_type, "auto")
+    return "triton"
+
+
+def _triton_missing() -> str | None:
+    """Why the Triton backend cannot run here; None if it can."""
+    return "this version of swim_kernels has no Triton kernel for noun attention"
+
+
+def _implementation(backend: str) -> Callable[..., Tensor]:
+    return {"eager": noun_attention_eager, "torch": noun_attention_torch}[backend]
+
+
+@functools.cache
+def _say(level: int, backend: str, device_type: str, why: str) -> None:
+    logger.log(level, "noun attention on %s: backend %s (%s)", device_type, backend, why)
+
+
+def _check_arguments(query: Tensor, key: Tensor, queries: NounQueries, scale: float | None, lse: Tensor | None) -> None:
+    """Everything that can be known without waiting for the device; on the CPU the values of `queries` as well."""
+    for name, tensor, layout in (("query", query, "[B, Hq, L, D]"), ("key", key, "[B, Hkv, L, D]")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be {layout}, got shape {list(tensor.shape)}")
+    if not isinstance(queries, NounQueries):
+        raise TypeError(f"queries must be a NounQueries, got {type(queries).__name__}")
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query must be bfloat16, float16, float32 or float64, got {query.dtype}")
+    if key.dtype != query.dtype:
+        raise TypeError(f"query is {query.dtype}, key is {key.dtype}: cast one of them")
+    if key.device != query.device:
+        raise ValueError(f"query is on {query.device}, key on {key.device}")
+    if queries.device != query.device:
+        raise ValueError(f"query is on {query.device}, queries on {queries.device}: move them with queries.to(device)")
+
+    batch, num_heads, length, head_dim = query.shape
+    num_key_heads = key.shape[1]
+    for axis, size, name in ((0, batch, "batch"), (2, length, "length"), (3, head_dim, "head_dim")):
+        if key.shape[axis] != size:
+            raise ValueError(
+                f"query and key differ in {name}, {size} and {key.shape[axis]}: "
+                f"shapes {list(query.shape)} and {list(key.shape)}"
+            )
+    if not num_heads or not num_key_heads or not head_dim:
+        raise ValueError(f"no heads or no head_dim: query {list(query.shape)}, key {list(key.shape)}")
+    if num_heads % num_key_heads:
+        raise ValueError(f"{num_heads} query heads cannot be shared by {num_key_heads} key heads: not a multiple")
+
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale must be a Python number, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
+    if lse is not None:
+        if not isinstance(lse, Tensor):
+            raise TypeError(f"lse must be a tensor [R, Hq], got {type(lse).__name__}")
+        if lse.shape != (len(queries), num_heads):
+            raise ValueError(f"lse must be [R, Hq] = {[len(queries), num_heads]}, got shape {list(lse.shape)}")
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        if lse.dtype != dtype:
+            raise TypeError(f"lse must be {dtype} for {query.dtype} query and key, got {lse.dtype}")
+        if lse.device != query.device:
+            raise ValueError(f"query is on {query.device}, lse on {lse.device}")
+    if queries.device.type == "cpu":
+        queries.check(batch, length)

@@ -1,0 +1,122 @@
+"""Which attention rows are wanted, and on which keys they are read out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class NounQueries:
+    """R tagged query tokens (rows) of a batch of B sequences of L tokens, and the G key sets they are read out on.
+
+    All fields are int32 or int64 tensors on one device. Construction checks what can be known without reading values
+    back from the device: types, shapes, dtypes, devices. `check` looks at the values.
+
+    Attributes:
+        sequence: [R] batch element of the row, in [0, B).
+        position: [R] token position of the row, in [0, L).
+        key_start: [R] first key of the row's softmax. Above 0 for left padding, packed neighbours, sliding windows.
+        key_end: [R] end (exclusive) of the row's softmax; `position + 1` is the causal softmax of the model.
+        key_set: [R] the row of `key_sets` that this row is read out on, in [0, G).
+        key_sets: [G, N] key positions in [0, L), padded at the end with −1. A key may be named more than once: every
+            column is a read-out of its own, and their gradients add up. Keys outside [key_start, key_end) of a row
+            have probability 0 there, and no gradient.
+
+    Raises:
+        TypeError: a field is no tensor, or neither int32 nor int64.
+        ValueError: shapes or devices do not go together.
+    """
+
+    sequence: Tensor
+    position: Tensor
+    key_start: Tensor
+    key_end: Tensor
+    key_set: Tensor
+    key_sets: Tensor
+
+    def __post_init__(self) -> None:
+        for name, tensor in self._named():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"NounQueries.{name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.dtype not in _INTEGERS:
+                raise TypeError(f"NounQueries.{name} must be int32 or int64, got {tensor.dtype}")
+            if tensor.device != self.sequence.device:
+                raise ValueError(
+                    f"NounQueries.{name} is on {tensor.device}, sequence on {self.sequence.device}: "
+                    "all fields must be on one device"
+                )
+            ndim, layout = (2, "[G, N]") if name == "key_sets" else (1, "[R]")
+            if tensor.ndim != ndim:
+                raise ValueError(f"NounQueries.{name} must be {layout}, got shape {list(tensor.shape)}")
+            if ndim == 1 and len(tensor) != len(self.sequence):
+                raise ValueError(
+                    f"NounQueries.{name} has {len(tensor)} rows, sequence has {len(self.sequence)}: one entry per row"
+                )
+        if len(self) and not len(self.key_sets):
+            raise ValueError(f"NounQueries has {len(self)} rows but no key set to read them on: key_sets is [0, N]")
+
+    def __len__(self) -> int:
+        """R, the number of rows."""
+        return len(self.sequence)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sequence.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> NounQueries:
+        """The same rows on another device."""
+        return NounQueries(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()))
+
+    def pin_memory(self) -> NounQueries:
+        """The same rows in page-locked memory; `torch.utils.data.DataLoader(pin_memory=True)` calls this."""
+        return NounQueries(*(tensor.pin_memory() for tensor in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields in the order of the constructor."""
+        return tuple(tensor for _, tensor in self._named())
+
+    def check(self, batch: int, length: int) -> None:
+        """Refuses values that do not fit B = `batch` sequences of L = `length` tokens.
+
+        Reads the values, so on an accelerator it waits for the device: call it on the CPU, before the tensors move.
+        `noun_attention` calls it for tensors on the CPU only.
+
+        Raises:
+            ValueError: naming the first row, or place in `key_sets`, that is wrong.
+        """
+        self._check_rows("sequence", (self.sequence < 0) | (self.sequence >= batch), f"is outside [0, {batch})")
+        self._check_rows("position", (self.position < 0) | (self.position >= length), f"is outside [0, {length})")
+        self._check_rows("key_start", self.key_start < 0, "is negative")
+        self._check_rows("key_end", self.key_end > length, f"is past the end of the sequence, {length}")
+        self._check_rows("key_end", self.key_end <= self.key_start, "leaves no key: it must be above key_start")
+        count = len(self.key_sets)
+        self._check_rows("key_set", (self.key_set < 0) | (self.key_set >= count), f"is outside [0, {count})")
+
+        keys = self.key_sets
+        bad = (keys < -1) | (keys >= length)
+        if bad.any():
+            g, n = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"NounQueries.key_sets[{g}, {n}] = {keys[g, n].item()} is neither in [0, {length}) nor the padding -1"
+            )
+        late = (keys[:, :-1] < 0) & (keys[:, 1:] >= 0)
+        if late.any():
+            g, n = late.nonzero()[0].tolist()
+            raise ValueError(
+                f"NounQueries.key_sets[{g}, {n}] is the padding -1 but the key {keys[g, n + 1].item()} follows: "
+                "pad at the end only"
+            )
+
+    def _check_rows(self, name: str, bad: Tensor, problem: str) -> None:
+        if bad.any():
+            row = bad.nonzero()[0].item()
+            value = getattr(self, name)[row].item()
+            raise ValueError(f"NounQueries, row {row}: {name} {value} {problem}")
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]

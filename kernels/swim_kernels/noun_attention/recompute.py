@@ -1,0 +1,315 @@
+"""Noun attention in torch operations, on any device, with little memory: the probabilities are recomputed in backward.
+
+The keys are worked through in chunks, several times: (1) lse, unless it is handed over, (2) maps, in backward
+(3) δ, (4) ∂q and ∂k. Kept between forward and backward: the R query rows, the key tensor itself, lse, the metadata.
+
+    p[r,h,j]  = exp(s[r,h,j] − lse[r,h])
+    δ[r,h]    = Σ_j p[r,h,j] · w[r,j]             w[r,j] = (scale/Hq) Σ_{n: the n-th key of the set is j} ∂a[r,n]
+    ds[r,h,j] = p[r,h,j] · (w[r,j] − δ[r,h])
+    ∂q[r,h]   = Σ_j ds[r,h,j] · k[h//g,j]         ∂k[j] = Σ_{r, h in group} ds[r,h,j] · q[r,h]
+
+Deterministic: every element of ∂k is written once, chunk lengths depend on shapes only, and where several rows or
+columns add to one place they do so in a fixed order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swim_kernels.noun_attention.queries import NounQueries
+
+# Scores computed at a time (Hq × rows × keys): about what a core's cache holds; a GPU wants fewer, longer launches.
+_CHUNK_SCORES_CPU = 2**18
+_CHUNK_SCORES_ACCELERATOR = 2**24
+
+
+def noun_attention_torch(
+    query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor | None = None
+) -> Tensor:
+    """Head-averaged attention maps [R, N]; arguments as `noun_attention`, already checked.
+
+    Computed and returned in float64 for float64 inputs, in float32 for all others. No double backward. A row with an
+    empty softmax range gives zeros.
+    """
+    return _NounAttention.apply(query, key, queries, scale, lse)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Computes as written: under autocast float32 products would become bf16 ones, in a forward or a backward."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+class _NounAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, queries, scale, lse):
+        ctx.set_materialize_grads(False)
+        query_rows = query[queries.sequence, :, queries.position]  # [R, Hq, D]
+        maps, lse = _forward(query_rows, key, queries, scale, lse)
+        ctx.scale = scale
+        ctx.query_like = torch.empty_like(query, device="meta")  # shape, strides and dtype of ∂q, but no memory
+        ctx.save_for_backward(query_rows, key, lse, *queries.tensors())
+        return maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_maps):
+        if grad_maps is None:
+            return None, None, None, None, None
+        query_rows, key, lse, *metadata = ctx.saved_tensors
+        queries = NounQueries(*metadata)
+        with no_autocast(key.device.type):
+            grad_rows, grad_key = _backward(
+                grad_maps, query_rows, key, lse, queries, ctx.scale, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+            )
+            grad_query = None
+            if grad_rows is not None:
+                grad_query = torch.zeros_like(ctx.query_like, device=key.device)
+                _put_rows(grad_query, queries, grad_rows)
+        return grad_query, grad_key, None, None, None
+
+
+def _forward(query_rows, key, queries, scale, lse):
+    """Maps [R, N] and lse [R, Hq], both in the dtype of the computation."""
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    num_rows, num_heads, _ = query_rows.shape
+    length = key.shape[2]
+    given = lse is not None
+    lse = lse.detach() if given else query_rows.new_zeros(num_rows, num_heads, dtype=dtype)
+    means = query_rows.new_zeros(num_rows, length, dtype=dtype)  # head mean of p, per key position
+    for rows in _group_rows(queries, key.shape[0], length):
+        q = _stack_heads(rows.take(query_rows).to(dtype), key.shape[1])
+        if not given:
+            rows.put(lse, _log_sum_exp(q, key, rows, num_heads, scale).t())
+        row_lse = rows.take(lse).t()
+        row_means = means.new_zeros(len(rows.start), length)
+        for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.read, dtype):
+            p = _probabilities(q, k, scale, row_lse, outside)
+            torch.mean(p, dim=0, out=row_means[:, lo:hi])
+        rows.put(means, row_means)
+    keys = _keys_of_rows(queries)
+    return means.gather(1, keys.clamp(min=0)).masked_fill_(keys < 0, 0.0), lse
+
+
+def _backward(grad_maps, query_rows, key, lse, queries, scale, want_query, want_key):
+    """∂ of the query rows [R, Hq, D] (dtype of the computation) and of the key (its own dtype); None if unwanted."""
+    dtype = lse.dtype
+    num_heads = query_rows.shape[1]
+    grad_rows = torch.zeros_like(query_rows, dtype=dtype) if want_query else None
+    grad_key = torch.zeros_like(key) if want_key else None
+    if not grad_maps.numel():
+        return grad_rows, grad_key
+    weights = _scatter_columns(grad_maps.to(dtype) * (scale / num_heads), queries, key.shape[2])  # [R, L]
+    for rows in _group_rows(queries, key.shape[0], key.shape[2]):
+        q = _stack_heads(rows.take(query_rows).to(dtype), key.shape[1])
+        row_lse = rows.take(lse).t()
+        w = rows.take(weights)
+        delta = torch.zeros_like(row_lse)  # [Hq, rows]
+        for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.read, dtype):
+            delta += _probabilities(q, k, scale, row_lse, outside).mul_(w[:, lo:hi]).sum(dim=-1)
+        grad_q = torch.zeros_like(q) if want_query else None
+        for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.range, dtype):
+            ds = _probabilities(q, k, scale, row_lse, outside)  # [Hq, rows, keys]
+            ds = ds.mul_(w[:, lo:hi] - delta[..., None]).view(len(k), -1, hi - lo)  # [Hkv, g·rows, keys]
+            if want_query:
+                grad_q.baddbmm_(ds, k)
+            if want_key:
+                grad_key[rows.sequence, :, lo:hi] = torch.bmm(ds.transpose(1, 2), q)
+        if want_query:
+            rows.put(grad_rows, grad_q.view(num_heads, -1, q.shape[-1]).transpose(0, 1))
+    return grad_rows, grad_key
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """Rows of one sequence that are computed together, n of them."""
+
+    sequence: int
+    index: Tensor | None  # [n] which rows; None: all
+    start: Tensor  # [n] softmax range
+    end: Tensor  # [n]
+    range: tuple[int, int]  # keys in the softmax of any of the rows
+    common: tuple[int, int]  # keys in the softmax of every row: need no mask
+    read: tuple[int, int]  # keys that are read out
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Of a tensor [R, …] the part [n, …] of these rows."""
+        return tensor if self.index is None else tensor.index_select(0, self.index)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Stores the values [n, …] of these rows in a tensor [R, …] of zeros."""
+        if self.index is None:
+            tensor.add_(values)  # a row of another sequence adds 0
+        else:
+            tensor.index_copy_(0, self.index, values)
+
+
+def _group_rows(queries: NounQueries, batch: int, length: int) -> list[_RowGroup]:
+    if not len(queries):
+        return []
+    if _can_look(queries):
+        return _group_by_range(queries, length)
+    return _group_by_sequence(queries, batch, length)
+
+
+def _can_look(queries: NounQueries) -> bool:
+    """Whether reading the metadata is free; elsewhere it would wait for the device."""
+    return queries.device.type == "cpu"
+
+
+def _group_by_sequence(queries: NounQueries, batch: int, length: int) -> list[_RowGroup]:
+    """One group per sequence, made without looking at the metadata.
+
+    So which rows are its own is not known: a group has *all* rows, those of other sequences with an empty range.
+    """
+    everything, nothing = (0, length), (0, 0)
+    groups = []
+    for b in range(batch):
+        start = torch.where(queries.sequence == b, queries.key_start, 0)
+        end = torch.where(queries.sequence == b, queries.key_end, 0)
+        groups.append(_RowGroup(b, None, start, end, range=everything, common=nothing, read=everything))
+    return groups
+
+
+def _group_by_range(queries: NounQueries, length: int) -> list[_RowGroup]:
+    """Rows of one sequence whose ranges overlap are a group: nothing is computed in vain."""
+    sequence, start, end = queries.sequence.tolist(), queries.key_start.tolist(), queries.key_end.tolist()
+    members: list[list[int]] = []
+    last = (-1, 0)  # sequence and end of the latest group
+    for row in sorted(range(len(queries)), key=lambda row: (sequence[row], start[row])):
+        if start[row] >= end[row]:
+            continue
+        if sequence[row] == last[0] and start[row] < last[1]:
+            members[-1].append(row)
+            last = (last[0], max(last[1], end[row]))
+        else:
+            members.append([row])
+            last = (sequence[row], end[row])
+
+    key_set, keys = queries.key_set.tolist(), queries.key_sets
+    set_start = set_end = [0] * len(keys)
+    if keys.numel():
+        set_start = keys.masked_fill(keys < 0, length).amin(dim=1).tolist()
+        set_end = (keys.amax(dim=1) + 1).tolist()
+
+    groups = []
+    for rows in members:
+        index = None if len(rows) == len(queries) else torch.tensor(rows)
+        lo, hi = min(start[row] for row in rows), max(end[row] for row in rows)
+        groups.append(
+            _RowGroup(
+                sequence[rows[0]],
+                index,
+                queries.key_start if index is None else queries.key_start[index],
+                queries.key_end if index is None else queries.key_end[index],
+                range=(lo, hi),
+                common=(max(start[row] for row in rows), min(end[row] for row in rows)),
+                read=(
+                    max(lo, min(set_start[key_set[row]] for row in rows)),
+                    min(hi, max(set_end[key_set[row]] for row in rows)),
+                ),
+            )
+        )
+    return groups
+
+
+def _key_chunks(
+    key: Tensor, rows: _RowGroup, num_heads: int, span: tuple[int, int], dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """The rows' keys piece by piece, as far as they meet `span`: first, end, keys [Hkv, C, D], and [n, C] True outside
+    the rows' ranges, or None.
+
+    The pieces are the same for every span, so that every pass sees the same bits of a score: if lse and p came from
+    differently rounded scores, p would not sum to one and ds = p·(w − δ) would be off where p is near one.
+    """
+    budget = _CHUNK_SCORES_CPU if key.device.type == "cpu" else _CHUNK_SCORES_ACCELERATOR
+    step = max(128, budget // (num_heads * len(rows.start)) // 128 * 128)
+    for lo in range(rows.range[0], rows.range[1], step):
+        hi = min(lo + step, rows.range[1])
+        if hi <= span[0] or lo >= span[1]:
+            continue
+        outside = None
+        if lo < rows.common[0] or hi > rows.common[1]:
+            positions = torch.arange(lo, hi, device=key.device)
+            outside = (positions < rows.start[:, None]) | (positions >= rows.end[:, None])
+        yield lo, hi, key[rows.sequence, :, lo:hi].to(dtype), outside
+
+
+def _stack_heads(query_rows: Tensor, num_key_heads: int) -> Tensor:
+    """[n, Hq, D] → [Hkv, g·n, D]: one matrix for every key head. Read as [Hq, n, D] it has one for every query head."""
+    return query_rows.transpose(0, 1).reshape(num_key_heads, -1, query_rows.shape[-1])
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, num_rows: int) -> Tensor:
+    """[Hkv, g·n, D], [Hkv, C, D] → s [Hq, n, C]. Scaled afterwards: a scaled query would be a rounded one."""
+    return torch.bmm(q, k.transpose(1, 2)).mul_(scale).view(-1, num_rows, k.shape[1])
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float, lse: Tensor, outside: Tensor | None) -> Tensor:
+    """p [Hq, n, C] of queries [Hkv, g·n, D], keys [Hkv, C, D] and lse [Hq, n]; exactly 0 outside the rows' ranges."""
+    p = _scores(q, k, scale, lse.shape[1]).sub_(lse[..., None]).exp_()
+    return p if outside is None else p.masked_fill_(outside, 0.0)
+
+
+def _log_sum_exp(q: Tensor, key: Tensor, rows: _RowGroup, num_heads: int, scale: float) -> Tensor:
+    """lse [Hq, n] over each row's range; 0 for an empty range."""
+    num_rows = len(rows.start)
+    lowest = torch.finfo(q.dtype).min
+    maxima, sums = [], []  # of the chunks
+    for _, _, k, outside in _key_chunks(key, rows, num_heads, rows.range, q.dtype):
+        s = _scores(q, k, scale, num_rows)
+        if outside is not None:
+            s.masked_fill_(outside, float("-inf"))
+        maxima.append(s.amax(dim=-1).clamp_(min=lowest))  # not −inf: −inf − (−inf) is NaN
+        sums.append(s.sub_(maxima[-1][..., None]).exp_().sum(dim=-1))
+    maxima, sums = torch.stack(maxima), torch.stack(sums)  # [chunks, Hq, n]
+    maximum = maxima.amax(dim=0)
+    total = (sums * (maxima - maximum).exp()).sum(dim=0)
+    return (maximum + total.log()).masked_fill_(total == 0, 0.0)
+
+
+def _keys_of_rows(queries: NounQueries) -> Tensor:
+    """[R, N] int64 key positions, −1 where there is none."""
+    return queries.key_sets.index_select(0, queries.key_set).long()
+
+
+def _scatter_columns(values: Tensor, queries: NounQueries, length: int) -> Tensor:
+    """[R, N] on the rows' key sets → [R, L] on key positions; 0 elsewhere, sums where a set names a key twice."""
+    keys = _keys_of_rows(queries)
+    num_rows, num_columns = keys.shape
+    values = values.masked_fill(keys < 0, 0.0)
+    # Padding adds 0 somewhere, and not everywhere in the same place: equal indices are added one after the other.
+    somewhere = torch.arange(num_columns, device=keys.device) % length
+    keys = torch.where(keys < 0, somewhere, keys) + length * torch.arange(num_rows, device=keys.device)[:, None]
+    dense = values.new_zeros(num_rows * length)
+    _add_at(dense, keys.flatten(), values.flatten())
+    return dense.view(num_rows, length)
+
+
+def _put_rows(grad_query: Tensor, queries: NounQueries, grad_rows: Tensor) -> None:
+    """Writes ∂ of the rows [R, Hq, D] to their tokens in ∂q [B, Hq, L, D]; rows of one token are summed first."""
+    if not len(queries):
+        return
+    sequence, position = queries.sequence, queries.position
+    same = (sequence[:, None] == sequence) & (position[:, None] == position)  # [R, R]
+    order = torch.arange(len(queries), device=queries.device)
+    first = torch.where(same, order, len(queries)).amin(dim=1)  # [R] the first row of the same token
+    total = torch.zeros_like(grad_rows)
+    _add_at(total, first, grad_rows)
+    # Rows of one token write the same bits, in whatever order.
+    grad_query[sequence, :, position] = total.index_select(0, first).to(grad_query.dtype)
+
+
+def _add_at(out: Tensor, index: Tensor, values: Tensor) -> None:
+    """out[index] += values along dimension 0, repeated indices in a fixed order."""
+    if out.device.type == "cpu":
+        out.index_add_(0, index, values)  # one after the other; index_put_ would go parallel with atomics
+    else:
+        out.index_put_((index,), values, accumulate=True)  # sorts the indices; index_add_ would use atomics

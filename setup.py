@@ -1,0 +1,46 @@
+"""Distribution `swim-fast`: the packages `swim_fast` and, from `kernels/`, `swim_kernels`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "deepspeed>=0.19,<0.20", "av>=14"]
+
+setup(
+    name="swim-fast",
+    version="0.1.0",
+    description="Teach video language models where to look, at flash-attention speed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["swim_fast", "swim_fast.*"]), *find_packages("kernels")],
+    package_dir={"swim_kernels": "kernels/swim_kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",  # transformers' video processors resize with it
+        "triton>=3.6; platform_system == 'Linux'",
+        # 5.17 is the release that liger-kernel 0.8.5 still understands and whose attention interface was tested;
+        # 5.22 changes how many pixels the Qwen video processor gives to a frame.
+        "transformers>=5.17,<5.18",
+        "accelerate>=1.10",
+        "decord>=0.6; platform_system == 'Linux'",
+        "pycocotools>=2.0.8",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pyyaml>=6",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["flash-attn>=2.8"],
+        "deepspeed": ["deepspeed>=0.19,<0.20"],
+        "pyav": ["av>=14"],
+        "torchcodec": ["torchcodec>=0.10"],
+        "demo": ["av>=14"],  # writes the demo's H.264 clips
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["swim-fast = swim_fast.cli:main"]},
+)

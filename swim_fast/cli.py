@@ -1,0 +1,111 @@
+"""`swim-fast`: one command, a sub-command per job."""
+
+import argparse
+import logging
+import sys
+
+
+def _train(args) -> int:
+    from swim_fast.config import load_config
+    from swim_fast.training.run import train
+
+    train(load_config(args.config, args.overrides), resume=args.resume)
+    return 0
+
+
+def _data_check(args) -> int:
+    from swim_fast.data.check import check_file
+    from swim_fast.data.samples import SampleOptions
+
+    report = check_file(
+        args.file,
+        SampleOptions(reader=args.reader, decode_timeout=args.timeout),
+        processor=_processor(args.model),
+        media=args.media,
+        decode=not args.no_decode,
+        workers=args.workers,
+    )
+    print(report)
+    return 1 if report.problems else 0
+
+
+def _data_show(args) -> int:
+    from swim_fast.data.samples import SampleOptions
+    from swim_fast.data.show import show_record
+
+    show_record(
+        args.file, args.index, args.out, _processor(args.model), SampleOptions(reader=args.reader), media=args.media
+    )
+    print(args.out)
+    return 0
+
+
+def _demo(args) -> int:
+    from swim_fast.demo.run import run_demo
+
+    run_demo(args.config, args.overrides)
+    return 0
+
+
+def _processor(path):
+    if path is None:
+        return None
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="swim-fast", description=__doc__)
+    jobs = parser.add_subparsers(required=True, metavar="JOB")
+
+    job = jobs.add_parser("train", help="fine-tune a model as a YAML file says")
+    job.add_argument("config", help="YAML file; see configs/")
+    job.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-5")
+    job.add_argument("--resume", action="store_true", help="go on from the last checkpoint in training.output_dir")
+    job.set_defaults(run=_train)
+
+    job = jobs.add_parser("demo", help="render clips, train a tiny model with and without the mask loss, draw pictures")
+    job.add_argument("config", nargs="?", default="configs/demo.yaml")
+    job.add_argument("overrides", nargs="*", metavar="key=value")
+    job.set_defaults(run=_demo)
+
+    file = argparse.ArgumentParser(add_help=False)
+    file.add_argument("file", help="JSON list or JSONL of VideoRefer / NL-Refer / LLaVA-Video records")
+    file.add_argument("--media", help="folder that media paths are relative to (default: the file's own)")
+    file.add_argument("--reader", default="decord", choices=("decord", "torchcodec", "pyav"))
+    data = jobs.add_parser("data", help="check or show a data file").add_subparsers(required=True, metavar="JOB")
+    job = data.add_parser("check", parents=[file], help="read every record of a file and report every problem")
+    job.add_argument("--model", help="checkpoint whose processor is to be checked too (tokens, lengths)")
+    job.add_argument("--no-decode", action="store_true", help="do not open the videos")
+    job.add_argument("--workers", type=int, default=2)
+    job.add_argument("--timeout", type=float, default=60.0, help="seconds for one clip")
+    job.set_defaults(run=_data_check)
+    job = data.add_parser("show", parents=[file], help="draw one record: frames, masks, tagged nouns, tokens")
+    job.add_argument("index", type=int, help="record number in the file, counted from 0")
+    job.add_argument("--model", required=True, help="checkpoint whose processor and tokenizer are used")
+    job.add_argument("--out", default="record.png")
+    job.set_defaults(run=_data_show)
+    return parser
+
+
+def main(argv=None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if any("=" not in word or word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes positional words from one place only: these came after an option
+        args.overrides += rest
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:  # what a user can mend; anything else shows its traceback
+        print(f"swim-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("swim-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

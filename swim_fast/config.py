@@ -1,0 +1,224 @@
+"""One YAML file describes a run; every key is typed, checked, and refused if nothing reads it.
+
+Sections: `model`, `data`, `attention_loss`, and `training`, which takes any field of transformers' `TrainingArguments`
+by its own name. `key.sub=value` on the command line replaces single values.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from swim_fast.data.dataset import SourceOptions
+from swim_fast.data.samples import SampleOptions
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the remedy."""
+
+
+@dataclass
+class ModelConfig:
+    path: str  # folder or hub name of a Hugging Face checkpoint
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: str | None = None  # sdpa, eager, flash_attention_2, …; None: transformers' choice
+    freeze: list[Literal["vision_tower", "merger", "language_model"]] = field(default_factory=lambda: ["vision_tower"])
+
+
+@dataclass
+class DataConfig:
+    train: list[SourceOptions] = field(default_factory=list)
+    eval: dict[str, SourceOptions] = field(default_factory=dict)  # name -> file; each is scored under its name
+    reader: Literal["decord", "torchcodec", "pyav"] = "decord"
+    decode_timeout: float = 60.0  # seconds for one clip
+    max_frames: int = 32
+    min_pixels: int | None = None  # per frame; None: the processor's own
+    max_pixels: int | None = None
+    max_tokens: int | None = None  # longest sample; a longer one gets fewer frames
+
+
+@dataclass
+class AttentionLossConfig:
+    """Choices of SWIM's mask loss (arXiv 2605.18018); see `swim_fast.alignment.mask_alignment_loss`."""
+
+    layers: list[int] | None = None  # None: every fifth counted back from the last; []: no maps at all
+    text_weight: float = 0.05
+    mask_weight: float = 1.0  # 0: maps are measured but not trained
+    fusion: Literal["product", "mean", "none"] = "product"
+    criterion: Literal["bce", "iou", "dice", "kl"] = "bce"
+    numerics: Literal["stable", "paper"] = "stable"
+    resolution: Literal["mask", "grid"] = "mask"
+    query_position: Literal["noun", "predictor"] = "noun"
+    softmax: Literal["causal", "full"] = "causal"
+    backend: Literal["auto", "eager", "torch", "triton"] = "auto"
+
+    def __post_init__(self):
+        if self.text_weight < 0 or self.mask_weight < 0 or self.text_weight + self.mask_weight == 0:
+            raise ConfigError("attention_loss.text_weight and mask_weight must be ≥ 0 and not both 0")
+        if self.mask_weight > 0 and self.layers == []:
+            raise ConfigError("attention_loss.layers is empty: name layers, or set attention_loss.mask_weight to 0")
+
+
+@dataclass
+class RunConfig:
+    model: ModelConfig
+    data: DataConfig
+    attention_loss: AttentionLossConfig = field(default_factory=AttentionLossConfig)
+    training: dict[str, Any] = field(default_factory=dict)  # TrainingArguments by their own names
+
+    def __post_init__(self):
+        self.sample_options()  # refuses values out of range now, not when the first clip is read
+
+    def sample_options(self) -> SampleOptions:
+        """What the data layer needs to know."""
+        data, loss = self.data, self.attention_loss
+        return SampleOptions(
+            max_frames=data.max_frames,
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            max_tokens=data.max_tokens,
+            query_position=loss.query_position,
+            softmax=loss.softmax,
+            reader=data.reader,
+            decode_timeout=data.decode_timeout,
+        )
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+    def training_arguments(self):
+        """`transformers.TrainingArguments` of the `training` section.
+
+        Raises:
+            ConfigError: an unknown field (with the nearest known one), or a value that transformers refuses.
+        """
+        from transformers import TrainingArguments
+
+        hints = typing.get_type_hints(TrainingArguments)
+        known = {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+        values = {}
+        for key, value in self.training.items():
+            if key not in known:
+                raise _unknown(f"training.{key}", key, known)
+            values[key] = _number(value) if isinstance(value, str) and _takes_number(known[key]) else value
+        for key, needed in _FIXED.items():
+            if values.setdefault(key, needed) != needed:
+                raise ConfigError(f"training.{key} must be {needed}: batches are dictionaries of this project's own")
+        values.setdefault("output_dir", "runs/swim")
+        try:
+            return TrainingArguments(**values)
+        except (TypeError, ValueError, ImportError) as error:
+            raise ConfigError(f"training: {error}") from error
+
+
+_FIXED = {"remove_unused_columns": False, "label_names": ["labels"]}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML too) and check every key.
+
+    Raises:
+        ConfigError: naming file, key, and the nearest known key or the expected type.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not of the form key.sub=value")
+        _set(tree, key.strip().split("."), yaml.safe_load(text), override)
+    try:
+        return _build(RunConfig, tree, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _set(tree: dict, keys: list[str], value: Any, override: str) -> None:
+    *parents, last = keys
+    for key in parents:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{override!r}: {key} is a single value and has no keys below it")
+    tree[last] = value
+
+
+def _unknown(where: str, key: str, known) -> ConfigError:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return ConfigError(f"unknown key {where!r}; {hint}")
+
+
+def _build(cls: type, tree: Any, where: str):
+    """An instance of dataclass `cls` from a mapping, refusing unknown, missing and mistyped keys."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where or 'the file'} must be a mapping of keys, not {type(tree).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
+    for key in tree:
+        if key not in fields:
+            raise _unknown(f"{prefix}{key}", str(key), fields)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in tree and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing key {prefix + missing[0]!r}")
+    values = {key: _convert(value, hints[key], prefix + key) for key, value in tree.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where} is {value!r}; choose one of: {', '.join(map(str, args))}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), where)
+    if origin is list and isinstance(value, list):
+        return [_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
+    if hint is float and not isinstance(value, bool):
+        number = _number(value)
+        if isinstance(number, (int, float)):
+            return float(number)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-5 (no dot) as text: give the number that was meant, else the value as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _takes_number(hint: Any) -> bool:
+    return hint is float or float in get_args(hint)

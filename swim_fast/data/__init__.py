@@ -1,0 +1,1 @@
+"""From files to batches: records, masks, video, sampling, tags, samples, collation."""

@@ -1,0 +1,126 @@
+"""Samples become one batch: padded tokens, concatenated pixels, one set of noun queries and mask targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from swim_fast.alignment import MaskTargets
+from swim_fast.data.encoding import IGNORED_LABEL
+from swim_fast.data.errors import DataError
+from swim_fast.data.samples import Sample
+from swim_kernels import NounQueries
+
+
+class MaskStack(Sequence[Tensor]):
+    """The masks of a batch, those of one size in one tensor; item i is a view, uint8 [Hm, Wm].
+
+    A worker process hands over each tensor as an open file of its own. Hundreds of small masks per batch would use up
+    the files a process may have open; this way there are as many as there are mask sizes.
+    """
+
+    def __init__(self, masks: Sequence[Tensor]):
+        by_size: dict[torch.Size, list[Tensor]] = {}
+        self._places: list[tuple[int, int]] = []  # stack, and number in it
+        for mask in masks:
+            stack = by_size.setdefault(mask.shape, [])
+            self._places.append((list(by_size).index(mask.shape), len(stack)))
+            stack.append(mask)
+        self._stacks = [torch.stack(stack) for stack in by_size.values()]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        stack, number = self._places[index]
+        return self._stacks[stack][number]
+
+
+class Collator:
+    """Makes a batch of any number of samples; picklable, so that it can work in worker processes.
+
+    Args:
+        processor: the model's processor; its tokenizer says what to pad with.
+    """
+
+    def __init__(self, processor: Any):
+        tokenizer = processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._padding = {"input_ids": pad, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
+        self._end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else pad
+
+    def __call__(self, items: Sequence[Sample | DataError]) -> dict[str, Any]:
+        """Collate samples; errors among them are listed and left out.
+
+        With no sample left, or none given, the batch is one token of text that is not trained on, without queries or
+        targets: a rank whose clips are all broken still takes part in the step.
+
+        Args:
+            items: B samples and any number of errors.
+
+        Returns:
+            What the model's forward takes, padded on the right: ``input_ids``, ``attention_mask``,
+            ``mm_token_type_ids``, ``labels`` [B, L] int64, and the visual tensors that occur in the batch,
+            concatenated; and beside it
+
+            - ``noun_queries``: `NounQueries`, ``mask_targets``: `MaskTargets`, their rows in the order of the samples;
+            - ``samples``: names of the samples, ``problems``: text of each error, ``notes``: ``name: note`` of each
+              note; lists of strings.
+        """
+        samples = [item for item in items if isinstance(item, Sample)]
+        return {
+            **self._inputs([sample.inputs for sample in samples] or [self._placeholder()]),
+            "noun_queries": _noun_queries(samples),
+            "mask_targets": _mask_targets(samples),
+            "samples": [sample.name for sample in samples],
+            "problems": [str(item) for item in items if isinstance(item, DataError)],
+            "notes": [f"{sample.name}: {note}" for sample in samples for note in sample.notes],
+        }
+
+    def _placeholder(self) -> dict[str, Tensor]:
+        values = {"input_ids": self._end, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
+        return {key: torch.tensor([value]) for key, value in values.items()}
+
+    def _inputs(self, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = {
+            key: pad_sequence([sample[key] for sample in inputs], batch_first=True, padding_value=value)
+            for key, value in self._padding.items()
+        }
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in inputs])
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        visual = dict.fromkeys(key for sample in inputs for key in sample if key not in self._padding)
+        for key in visual:
+            batch[key] = torch.cat([sample[key] for sample in inputs if key in sample])
+        return batch
+
+
+def _noun_queries(samples: Sequence[Sample]) -> NounQueries:
+    rows, key_sets = [], []
+    for sequence, sample in enumerate(samples):
+        rows += [(sequence, *row[:3], len(key_sets) + row[3]) for row in sample.rows]
+        key_sets += sample.key_sets
+    sequence, position, key_start, key_end, key_set = _columns(rows, 5)
+    padded = pad_sequence(key_sets, batch_first=True, padding_value=-1) if key_sets else torch.empty(0, 0).long()
+    return NounQueries(
+        sequence=sequence, position=position, key_start=key_start, key_end=key_end, key_set=key_set, key_sets=padded
+    )
+
+
+def _mask_targets(samples: Sequence[Sample]) -> MaskTargets:
+    pairs, masks, first_row = [], [], 0
+    for sample in samples:
+        pairs += [(first_row + row, *patch, len(masks) + mask) for row, *patch, mask in sample.pairs]
+        masks += sample.masks
+        first_row += len(sample.rows)
+    row, start, height, width, mask = _columns(pairs, 5)
+    return MaskTargets(row=row, start=start, height=height, width=width, mask=mask, masks=MaskStack(masks))
+
+
+def _columns(table: list[tuple[int, ...]], width: int) -> tuple[Tensor, ...]:
+    return torch.tensor(table, dtype=torch.int64).reshape(-1, width).t().contiguous().unbind()

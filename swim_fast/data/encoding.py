@@ -1,0 +1,211 @@
+"""The model's own processor at work: a rendered conversation and decoded frames become the model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swim_fast.data.conversation import Conversation, Span
+from swim_fast.data.errors import DataError
+from swim_fast.data.tags import tokens_of_span
+from swim_fast.data.video import MediaInfo
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A conversation in tokens. L tokens.
+
+    Attributes:
+        inputs: what the model takes: ``input_ids``, ``labels``, ``mm_token_type_ids`` [L] int64 and the processor's
+            visual tensors as they are.
+        offsets: [L, 2] int64, the half-open character range of each token in the expanded text.
+        nouns: character range of each tagged noun in that text, in the order of the tags.
+        patch_grid: height and width of a temporal patch in visual tokens; None for text.
+    """
+
+    inputs: dict[str, Tensor]
+    offsets: Tensor
+    nouns: tuple[Span, ...]
+    patch_grid: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+    def visual(self) -> Tensor:
+        """Positions of the visual tokens, [N] int64, ascending."""
+        return torch.nonzero(self.inputs["mm_token_type_ids"]).flatten()
+
+    def noun_tokens(self, number: int) -> list[int]:
+        """Positions of the tokens of the noun in tag ``number``.
+
+        Raises:
+            DataError: if there are none, such as for a character that the tokenizer drops.
+        """
+        tokens = tokens_of_span(self.offsets, self.nouns[number])
+        if not tokens:
+            raise DataError("the noun has no token of its own; tag a visible word", key=f"tag {number}")
+        return tokens
+
+
+class Encoder:
+    """Encodes conversations with a model's processor; picklable if the processor is.
+
+    Args:
+        processor: Qwen2.5-VL's processor, or one like it.
+        min_pixels, max_pixels: size of a frame or image after resizing, in pixels; None keeps the processor's own.
+
+    Raises:
+        ValueError: if the tokenizer is not a fast one, the limits contradict the processor's, or a temporal patch is
+            longer than two frames.
+    """
+
+    def __init__(self, processor: Any, min_pixels: int | None = None, max_pixels: int | None = None):
+        if not getattr(processor.tokenizer, "is_fast", False):
+            raise ValueError("the tokenizer has no character offsets; nouns can only be located with a fast tokenizer")
+        self.processor = processor
+        self.temporal_patch_size: int = processor.video_processor.temporal_patch_size
+        if self.temporal_patch_size not in (1, 2):
+            raise ValueError(f"a temporal patch of {self.temporal_patch_size} frames; only 1 and 2 are supported")
+        self._image_kwargs = _pixel_limits(processor.image_processor, min_pixels, max_pixels)
+        self._video_kwargs = _pixel_limits(processor.video_processor, min_pixels, max_pixels)
+        if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+            # Left at None it makes transformers warn that the default will change; today None means False.
+            self._video_kwargs["cap_pixels_per_frame"] = bool(processor.video_processor.cap_pixels_per_frame)
+
+    def text(self, conversation: Conversation) -> Encoding:
+        """Encode the text alone; a placeholder for video or image stays one token."""
+        return self._encode(conversation)
+
+    def image(self, conversation: Conversation, pixels: np.ndarray) -> Encoding:
+        """Encode with an image, uint8 [H, W, 3] RGB.
+
+        Raises:
+            DataError: if the processor refuses the image.
+        """
+        return self._encode(
+            conversation,
+            images=[torch.from_numpy(pixels).permute(2, 0, 1)],
+            images_kwargs={**self._image_kwargs, "input_data_format": "channels_first"},
+        )
+
+    def video(self, conversation: Conversation, pixels: np.ndarray, frames: Sequence[int], info: MediaInfo) -> Encoding:
+        """Encode with frames of a video, uint8 [T, H, W, 3] RGB, which have the numbers ``frames`` in the source.
+
+        Raises:
+            DataError: if the processor refuses the video.
+        """
+        from transformers.video_utils import VideoMetadata
+
+        metadata = VideoMetadata(
+            total_num_frames=info.num_frames,
+            fps=info.fps,
+            height=info.height,
+            width=info.width,
+            duration=info.num_frames / info.fps,
+            frames_indices=list(frames),
+        )
+        encoding = self._encode(
+            conversation,
+            videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)],
+            videos_kwargs={
+                **self._video_kwargs,
+                "input_data_format": "channels_first",
+                "do_sample_frames": False,  # the frames are already chosen
+                "video_metadata": [metadata],
+            },
+        )
+        if "second_per_grid_ts" in encoding.inputs:  # the processor takes any frames for uniformly spaced ones
+            seconds = seconds_per_patch(frames, info.fps, self.temporal_patch_size)
+            encoding.inputs["second_per_grid_ts"] = torch.tensor([seconds], dtype=torch.float32)
+        return encoding
+
+    def _encode(self, conversation: Conversation, **media: Any) -> Encoding:
+        text_kwargs = {
+            "add_special_tokens": False,  # the chat template has written them
+            "return_offsets_mapping": True,
+            "return_mm_token_type_ids": True,
+            "return_text_replacement_offsets": True,
+        }
+        try:
+            outputs = self.processor(text=[conversation.text], return_tensors="pt", text_kwargs=text_kwargs, **media)
+        except ValueError as error:  # such as an aspect ratio that the model does not take
+            raise DataError(f"the model's processor refuses the record: {error}") from error
+        inputs = dict(outputs)
+        del inputs["attention_mask"]
+        offsets = inputs.pop("offset_mapping")[0]
+        replacements = inputs.pop("text_replacement_offsets")[0]
+        for key in ("input_ids", "mm_token_type_ids"):
+            inputs[key] = inputs[key][0]
+        answers = [_shifted(span, replacements) for span in conversation.answers]
+        inputs["labels"] = label_answers(inputs["input_ids"], offsets, answers)
+        nouns = tuple(_shifted(span, replacements) for span in conversation.nouns)
+        return Encoding(inputs, offsets, nouns, self._patch_grid(inputs))
+
+    def _patch_grid(self, inputs: dict[str, Tensor]) -> tuple[int, int] | None:
+        """The grid that is left of the vision tower's patches after its merging."""
+        for key, part in (("video_grid_thw", "video_processor"), ("image_grid_thw", "image_processor")):
+            if key in inputs:
+                _, height, width = inputs[key][0].tolist()
+                merge_size = getattr(self.processor, part).merge_size
+                return height // merge_size, width // merge_size
+        return None
+
+
+def seconds_per_patch(frames: Sequence[int], fps: float, temporal_patch_size: int) -> float:
+    """Return the time from one temporal patch to the next, in seconds, of the frames that were really sampled.
+
+    The model knows one spacing per video, so for frames that are not uniformly spaced it is the mean spacing: the time
+    covered by n distinct frames, each lasting until the next one, over n, times the frames of a patch. Repeated padding
+    frames take no time. A single frame lasts 1 / fps.
+
+    It is handed over exactly; Qwen2.5-VL in transformers 5.17 then cuts it to whole seconds before it multiplies by the
+    positions per second, so that patches less than a second apart share one temporal position. Later releases do not
+    (https://github.com/huggingface/transformers/pull/48669).
+    """
+    distinct = sorted(set(frames))
+    spacing = (distinct[-1] - distinct[0]) / (len(distinct) - 1) if len(distinct) > 1 else 1
+    return temporal_patch_size * spacing / fps
+
+
+def label_answers(input_ids: Tensor, offsets: Tensor, answers: Sequence[Span]) -> Tensor:
+    """Return labels [L]: the token where it lies wholly inside an answer, elsewhere -100.
+
+    A token that joins the end of the template's header with the beginning of an answer (two newlines, say) is left out:
+    at inference the header is tokenised alone, so the model never has to predict it.
+
+    Args:
+        input_ids: [L] int64.
+        offsets: [L, 2] character range of each token.
+        answers: character spans of the assistant's turns, end-of-turn token included.
+    """
+    inside = torch.zeros_like(input_ids, dtype=torch.bool)
+    for start, end in answers:
+        inside |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 0] < offsets[:, 1])
+    return torch.where(inside, input_ids, IGNORED_LABEL)
+
+
+def _shifted(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:
+    """Where a span of the rendered text is once the placeholder before it has grown into one token per patch."""
+    growth = sum(len(r["replacement"]) - len(r["text"]) for r in replacements if r["span"][1] <= span[0])
+    return span[0] + growth, span[1] + growth
+
+
+def _pixel_limits(processor: Any, lowest: int | None, highest: int | None) -> dict[str, int]:
+    """The two limits together: the processor ignores one that comes alone."""
+    if lowest is None and highest is None:
+        return {}
+    lowest = lowest or processor.size["shortest_edge"]
+    highest = highest or processor.size["longest_edge"]
+    if lowest > highest:
+        raise ValueError(
+            f"min_pixels {lowest} is above max_pixels {highest}, one of which is {type(processor).__name__}'s own; "
+            "give both"
+        )
+    return {"min_pixels": lowest, "max_pixels": highest}

@@ -1,0 +1,69 @@
+"""The one exception for bad data: it says which file, which record, where in it, why, and what to do."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """A record, clip or mask that cannot be used.
+
+    ``str()`` reads ``clips.jsonl, record 17 (videorefer_17), annotation[0]['36']: <reason>``; parts that are not known
+    are left out. Code deep down raises with what it knows and callers add the rest with `within`. Picklable, so it
+    crosses process boundaries with its parts intact.
+
+    Args:
+        reason: what is wrong, and the remedy.
+        source: file the record comes from, as the user gave it.
+        record: 0-based index of the record in that file.
+        name: the record's own identifier.
+        key: place inside the record, such as ``annotation[0]['36']`` or ``video``.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        source: str | None = None,
+        record: int | None = None,
+        name: str | None = None,
+        key: str | None = None,
+    ):
+        super().__init__(reason)
+        self.reason = reason
+        self.source = source
+        self.record = record
+        self.name = name
+        self.key = key
+
+    def __str__(self) -> str:
+        where = [self.source] if self.source else []
+        if self.record is not None:
+            where.append(f"record {self.record}" + (f" ({self.name})" if self.name else ""))
+        elif self.name:
+            where.append(self.name)
+        if self.key:
+            where.append(self.key)
+        return ", ".join(where) + ": " + self.reason if where else self.reason
+
+    def __reduce__(self):
+        return _rebuild, (self.reason, self.source, self.record, self.name, self.key)
+
+    def within(
+        self,
+        *,
+        source: str | None = None,
+        record: int | None = None,
+        name: str | None = None,
+        key: str | None = None,
+    ) -> DataError:
+        """Return a copy in which the parts that are not known yet are filled in; known ones are kept."""
+        return DataError(
+            self.reason,
+            source=source if self.source is None else self.source,
+            record=record if self.record is None else self.record,
+            name=name if self.name is None else self.name,
+            key=key if self.key is None else self.key,
+        )
+
+
+def _rebuild(reason, source, record, name, key):
+    return DataError(reason, source=source, record=record, name=name, key=key)

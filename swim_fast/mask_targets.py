@@ -1,0 +1,182 @@
+"""The mask targets of a batch: which columns of which attention map should look like which mask.
+
+Import the names from `swim_fast.alignment`, which computes with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PairGroup:
+    """The pairs of one patch grid and one mask size; their frames and masks can be stacked.
+
+    Attributes:
+        grid: (h, w) of the patch.
+        mask_size: (Hm, Wm) of the masks.
+        mask_numbers: which of `MaskTargets.masks` the group uses, each once.
+        pairs: [P_g] int64, numbers of the pairs.
+        mask: [P_g] int64, each pair's mask as an index into `mask_numbers`.
+    """
+
+    grid: tuple[int, int]
+    mask_size: tuple[int, int]
+    mask_numbers: tuple[int, ...]
+    pairs: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MaskTargets:
+    """What the maps of one batch should look like: P pairs of (map row, supervised temporal patch).
+
+    The constructor checks types and shapes and reads no value from a device; `check` looks at the values.
+
+    Attributes:
+        row: [P] integer, row of the maps.
+        start: [P] integer, first column of the patch in the row's key set.
+        height, width: [P] integer, the patch's grid h x w in visual tokens, row-major from `start`.
+        mask: [P] integer, index into `masks`; several pairs may share one mask.
+        masks: uint8 or bool [Hm, Wm] each, sizes may differ; non-zero is the object.
+
+    Raises:
+        TypeError, ValueError: dtype, shape, length or device of a field does not fit; the field is named.
+    """
+
+    row: Tensor
+    start: Tensor
+    height: Tensor
+    width: Tensor
+    mask: Tensor
+    masks: Sequence[Tensor]
+
+    def __post_init__(self) -> None:
+        for name, value in self._indices().items():
+            if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"MaskTargets.{name} must be an int64 or int32 tensor [P], got {kind}")
+            if value.dim() != 1 or value.shape != self.row.shape:
+                raise ValueError(
+                    f"MaskTargets.{name} has shape {list(value.shape)}, row has {list(self.row.shape)}: "
+                    "all five are one-dimensional and of the same length P"
+                )
+            if value.device != self.row.device:
+                raise ValueError(f"MaskTargets.{name} is on {value.device}, row on {self.row.device}: use .to(device)")
+        for number, mask in enumerate(self.masks):
+            if not isinstance(mask, Tensor) or mask.dtype not in (torch.uint8, torch.bool):
+                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"MaskTargets.masks[{number}] must be a uint8 or bool tensor [Hm, Wm], got {kind}")
+            if mask.dim() != 2 or mask.numel() == 0:
+                raise ValueError(f"MaskTargets.masks[{number}] must be [Hm, Wm] with pixels, got {list(mask.shape)}")
+            if mask.device != self.row.device:
+                raise ValueError(
+                    f"MaskTargets.masks[{number}] is on {mask.device}, row on {self.row.device}: use .to(device)"
+                )
+
+    def _indices(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("row", "start", "height", "width", "mask")}
+
+    def __len__(self) -> int:
+        """The number of pairs P."""
+        return len(self.row)
+
+    @property
+    def device(self) -> torch.device:
+        return self.row.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskTargets:
+        """The same targets on `device`. Called on the CPU copy, it also plans the stacking (`groups`) there, so that
+        the loss never has to read back from the device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MaskTargets:
+        """A copy in page-locked memory; `DataLoader(pin_memory=True)` calls it."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> MaskTargets:
+        moved = MaskTargets(**{n: move(t) for n, t in self._indices().items()}, masks=tuple(map(move, self.masks)))
+        # Into the cache of the property: what is known on the host must not be asked of the device again.
+        groups = tuple(replace(group, pairs=move(group.pairs), mask=move(group.mask)) for group in self.groups)
+        moved.__dict__["groups"] = groups
+        return moved
+
+    def check(self, rows: int | None = None, columns: int | None = None) -> MaskTargets:
+        """Looks at the values, best on the CPU before `to` (on a device it waits for it). Returns self.
+
+        Args:
+            rows: R of the maps, if known.
+            columns: N of the maps, if known.
+
+        Raises:
+            ValueError: an index, a grid size or a patch reaches outside; pair, value and limit are named.
+        """
+        _check_range("row", self.row, 0, rows)
+        _check_range("height", self.height, 1)
+        _check_range("width", self.width, 1)
+        _check_range("mask", self.mask, 0, len(self.masks))
+        _check_range("start", self.start, 0)
+        if columns is not None:
+            _check_range("start + height * width", self.start + self.height * self.width, 1, columns + 1)
+        return self
+
+    @cached_property
+    def groups(self) -> tuple[PairGroup, ...]:
+        """The pairs by (h, w, Hm, Wm), in order of first appearance.
+
+        Reads `height`, `width` and `mask` once if they are on a device (`to` brings the answer along from the CPU).
+
+        Raises:
+            ValueError: a grid size below 1 or a mask index without a mask.
+        """
+        table = torch.stack([self.height.long(), self.width.long(), self.mask.long()], dim=1).tolist()
+        members: dict[tuple[int, int, int, int], list[int]] = {}
+        for pair, (height, width, mask) in enumerate(table):
+            if height < 1 or width < 1:
+                raise ValueError(f"MaskTargets: pair {pair} has a grid of {height} x {width}; both must be at least 1")
+            if not 0 <= mask < len(self.masks):
+                raise ValueError(f"MaskTargets: pair {pair} asks for mask {mask} of {len(self.masks)}")
+            members.setdefault((height, width, *self.masks[mask].shape), []).append(pair)
+        groups = []
+        for (height, width, *mask_size), pairs in members.items():
+            local: dict[int, int] = {}
+            mask = [local.setdefault(table[pair][2], len(local)) for pair in pairs]
+            groups.append(
+                PairGroup(
+                    grid=(height, width),
+                    mask_size=(mask_size[0], mask_size[1]),
+                    mask_numbers=tuple(local),
+                    pairs=torch.tensor(pairs, device=self.device),
+                    mask=torch.tensor(mask, device=self.device),
+                )
+            )
+        return tuple(groups)
+
+    @cached_property
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """Map row and map column of every cell, group after group, pair after pair, row-major: two int64 [M]."""
+        rows, columns = [], []
+        for group in self.groups:
+            count = group.grid[0] * group.grid[1]
+            offsets = torch.arange(count, device=self.device)
+            columns.append((self.start[group.pairs].long()[:, None] + offsets).flatten())
+            rows.append(self.row[group.pairs].long()[:, None].expand(-1, count).flatten())
+        return torch.cat(rows), torch.cat(columns)
+
+    def stacked_masks(self, group: PairGroup) -> Tensor:
+        """The group's masks, each once: bool [len(group.mask_numbers), Hm, Wm]; pair i's is `[group.mask[i]]`."""
+        return torch.stack([self.masks[number] != 0 for number in group.mask_numbers])
+
+
+def _check_range(name: str, values: Tensor, low: int, high: int | None = None) -> None:
+    """Raises ValueError unless low <= values < high."""
+    bad = values < low if high is None else (values < low) | (values >= high)
+    if bad.any():
+        pair = int(bad.nonzero()[0, 0])
+        limit = f"at least {low}" if high is None else f"in [{low}, {high})"
+        raise ValueError(f"MaskTargets: pair {pair} has {name} = {int(values[pair])}, must be {limit}")

@@ -1,0 +1,167 @@
+"""Noun attention on an unmodified Hugging Face model.
+
+`attach_noun_attention` points the decoder's self-attention modules at an attention function of our own, registered
+under one name in transformers' `AttentionInterface`. It runs whatever attention the model had for the layer's output
+and, at the chosen layers, returns the noun maps in the place of the attention weights, which transformers collects in
+`outputs.attentions`. Only this model instance changes: its attention modules get a copy of the text configuration that
+names our function. The configuration that is saved, the weights and the mask construction stay as they were.
+"""
+
+import copy
+import dataclasses
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from swim_fast.modeling.families import default_layers, family_of, text_layers
+from swim_kernels import noun_attention
+
+ATTENTION_NAME = "swim_noun_attention"
+
+
+@dataclasses.dataclass
+class _Attached:
+    """What one attention module needs to know; lives on the module as `_noun_attention`."""
+
+    config: object  # the text configuration the module had, which names the attention of its output
+    backend: str | None  # None: this layer answers no map
+
+
+class _WithConfig:
+    """The module as the wrapped attention must see it: with its own configuration (flash attention reads its name)."""
+
+    def __init__(self, module: nn.Module, config):
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
+def _attention_of(module: nn.Module, name: str):
+    """The attention function called `name`; "eager" is a function of the module's own modeling file."""
+    if name == "eager":
+        import sys
+
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def noun_attention_forward(module, query, key, value, attention_mask, noun_queries=None, **kwargs):
+    """Attention function of an attached layer: the layer's own output, and its noun map if queries came along.
+
+    Args:
+        query: `[B, Hq, L, D]` after rotary embedding; `key`, `value`: `[B, Hkv, L, D]`.
+        noun_queries: `NounQueries` or None.
+
+    Returns:
+        The wrapped attention's output `[B, L, Hq, D]`, and the map `[R, N]` fp32 (None at layers that were not chosen;
+        the wrapped attention's own weights without noun queries).
+    """
+    attached = module._noun_attention
+    wrapped = _attention_of(module, attached.config._attn_implementation)
+    view = _WithConfig(module, attached.config)
+    if noun_queries is None:
+        return wrapped(view, query, key, value, attention_mask, **kwargs)
+    kwargs.pop("output_attentions", None)  # it asks for the maps here, not for the wrapped attention's weights
+    output, _ = wrapped(view, query, key, value, attention_mask, **kwargs)
+    if attached.backend is None:
+        return output, None
+    window = kwargs.get("sliding_window")
+    if window is not None:
+        start = torch.maximum(noun_queries.key_start, noun_queries.position + 1 - window)
+        noun_queries = dataclasses.replace(noun_queries, key_start=start)
+    return output, noun_attention(query, key, noun_queries, scale=kwargs.get("scaling"), backend=attached.backend)
+
+
+AttentionInterface.register(ATTENTION_NAME, noun_attention_forward)
+
+
+def _is_reentrant(layer: nn.Module) -> bool:
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+        return False
+    function = layer._gradient_checkpointing_func
+    return getattr(function, "keywords", {}).get("use_reentrant", False) is not False
+
+
+def _before_language_model(module: nn.Module, args, kwargs):
+    if kwargs.get("noun_queries") is None:
+        kwargs.pop("noun_queries", None)
+        return args, kwargs
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "noun_queries cannot be used while generating (a key/value cache is in use): generate without them, then "
+            "call model(**inputs, noun_queries=...) once on the whole sequence"
+        )
+    if torch.is_grad_enabled() and any(_is_reentrant(layer) for layer in module.layers):
+        raise ValueError(
+            "reentrant activation checkpointing drops the gradient of the noun maps: use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+    return args, kwargs | {"output_attentions": True, "use_cache": False}
+
+
+def _before_visual(module: nn.Module, args, kwargs):
+    kwargs.pop("noun_queries", None)  # models hand every keyword to the vision tower too
+    return args, kwargs
+
+
+def attach_noun_attention(model: nn.Module, layers: list[int] | None = None, backend: str = "auto") -> nn.Module:
+    """Make `model(**inputs, noun_queries=...)` answer noun maps in `outputs.attentions`.
+
+    Args:
+        model: a stock `…ForConditionalGeneration` of a supported family, with any attention implementation.
+        layers: decoder layers that answer a map, counted from 0 (negative: from the end). None: every fifth counted
+            back from the last, as in the paper (2, 7, 12, 17, 22, 27 of 28; SWIM, arXiv 2605.18018).
+        backend: of `swim_kernels.noun_attention`.
+
+    Returns:
+        The same model. With `noun_queries`, `outputs.attentions` is a tuple of one fp32 map `[R, N]` per chosen layer,
+        in layer order; without, the model behaves as before. Attaching again replaces the choice of layers.
+
+    Raises:
+        ValueError: family without adapter; layer out of range or named twice. At the forward: reentrant activation
+            checkpointing; generation with noun queries.
+    """
+    family = family_of(model)
+    attentions = text_layers(model)
+    chosen = default_layers(len(attentions)) if layers is None else list(layers)
+    for layer in chosen:
+        if not -len(attentions) <= layer < len(attentions):
+            raise ValueError(f"layer {layer} is out of range: the model has layers 0 … {len(attentions) - 1}")
+    chosen = [layer % len(attentions) for layer in chosen]
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"layers {sorted(chosen)} name one layer twice")
+
+    detach_noun_attention(model)
+    language_model = model.get_submodule(family.language_model)
+    config = copy.copy(language_model.config)
+    config._attn_implementation_internal = ATTENTION_NAME
+    for index, module in enumerate(attentions):
+        module._noun_attention = _Attached(module.config, backend if index in chosen else None)
+        module.config = config
+    language_model._noun_attention_hooks = [
+        language_model.register_forward_pre_hook(_before_language_model, with_kwargs=True),
+        model.get_submodule(family.visual).register_forward_pre_hook(_before_visual, with_kwargs=True),
+    ]
+    return model
+
+
+def detach_noun_attention(model: nn.Module) -> nn.Module:
+    """Undo `attach_noun_attention`; does nothing to a model that is not attached. Returns the same model."""
+    language_model = model.get_submodule(family_of(model).language_model)
+    for module in text_layers(model):
+        if hasattr(module, "_noun_attention"):
+            module.config = module._noun_attention.config
+            del module._noun_attention
+    for hook in language_model.__dict__.pop("_noun_attention_hooks", []):
+        hook.remove()
+    return model
+
+
+def attached_layers(model: nn.Module) -> list[int]:
+    """The layers of `model` that answer noun maps, in order; empty for a model that is not attached."""
+    modules = enumerate(text_layers(model))
+    return [index for index, module in modules if getattr(module, "_noun_attention", _Attached(None, None)).backend]

@@ -1,0 +1,58 @@
+"""Small callbacks of the trainer."""
+
+import logging
+import signal
+
+import torch
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+class EpochOfSampler(TrainerCallback):
+    """Tells the sampler its epoch; accelerate does not reach it through the loader of a resumed epoch."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM (preemption) end the run after the current step, with a checkpoint to resume from.
+
+    A second Ctrl-C stops at once. All ranks agree on the step, whichever of them was told.
+    """
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+        self.received = None
+        self._previous = {}
+
+    def _remember(self, number, frame):
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._remember)
+            except ValueError:  # not the main thread: whoever runs us there handles signals
+                return
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.received is not None
+        if args.world_size > 1:
+            flag = torch.tensor(float(stop), device=args.device)
+            stop = self.accelerator.reduce(flag, "sum").item() > 0
+        if stop:
+            if state.is_world_process_zero:
+                logger.warning("%s: saving a checkpoint at step %d, then stopping", self.received, state.global_step)
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,134 @@
+"""A training run from its configuration to a plain Hugging Face checkpoint."""
+
+import logging
+import os
+from pathlib import Path
+
+from swim_fast.config import ConfigError, RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(config: RunConfig):
+    """Model and processor of a configuration: attached, frozen as told.
+
+    Returns:
+        `(model, processor)`; the model's dtype and attention are those of the configuration.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from swim_fast.modeling.attach import attach_noun_attention, attached_layers
+    from swim_fast.modeling.freezing import freeze
+
+    options = config.model
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = AutoModelForImageTextToText.from_pretrained(
+        options.path, dtype=dtype, attn_implementation=options.attention
+    )
+    processor = AutoProcessor.from_pretrained(options.path)
+    if config.attention_loss.layers != []:
+        attach_noun_attention(model, config.attention_loss.layers, config.attention_loss.backend)
+        config.attention_loss.layers = attached_layers(model)  # so that the saved configuration names them
+    freeze(model, options.freeze)
+    return model, processor
+
+
+def build_trainer(config: RunConfig):
+    """The trainer of a configuration, ready to `train()` or `evaluate()`.
+
+    Raises:
+        ConfigError: an unusable configuration.
+    """
+    _prepare_cpu(config)
+    args = config.training_arguments()  # before the model: DeepSpeed ZeRO-3 partitions it while it loads
+
+    from swim_fast.data.collation import Collator
+    from swim_fast.data.dataset import SwimDataset
+    from swim_fast.data.samples import SampleBuilder
+    from swim_fast.modeling.freezing import keep_visual_in_step
+    from swim_fast.training.trainer import SwimTrainer
+
+    model, processor = load_model(config)
+    builder = SampleBuilder(processor, config.sample_options())
+
+    trainer = SwimTrainer(
+        model=model,
+        args=args,
+        loss=config.attention_loss,
+        train_dataset=SwimDataset(config.data.train, builder) if config.data.train else None,
+        eval_dataset={name: SwimDataset([source], builder) for name, source in config.data.eval.items()} or None,
+        data_collator=Collator(processor),
+        processing_class=processor,
+    )
+    if args.world_size > 1:
+        keep_visual_in_step(model)
+    return trainer
+
+
+def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
+    """Train, evaluate, and leave a plain Hugging Face checkpoint in `training.output_dir`.
+
+    Args:
+        config: the run; its effective form is printed and saved as `config.yaml` in the output folder.
+        resume: go on from the last checkpoint in the output folder, if there is one.
+
+    Returns:
+        Metrics of the last evaluation and of the run.
+
+    Raises:
+        ConfigError: no training data, or an output folder that holds another run's checkpoints while `resume` is off.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if not config.data.train:
+        raise ConfigError("data.train is empty: name at least one file, e.g. data.train: [{path: train.jsonl}]")
+    trainer = build_trainer(config)
+    args = trainer.args
+    output = Path(args.output_dir)
+    last = get_last_checkpoint(output) if output.is_dir() else None
+    checkpoint = args.resume_from_checkpoint or (last if resume else None)
+    if last and not checkpoint:
+        raise ConfigError(
+            f"{output} already holds {Path(last).name}: go on with --resume, or choose another training.output_dir"
+        )
+    if trainer.is_world_process_zero():
+        text = config.as_yaml()
+        print(f"effective configuration ({output / 'config.yaml'}):\n\n{text}", flush=True)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(text, encoding="utf-8")
+        if checkpoint:
+            print(f"resuming from {checkpoint}", flush=True)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    stopped = trainer.state.global_step < trainer.state.max_steps
+    if stopped:
+        logger.warning("stopped at step %d of %d; go on with --resume", result.global_step, trainer.state.max_steps)
+        return result.metrics
+    trainer.save_model()
+    trainer.save_state()
+    metrics = result.metrics | _last_evaluation(trainer)
+    trainer.save_metrics("all", metrics)
+    return metrics
+
+
+def _last_evaluation(trainer) -> dict[str, float]:
+    """Metrics of the final weights; not computed again if the run has just done it."""
+    if not trainer.eval_dataset:
+        return {}
+    logs = [log for log in trainer.state.log_history if log["step"] == trainer.state.global_step]
+    found = {key: value for log in logs for key, value in log.items() if key.startswith("eval_")}
+    return found or trainer.evaluate()
+
+
+def _prepare_cpu(config: RunConfig) -> None:
+    """Defaults that let the same configuration run on a machine without a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    config.training.setdefault("use_cpu", True)
+    config.training.setdefault("dataloader_pin_memory", False)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        config.training.setdefault("ddp_backend", "gloo")
+    if config.training.get("deepspeed"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,0 +1,205 @@
+"""transformers' Trainer with SWIM's two losses, both normalised over the global step."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from swim_fast.alignment import pair_losses
+from swim_fast.config import AttentionLossConfig
+from swim_fast.data.dataset import MixtureSampler
+from swim_fast.grounding.metrics import METRICS, grounding_sums
+from swim_fast.modeling.text_loss import count_labels, label_positions, text_loss_sum
+from swim_fast.training.callbacks import EpochOfSampler, StopOnSignal
+
+logger = logging.getLogger(__name__)
+
+# What batches add up. All are sums, so that micro-batches, ranks and logging intervals simply add.
+SUMS = ("text_loss", "mask_loss", *METRICS, "grounded_pairs", "labels", "pairs", "tokens", "skipped")
+
+
+class SwimTrainer(Trainer):
+    """Trains on the batches of `swim_fast.data`.
+
+    Loss of one optimizer step, over all its micro-batches and ranks:
+    `text_weight · Σ token losses / number of labels + mask_weight · Σ pair losses / number of pairs`.
+
+    Args:
+        loss: weights and choices of the mask loss.
+        kwargs: as of `transformers.Trainer`; `data_collator([])` must give a batch that counts nothing.
+    """
+
+    def __init__(self, *, loss: AttentionLossConfig, **kwargs):
+        super().__init__(**kwargs)
+        self.loss_options = loss
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of the global step itself
+        self.add_callback(StopOnSignal(self.accelerator))
+        self._skipped = Path(self.args.output_dir) / f"skipped-rank{self.args.process_index}.jsonl"
+        self._start_interval()
+
+    # one step
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Loss of a micro-batch, such that micro-batches add up, and ranks average, to the loss of the global step."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        self._report_skipped(inputs["problems"])
+        text, mask, sums, outputs = self._forward(model, inputs)
+        self._sums += sums
+        labels, pairs = num_items_in_batch.clamp(min=1).to(text.dtype)
+        loss = self.args.world_size * self._weigh(text / labels, mask / pairs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _weigh(self, text, mask):
+        return self.loss_options.text_weight * text + self.loss_options.mask_weight * mask
+
+    def _get_num_items_in_batch(self, batch_samples, device) -> Tensor:
+        """Labels and pairs `[2]` of the global step: all its micro-batches on all ranks."""
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in batch_samples:
+            counts += torch.stack([count_labels(batch["labels"]), torch.tensor(len(batch["mask_targets"]))]).to(device)
+        return self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
+
+    def _forward(self, model, batch):
+        """Sums over one batch: text loss and mask loss (with graph), all `SUMS` (detached), and the model's outputs."""
+        about = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes")
+        labels, queries, targets, _, problems, _ = (batch[key] for key in about)
+        positions = label_positions(labels)
+        outputs = model(
+            **{key: value for key, value in batch.items() if key not in about},
+            noun_queries=queries,
+            logits_to_keep=positions,
+            use_cache=False,
+        )
+        text = text_loss_sum(outputs.logits, labels, positions)
+        mask, grounding = text.new_zeros(()), text.new_zeros(len(METRICS) + 1)
+        options = self.loss_options
+        if outputs.attentions:
+            trained = options.mask_weight > 0
+            mask = pair_losses(
+                outputs.attentions if trained else [m.detach() for m in outputs.attentions],
+                targets,
+                fusion=options.fusion,
+                criterion=options.criterion,
+                numerics=options.numerics,
+                resolution=options.resolution,
+            ).sum()
+            grounding = grounding_sums(outputs.attentions, targets, fusion=options.fusion)
+        elif len(targets) and options.mask_weight > 0:
+            raise RuntimeError(
+                f"the mask loss is on (mask_weight {options.mask_weight}) and this batch has {len(targets)} targets, "
+                "but the model answered no map: call attach_noun_attention(model) before training"
+            )
+        counts = (count_labels(labels), len(targets), batch["attention_mask"].sum(), len(problems))
+        sums = [text, mask, *grounding, *(torch.as_tensor(count, device=text.device) for count in counts)]
+        return text, mask, torch.stack([value.detach().double() for value in sums]), outputs
+
+    # checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Weights of a checkpoint folder, loaded as `from_pretrained` loads them.
+
+        transformers 5.17 hands the file's tensors to `load_state_dict` under the names they have in the file. Those of
+        Qwen2.5-VL are the published ones and not the module's, so that nothing would be loaded, with a warning only.
+        (With DeepSpeed the engine restores the weights and this is not called.)
+        """
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # data
+
+    def _get_train_sampler(self, train_dataset=None):
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = MixtureSampler(self.train_dataset, seed)
+        self.add_callback(EpochOfSampler(sampler))
+        return sampler
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Every rank's own share of an evaluation set, each sample exactly once."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        share = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        return DataLoader(
+            share,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def _report_skipped(self, problems: list[str]) -> None:
+        if not problems:
+            return
+        self._skipped.parent.mkdir(parents=True, exist_ok=True)
+        with self._skipped.open("a", encoding="utf-8") as file:
+            for problem in problems:
+                logger.warning("skipped: %s", problem)
+                file.write(json.dumps({"step": self.state.global_step, "problem": problem}, ensure_ascii=False) + "\n")
+
+    # evaluation and logging
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Text loss, mask loss and grounding metrics over a whole set, summed over the ranks."""
+        # rank 0 has the largest share; a rank whose share is used up goes on with empty batches, for the forward may
+        # be a collective
+        steps = -(-len(dataloader.dataset.dataset) // self.args.world_size)
+        steps = -(-steps // dataloader.batch_size)
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.args.device)
+        batches = iter(dataloader)
+        for _ in range(steps):
+            batch = self._prepare_inputs(next(batches, None) or self.data_collator([]))
+            self._report_skipped(batch["problems"])
+            with torch.no_grad(), self.compute_loss_context_manager():
+                sums += self._forward(model, batch)[2]
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = self._averages(sums)
+        metrics["loss"] = self._weigh(metrics["text_loss"], metrics.get("mask_loss", 0.0))
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
+
+    def _averages(self, sums: Tensor) -> dict[str, float]:
+        """Means over all ranks: text loss per label, mask loss per pair, metrics per pair with a mask to be found."""
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
+        averages = {"text_loss": total["text_loss"] / max(total["labels"], 1)}
+        if total["pairs"]:
+            averages["mask_loss"] = total["mask_loss"] / total["pairs"]
+        if total["grounded_pairs"]:
+            averages |= {name: total[name] / total["grounded_pairs"] for name in METRICS}
+        if total["skipped"]:
+            averages["skipped"] = int(total["skipped"])
+        return averages | {"pairs": int(total["pairs"])}
+
+    def _start_interval(self):
+        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.args.device)
+        self._since = (time.perf_counter(), self.state.global_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to the training log what was summed since the last one."""
+        if "loss" in logs and "learning_rate" in logs:
+            since, step = self._since
+            averages = self._averages(self._sums)
+            averages["pairs_per_step"] = averages.pop("pairs") / max(self.state.global_step - step, 1)
+            tokens = self._sums[SUMS.index("tokens")]
+            tokens = self.accelerator.reduce(tokens, "sum") if self.args.world_size > 1 else tokens
+            logs |= averages | {"tokens_per_second": round(tokens.item() / (time.perf_counter() - since), 1)}
+            self._start_interval()
+        super().log(logs, start_time)

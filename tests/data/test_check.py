@@ -1,0 +1,165 @@
+import json
+
+import numpy as np
+import pytest
+
+from swim_fast.data.check import check_file
+from swim_fast.data.errors import DataError
+from swim_fast.data.samples import SampleOptions
+from tests.data.conftest import box, rle
+
+H, W = 64, 96
+
+
+def entry(name, question, answer="Yes.", **fields):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "conversations": turns, **fields}
+
+
+@pytest.fixture
+def file(tmp_path, clip):
+    """A file with good records of every kind and one of each problem."""
+    from PIL import Image
+
+    Image.new("RGB", (W, H)).save(tmp_path / "a.png")
+    (tmp_path / "broken.mp4").write_bytes(clip(12).read_bytes()[:400])
+    good, video = rle(box(H, W, 0, 20, 0, 30)), str(clip(12))
+    small = rle(box(H, H, 0, 20, 0, 30))
+    damaged = {"size": [H, W], "counts": [1, 2, 3]}
+    entries = [
+        entry(
+            "good", "A <ins>dog</ins>, a <ins>cat</ins>", video=video, annotation=[{"3": good, "5": good}, {"5": good}]
+        ),
+        entry("text", "What?"),
+        entry("image", "<image>\nA <ins>dog</ins>?", image="a.png", annotation=[{"0": good}]),
+        entry("no mask", "A <ins>dog</ins>?", video=video, annotation=[{"0": None}]),
+        entry("broken clip", "A <ins>dog</ins>?", video="broken.mp4", annotation=[{"0": good}]),
+        "not json",
+        entry("tags", "A dog?", video=video, annotation=[{"3": good}]),
+        entry(
+            "masks", "A <ins>dog</ins>?", video=video, annotation=[{"3": small, "4": good, "5": damaged, "12": good}]
+        ),
+        entry("special", "See <|im_end|>", video=video),
+        entry("open tag", "A <ins>dog?", video=video, annotation=[{"4": good}]),
+        entry("missing clip", "What?", video="missing.mp4"),
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in entries), encoding="utf-8")
+    return str(path)
+
+
+COUNTS = {"records": 11, "video": 7, "image": 1, "text": 1, "with_tags": 6, "tags": 7}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_everything_is_counted_and_every_problem_found(file, processor, workers):
+    report = check_file(file, SampleOptions(max_frames=4), processor, workers=workers, progress=False)
+    assert report.counts == {**COUNTS, "usable": 4, "annotated_frames": 5, "masks": 6}
+    found = [(problem.record, problem.name, problem.kind, problem.key) for problem in report.problems]
+    assert found == [
+        (4, "broken clip", "video", "video"),
+        (5, "", "record", ""),
+        (6, "tags", "annotation", "annotation"),
+        (7, "masks", "annotation", "annotation[0]['3']"),
+        (7, "masks", "annotation", "annotation[0]['5']"),
+        (7, "masks", "annotation", "annotation[0]['12']"),
+        (8, "special", "conversations", "conversations[0]"),
+        (9, "open tag", "conversations", "conversations[0]"),
+        (10, "missing clip", "video", "video"),
+    ]
+    reasons = [problem.reason for problem in report.problems]
+    expected = [
+        "video ",
+        "malformed JSON",
+        "the conversation has 0 <ins> tags but there are 1 annotations",
+        "mask size 64 x 64 does not fit the video's 64 x 96",
+        "run-length code does not decode",
+        "frame number past the end: the video has 12 frames",
+        "the text holds '<|im_end|>'",
+        "<ins> is never closed",
+        "video ",
+    ]
+    assert [reason[: len(start)] for reason, start in zip(reasons, expected, strict=True)] == expected
+    assert "broken.mp4" in reasons[0] and "missing.mp4" in reasons[-1]
+    assert report.by_kind() == {"annotation": 4, "video": 2, "conversations": 2, "record": 1}
+
+
+def test_without_a_processor_the_text_is_checked_for_tags_alone(file):
+    report = check_file(file, SampleOptions(max_frames=4), workers=0, progress=False)
+    assert report.counts == {**COUNTS, "usable": 5, "annotated_frames": 5, "masks": 6}
+    assert [problem.record for problem in report.problems] == [4, 5, 6, 7, 7, 7, 9, 10]
+    assert report.tokens is None
+
+
+@pytest.mark.parametrize("with_processor", [True, False])
+def test_without_decoding(file, processor, with_processor, monkeypatch):
+    monkeypatch.setattr("swim_fast.data.video._Child", None)  # would be a TypeError
+    report = check_file(file, processor=processor if with_processor else None, decode=False, workers=0, progress=False)
+    found = [(problem.record, problem.key) for problem in report.problems]
+    special = [(8, "conversations[0]")] if with_processor else []
+    assert found == [
+        (5, ""),
+        (6, "annotation"),
+        (7, "annotation[0]['5']"),  # whether the others fit the video is not known
+        *special,
+        (9, "conversations[0]"),
+        (10, "video"),
+    ]
+    assert report.problems[-1].reason.endswith("missing.mp4 does not exist; correct the path or the media folder")
+    assert report.counts["video"] == COUNTS["video"]
+
+
+def test_clips_are_decoded_for_real(tmp_path, clip, processor):
+    """The header is whole, the frames are not."""
+    data = bytearray(clip(12).read_bytes())
+    start = data.index(b"mdat") + 8
+    data[start : start + 6000] = np.random.default_rng(0).bytes(min(6000, len(data) - start))
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    (tmp_path / "a.json").write_text(json.dumps([entry("x", "What?", video="damaged.mp4")]))
+    for model in (None, processor):
+        report = check_file(str(tmp_path / "a.json"), processor=model, workers=0, progress=False)
+        assert [problem.kind for problem in report.problems] == ["video"]
+
+
+def test_tokens_and_thinning(tmp_path, clip, processor):
+    entries = [entry("a", "What?", video=str(clip(12))), entry("b", "What?")]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    free = check_file(str(tmp_path / "a.json"), SampleOptions(), processor, workers=0, progress=False)
+    assert free.tokens["most"] == free.tokens["fewest"] + 6 * 6 + 2
+    assert free.tokens["mean"] == (free.tokens["most"] + free.tokens["fewest"]) / 2
+    assert free.tokens["thinned"] == 0
+    options = SampleOptions(max_tokens=int(free.tokens["most"]) - 10)
+    report = check_file(str(tmp_path / "a.json"), options, processor, workers=0, progress=False)
+    assert report.tokens["thinned"] == 1
+    assert "; 1 with fewer frames to keep max_tokens" in str(report)
+    options = SampleOptions(max_tokens=int(free.tokens["fewest"]))
+    report = check_file(str(tmp_path / "a.json"), options, processor, workers=0, progress=False)
+    assert [problem.reason.split(":")[0] for problem in report.problems] == ["too long"]
+
+
+def test_report_as_text_and_json(file, processor, capsys):
+    report = check_file(file, SampleOptions(max_frames=4), processor, workers=0)
+    assert "11/11" in capsys.readouterr().err  # the progress bar
+    lines = str(report).splitlines()
+    assert lines[0] == file
+    assert lines[1] == "  11 records, 4 usable: 7 video, 1 image, 1 text only"
+    assert lines[2] == "  6 records with 7 tagged nouns, 6 masks in 5 annotated frames"
+    assert lines[3].startswith("  tokens per sample: ")
+    assert lines[4] == "  9 problems: 4 in annotation, 2 in video, 2 in conversations, 1 in record"
+    assert len(lines) == 5 + 9
+    assert lines[8].startswith("    record 7 (masks), annotation[0]['3']: mask size 64 x 64 does not fit")
+    data = json.loads(json.dumps(report.as_dict()))
+    assert data["counts"]["usable"] == 4 and data["problems_by_kind"]["annotation"] == 4
+    assert data["problems"][3]["key"] == "annotation[0]['3']"
+
+
+def test_report_without_problems(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([entry("b", "What?")]))
+    report = check_file(str(tmp_path / "a.json"), workers=0, progress=False)
+    assert str(report).endswith("  no problems")
+    assert report.problems == [] and report.counts["usable"] == 1
+
+
+def test_unreadable_file(tmp_path):
+    with pytest.raises(DataError, match="nowhere.jsonl"):
+        check_file(str(tmp_path / "nowhere.jsonl"))

@@ -1,0 +1,28 @@
+"""Fixtures of the kernel tests."""
+
+import pytest
+import torch
+
+from tests.kernels.noun_attention_cases import recompute
+
+
+@pytest.fixture(params=["by range", "by sequence"])
+def grouping(request, monkeypatch):
+    """The way of accelerators, where the metadata may not be looked at, is run on the CPU as well."""
+    if request.param == "by sequence":
+        monkeypatch.setattr(recompute, "_can_look", lambda queries: False)
+        monkeypatch.setattr(recompute, "_add_at", lambda out, i, values: out.index_put_((i,), values, accumulate=True))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 128 keys, whatever the number of rows and heads."""
+    monkeypatch.setattr(recompute, "_CHUNK_SCORES_CPU", 1)
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)

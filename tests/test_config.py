@@ -1,0 +1,89 @@
+import pytest
+import yaml
+
+from swim_fast.config import ConfigError, load_config
+
+MINIMAL = {"model": {"path": "some/model"}, "data": {"train": [{"path": "train.jsonl"}]}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**sections):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(MINIMAL | sections))
+        return path
+
+    return write
+
+
+def test_defaults_are_the_papers(write):
+    loss = load_config(write()).attention_loss
+    assert (loss.text_weight, loss.mask_weight) == (0.05, 1.0)
+    assert (loss.fusion, loss.criterion, loss.resolution) == ("product", "bce", "mask")
+    assert load_config(write()).model.freeze == ["vision_tower"]
+
+
+def test_overrides_replace_values_and_make_sections(write):
+    config = load_config(write(), ["attention_loss.criterion=kl", "training.max_steps=7", "data.max_frames=8"])
+    assert (config.attention_loss.criterion, config.training["max_steps"], config.data.max_frames) == ("kl", 7, 8)
+
+
+def test_numbers_without_a_dot_are_numbers(write):
+    arguments = load_config(write(), ["training.learning_rate=2e-5", "training.max_steps=3"]).training_arguments()
+    assert arguments.learning_rate == 2e-5
+    assert load_config(write(), ["attention_loss.text_weight=5e-2"]).attention_loss.text_weight == 0.05
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attention_loss.critereon=kl", "unknown key 'attention_loss.critereon'; did you mean 'criterion'"),
+        ("modle.path=x", "unknown key 'modle'; did you mean 'model'"),
+        ("attention_loss.criterion=mse", "attention_loss.criterion is 'mse'; choose one of: bce, iou, dice, kl"),
+        ("data.max_frames=many", "data.max_frames is 'many'; expected int"),
+        ("data.max_frames=true", "data.max_frames is True; expected int"),
+        ("data.max_frames=1", "two frames make one temporal patch"),
+        ("data={min_pixels: 200, max_pixels: 100}", "min_pixels 200 is above max_pixels 100"),
+        ("data.train=[{path: a.jsonl, weight: 0}]", "weight of a.jsonl is 0"),
+        ("data.train=[{pth: a.jsonl}]", "unknown key 'data.train[0].pth'; did you mean 'path'"),
+        ("attention_loss.layers=[]", "attention_loss.layers is empty"),
+        ("attention_loss.layers=[1, x]", r"attention_loss.layers[1] is 'x'; expected int"),
+        ("attention_loss", "not of the form key.sub=value"),
+        ("model.path.sub=1", "path is a single value"),
+        ("model=[]", "model must be a mapping"),
+    ],
+)
+def test_mistakes_are_named_with_their_remedy(write, override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(), [override])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("learning_rat", "unknown key 'training.learning_rat'; did you mean 'learning_rate'"),
+        ("remove_unused_columns", "training.remove_unused_columns must be False"),
+    ],
+)
+def test_training_arguments_are_checked_by_name(write, key, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(training={key: True})).training_arguments()
+    assert message in str(error.value)
+
+
+def test_missing_key_file_and_broken_yaml(write, tmp_path):
+    path = write(model={})
+    with pytest.raises(ConfigError, match="missing key 'model.path'"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "absent.yaml")
+    path.write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(path)
+
+
+def test_effective_configuration_reads_back(write, tmp_path):
+    config = load_config(write(), ["attention_loss.layers=[2, 7]"])
+    (tmp_path / "again.yaml").write_text(config.as_yaml())
+    assert load_config(tmp_path / "again.yaml") == config

@@ -1,0 +1,182 @@
+"""Runs as users start them: bad clips, odd clips, Ctrl-C, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.training.conftest import (
+    command,
+    environment,
+    history,
+    record,
+    run,
+    run_here,
+    square_clip,
+    text_record,
+    write_records,
+)
+
+
+def test_a_run_over_broken_clips_ends_and_reports_them(write_config, tmp_path, caplog):
+    records = []
+    for number in range(20):
+        masks = square_clip(tmp_path / f"{number}.mp4", number)
+        records.append(record(f"{number}.mp4", masks))
+    (tmp_path / "3.mp4").write_bytes((tmp_path / "3.mp4").read_bytes()[:200])
+    (tmp_path / "11.mp4").unlink()
+    data = write_records(tmp_path / "data.jsonl", records)
+    config = write_config(
+        data={"train": [{"path": str(data)}]}, training={"max_steps": 10, "dataloader_num_workers": 2}
+    )
+    with caplog.at_level("WARNING"):
+        run_here(config)
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped-rank0.jsonl").read_text().splitlines()]
+    assert len(skipped) == 2
+    for number in (3, 11):
+        assert any(f"record {number}" in line["problem"] and f"{number}.mp4" in line["problem"] for line in skipped)
+        assert f"record {number}" in caplog.text
+    assert sum(entry.get("skipped", 0) for entry in history(tmp_path / "run")) == 2
+    pairs = sum(entry["pairs_per_step"] for entry in history(tmp_path / "run"))
+    rows = pairs / 18 / 2  # two supervised patches of four frames
+    assert rows == round(rows) >= 1  # every other clip was trained on
+
+
+def test_odd_clips_of_ones_own_train(write_config, tmp_path):
+    """1 to 3 frames, odd sizes, an odd number of frames, variable frame rate; masks as hand-drawn polygons."""
+    clips = {
+        "one.mp4": dict(count=1),
+        "two.mp4": dict(count=2),
+        "three.mp4": dict(count=3, height=75, width=101),
+        "odd.mp4": dict(count=7, height=180, width=120),
+        "vfr.mp4": dict(count=5, times=[0, 0.1, 0.5, 0.6, 2.0]),
+    }
+    records = []
+    for seed, (name, options) in enumerate(clips.items()):
+        masks = square_clip(tmp_path / name, seed, **options)
+        rows, columns = np.nonzero(masks[0])
+        left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
+        polygon = [[int(v) for v in (left, top, right, top, right, bottom, left, bottom)]]
+        lines = record(name, masks)
+        lines["annotation"] = [{"0": {"segmentation": polygon}}]
+        records.append(lines)
+    data = write_records(tmp_path / "data.jsonl", records)
+    config = write_config(
+        data={"train": [{"path": str(data)}], "eval": {"own": {"path": str(data)}}},
+        training={"max_steps": 5, "per_device_train_batch_size": 1},
+    )
+    run_here(config)
+    logs = history(tmp_path / "run")
+    assert all(entry["pairs_per_step"] > 0 for entry in logs)
+    assert not (tmp_path / "run" / "skipped-rank0.jsonl").exists()
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["eval_own_pairs"] > 0
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision_tower", "merger"]])
+def test_ranks_with_and_without_video_stay_in_step(write_config, tmp_path, freeze):
+    masks = square_clip(tmp_path / "clip.mp4", 0)
+    records = [record("clip.mp4", masks), text_record(0), text_record(1), {"conversations": []}]
+    data = write_records(tmp_path / "data.jsonl", records)
+    config = write_config(
+        model={"freeze": freeze},
+        data={"train": [{"path": str(data)}], "eval": {"same": {"path": str(data), "limit": 3}}},
+        training={"max_steps": 4, "per_device_train_batch_size": 1},
+    )
+    run("train", config, ranks=2)
+    metrics = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert metrics["eval_same_pairs"] > 0
+    logs = history(tmp_path / "run")
+    assert sum(entry.get("skipped", 0) for entry in logs) == 2  # the empty record, in each of two epochs
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_resume_from(write_config, tmp_path):
+    config = write_config(training={"max_steps": 400, "dataloader_num_workers": 1})
+    process = subprocess.Popen(
+        command("train", str(config)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "text_loss" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to workers and decoders as well
+    begin = time.monotonic()
+    lines.append(process.stdout.read())
+    assert process.wait(timeout=120) == 0, "".join(lines)[-3000:]
+    assert time.monotonic() - begin < 60
+    assert "SIGINT: saving a checkpoint" in "".join(lines)
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    step = int(saved.name.split("-")[1])
+    assert 1 <= step < 400
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    with_checkpoint = run("train", config, code=2)
+    assert "go on with --resume" in with_checkpoint
+    run("train", config, "--resume", f"training.max_steps={step + 2}")
+    assert history(tmp_path / "run")[-1]["step"] == step + 2
+
+
+def test_trained_checkpoint_is_plain(write_config, tmp_path):
+    run_here(write_config())
+    code = (
+        "import sys; from transformers import AutoModelForImageTextToText as M, AutoProcessor as P; "
+        "f = sys.argv[1]; m, p = M.from_pretrained(f), P.from_pretrained(f); "
+        "chat = [{'role': 'user', 'content': [{'type': 'text', 'text': 'What does the square do?'}]}]; "
+        "i = p.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=True,"
+        " return_tensors='pt'); "
+        "print(len(p.decode(m.generate(**i, max_new_tokens=4)[0]))); "
+        "assert not [n for n in sys.modules if n.startswith('swim')]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("data.train=[]", "data.train is empty"),
+        ("data.train=[{path: absent.jsonl}]", "absent.jsonl"),
+        ("model.path=absent/model", "absent/model"),
+        ("attention_loss.layers=[7]", "layer 7 is out of range"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(write_config, capsys, override, message):
+    from swim_fast.cli import main
+
+    assert main(["train", str(write_config()), override]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_effective_configuration_is_saved(write_config, tmp_path, capsys):
+    from swim_fast.config import load_config
+
+    run_here(write_config(attention_loss={"layers": None}), "training.max_steps=1")
+    output = capsys.readouterr().out
+    saved = load_config(tmp_path / "run" / "config.yaml")
+    assert saved.attention_loss.layers == [1]  # what None stood for
+    assert saved.training["max_steps"] == 1
+    assert "effective configuration" in output
+
+
+def test_a_detached_model_is_an_error_and_not_a_text_only_run(write_config):
+    from swim_fast.config import load_config
+    from swim_fast.modeling import detach_noun_attention
+    from swim_fast.training.run import build_trainer
+
+    trainer = build_trainer(load_config(write_config()))
+    detach_noun_attention(trainer.model)
+    with pytest.raises(RuntimeError, match="the model answered no map"):
+        trainer.train()
