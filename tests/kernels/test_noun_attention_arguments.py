@@ -131,7 +131,7 @@ def test_choice_is_said_once(backend, device_type, chosen, level, why, caplog):
     caplog.set_level(logging.DEBUG, logger=dispatch.__name__)
     for _ in range(3):
         assert dispatch.choose_backend(backend, device_type) == chosen
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if record.name == dispatch.__name__]
     assert record.levelno == level
     assert record.getMessage().startswith(f"noun attention on {device_type}: backend {chosen} ({why}")
 
