@@ -43,7 +43,7 @@ def _data_show(args) -> int:
 def _demo(args) -> int:
     from swim_fast.demo.run import run_demo
 
-    run_demo(args.config, args.overrides)
+    run_demo(args.config, args.overrides, train_clips=args.train_clips, heldout_clips=args.heldout_clips)
     return 0
 
 
@@ -67,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     job = jobs.add_parser("demo", help="render clips, train a tiny model with and without the mask loss, draw pictures")
     job.add_argument("config", nargs="?", default="configs/demo.yaml")
+    job.add_argument("--train-clips", type=int, default=800)
+    job.add_argument("--heldout-clips", type=int, default=60)
     job.add_argument("overrides", nargs="*", metavar="key=value")
     job.set_defaults(run=_demo)
 
@@ -99,7 +101,7 @@ def main(argv=None) -> int:
         args.overrides += rest
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:  # what a user can mend; anything else shows its traceback
+    except (ValueError, OSError, ImportError) as error:  # what a user can mend; anything else shows its traceback
         print(f"swim-fast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -106,7 +106,7 @@ class RunConfig:
         for key, value in self.training.items():
             if key not in known:
                 raise _unknown(f"training.{key}", key, known)
-            values[key] = _number(value) if isinstance(value, str) and _takes_number(known[key]) else value
+            values[key] = _meant(value, known[key])
         for key, needed in _FIXED.items():
             if values.setdefault(key, needed) != needed:
                 raise ConfigError(f"training.{key} must be {needed}: batches are dictionaries of this project's own")
@@ -220,5 +220,9 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _takes_number(hint: Any) -> bool:
-    return hint is float or float in get_args(hint)
+def _meant(value: Any, hint: Any) -> Any:
+    """Undo what YAML 1.1 does to the values of TrainingArguments: 2e-5 comes as text, no as False."""
+    accepted = (hint, *get_args(hint))
+    if isinstance(value, str) and float in accepted:
+        return _number(value)
+    return "no" if value is False and bool not in accepted else value

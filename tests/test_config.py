@@ -28,9 +28,10 @@ def test_overrides_replace_values_and_make_sections(write):
     assert (config.attention_loss.criterion, config.training["max_steps"], config.data.max_frames) == ("kl", 7, 8)
 
 
-def test_numbers_without_a_dot_are_numbers(write):
+def test_yaml_1_1_does_not_turn_numbers_into_text_nor_no_into_false(write):
     arguments = load_config(write(), ["training.learning_rate=2e-5", "training.max_steps=3"]).training_arguments()
     assert arguments.learning_rate == 2e-5
+    assert load_config(write(), ["training.save_strategy=no"]).training_arguments().save_strategy == "no"
     assert load_config(write(), ["attention_loss.text_weight=5e-2"]).attention_loss.text_weight == 0.05
 
 

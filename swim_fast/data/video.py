@@ -104,9 +104,10 @@ class FrameReader:
             head, frames = self._child.ask(request, self.timeout)
         except TimeoutError:
             self.close()
+            faster = ", or use reader torchcodec or pyav, which are faster on long clips" * (self.reader == "decord")
             raise DataError(
                 f"{what}: decoding took longer than the limit of {self.timeout:g} s and was stopped; check the file, "
-                "or raise the limit"
+                f"raise the limit{faster}"
             ) from None
         except EOFError:
             self._child.process.wait()

@@ -12,7 +12,6 @@ from swim_fast.data.records import Record
 from swim_fast.data.samples import Sample, SampleBuilder, SampleOptions
 
 
-
 def prompt_and_answer(sample: Sample) -> tuple[Sample, Tensor]:
     """Cut a sample before its first answer: what the model is given at inference, and the label tokens expected."""
     labels = sample.inputs["labels"]

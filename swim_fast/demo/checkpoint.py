@@ -34,7 +34,7 @@ SPECIAL_TOKENS = (
 SYSTEM_PROMPT = "You are a helpful assistant."
 
 # Renders system, user and assistant turns as Qwen2.5-VL's template does, the optional "Picture 1: " labels included.
-# A conversation's rendering starts with that of its first turns, so the tokens of a turn can be found by rendering twice.
+# A conversation's rendering starts with that of its first turns: a turn's tokens can be found by rendering twice.
 CHAT_TEMPLATE = """\
 {%- set counts = namespace(image=0, video=0) -%}
 {%- macro media(kind, label, number) -%}
@@ -73,8 +73,8 @@ CHAT_TEMPLATE = """\
 class ModelSize:
     """Sizes of the model and of its pictures; the defaults give about 0.9 M parameters with 400 tokens.
 
-    A visual token covers ``cell`` × ``cell`` pixels of two frames, ``cell = patch_size * merge_size``. Videos and images
-    are resized to multiples of that, between ``min_pixels`` and ``max_pixels`` per frame.
+    A visual token covers a square of two frames, ``patch_size * merge_size`` pixels wide. Videos and images are resized
+    to multiples of that, with ``min_pixels`` to ``max_pixels`` per frame.
     """
 
     hidden_size: int = 128
@@ -158,8 +158,8 @@ def build_config(tokenizer: Any, size: ModelSize | None = None) -> Any:
     """Qwen2_5_VLConfig of the given sizes whose token ids are the tokenizer's.
 
     Raises:
-        ValueError: if ``hidden_size`` is no multiple of ``num_heads``, or the head size of the text model is no multiple
-            of 16 (rotary frequencies are dealt out to time, height and width as 2 : 3 : 3, as in Qwen2.5-VL).
+        ValueError: if ``hidden_size / num_heads`` is no multiple of 16: rotary frequencies are dealt out to time,
+            height and width as 2 : 3 : 3, as in Qwen2.5-VL.
     """
     from transformers import Qwen2_5_VLConfig
 
@@ -200,7 +200,7 @@ def build_config(tokenizer: Any, size: ModelSize | None = None) -> Any:
             "spatial_merge_size": size.merge_size,
             "temporal_patch_size": 2,
             "tokens_per_second": size.tokens_per_second,
-            "window_size": 4 * size.patch_size * size.merge_size,
+            "window_size": 8 * size.patch_size * size.merge_size,
             "fullatt_block_indexes": [size.vision_depth - 1],
             "initializer_range": size.initializer_range,
         },

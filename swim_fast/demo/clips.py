@@ -32,7 +32,7 @@ def render(scene: Scene, options: ClipOptions | None = None) -> tuple[np.ndarray
     size = (options.width, options.height)
     enlarged = (options.width * SUPERSAMPLING, options.height * SUPERSAMPLING)
     backdrop = background(*size, np.random.default_rng(scene.texture_seed)).resize(enlarged, Image.Resampling.BILINEAR)
-    sprites = [sprite(item.noun, item.colour, item.radius, item.tilt) for item in scene.items]
+    sprites = [sprite(item.noun, item.shade, item.radius, item.tilt) for item in scene.items]
     frames = np.empty((options.num_frames, options.height, options.width, 3), dtype=np.uint8)
     masks = np.empty((options.num_frames, len(scene.items), options.height, options.width), dtype=bool)
     for t in range(options.num_frames):
@@ -65,8 +65,21 @@ def write_video(path: str | PathLike[str], frames: np.ndarray, options: ClipOpti
         stream = container.add_stream("libx264", rate=options.fps, options=settings)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(_yuv420(frame), format="yuv420p")))
         container.mux(stream.encode())
+
+
+def _yuv420(frame: np.ndarray) -> np.ndarray:
+    """RGB [H, W, 3] to planar YUV 4:2:0 [H * 3 / 2, W], uint8, BT.601, limited range (ITU-R BT.601-7, 2.5).
+
+    Done here because libswscale's last columns depend on memory behind the row, and with them the bytes of the file.
+    """
+    height, width, _ = frame.shape
+    weights = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
+    planes = np.moveaxis(frame @ weights.T + (16, 128, 128), -1, 0)  # [3, H, W]
+    luma = planes[0].round().astype(np.uint8)
+    chroma = planes[1:].reshape(2, height // 2, 2, width // 2, 2).mean(axis=(2, 4)).round().astype(np.uint8)
+    return np.concatenate([luma.ravel(), chroma.ravel()]).reshape(height * 3 // 2, width)
 
 
 def annotations(scene: Scene, masks: np.ndarray, options: ClipOptions | None = None) -> list[dict[str, Any]]:
@@ -105,14 +118,14 @@ def _record(
 def training_records(
     name: str, video: str, scene: Scene, found: list[dict], rng: np.random.Generator
 ) -> Iterator[dict]:
-    """Conversations about one clip: a turn about each object in sight, and a description of the clip."""
+    """Conversations about one clip: a turn about each object in sight."""
     seen = [(item, where) for item, where in zip(scene.items, found, strict=True) if where]
     turns, annotation = [], []
     for i in rng.permutation(len(seen)):
         item, where = seen[i]
-        template = texts.pick(rng, texts.COLOUR_TEMPLATES, texts.MOTION_TEMPLATES, texts.DESCRIPTION_TEMPLATES)
-        again = "{noun_again}" in template[1] and bool(rng.integers(2))
-        turns.append(texts.fill(template, item.noun, item.colour, item.direction, tag_answer=again))
+        template = texts.pick(rng, *texts.QUESTIONS, texts.DESCRIPTIONS)
+        again = "{again}" in template[1] and bool(rng.integers(2))
+        turns.append(texts.fill(template, item, tag_answer=again))
         annotation += [where] * (2 if again else 1)
     if turns:
         yield _record(f"{name}_turns", video, turns, annotation)
@@ -124,8 +137,8 @@ def held_out_records(
     """One question with a certain answer about each object in sight of one clip."""
     for item, where in zip(scene.items, found, strict=True):
         if where:
-            template = texts.pick(rng, texts.COLOUR_TEMPLATES, texts.MOTION_TEMPLATES)
-            turn = texts.fill(template, item.noun, item.colour, item.direction, tag_answer=False)
+            template = texts.pick(rng, *texts.QUESTIONS)
+            turn = texts.fill(template, item, tag_answer=False)
             yield _record(f"{name}_{item.noun}", video, [turn], [where])
 
 

@@ -14,14 +14,17 @@ from PIL import Image, ImageDraw
 
 SUPERSAMPLING = 4
 
+# Every noun has a hue of its own and two shades of it.
 COLOURS = {
-    "red": (222, 60, 64),
-    "yellow": (246, 200, 62),
-    "green": (58, 160, 92),
-    "blue": (52, 112, 228),
-    "purple": (142, 84, 206),
-    "white": (244, 241, 234),
+    "ball": (46, 116, 236),
+    "box": (52, 168, 92),
+    "star": (248, 204, 56),
+    "heart": (226, 52, 66),
+    "moon": (240, 238, 228),
+    "flower": (164, 84, 214),
+    "cone": (244, 130, 36),
 }
+SHADES = {"light": 0.34, "dark": -0.42}
 
 # Points of a shape lie in the unit disc, y downwards.
 Points = list[tuple[float, float]]
@@ -89,7 +92,6 @@ SHAPES: dict[str, Callable[[], Shape]] = {
             ([(-0.48, 0.18), (0.48, 0.18), (0.56, 0.44), (-0.56, 0.44)], 0.6),
         ],
     ),
-    "ring": lambda: (_disc(), [_disc(0.42)], []),
     "heart": lambda: (_heart(), [], [(_disc(0.17, -0.45, -0.4), 0.6)]),
     "moon": lambda: (_moon(), [], [(_disc(0.12, -0.62, -0.25), -0.25), (_disc(0.15, -0.45, 0.42), -0.25)]),
     "flower": lambda: (_flower(), [], [(_disc(0.32), -0.5)]),
@@ -101,12 +103,12 @@ def _shade(colour: np.ndarray, amount: float) -> np.ndarray:
     return colour + (255.0 - colour) * amount if amount >= 0 else colour * (1.0 + amount)
 
 
-def sprite(noun: str, colour: str, radius: float, tilt: float) -> tuple[Image.Image, Image.Image]:
+def sprite(noun: str, shade: str, radius: float, tilt: float) -> tuple[Image.Image, Image.Image]:
     """Draw one object, ``SUPERSAMPLING`` times enlarged.
 
     Args:
         noun: a key of ``SHAPES``.
-        colour: a key of ``COLOURS``.
+        shade: a key of ``SHADES``.
         radius: of the disc around the object, in pixels of the clip.
         tilt: rotation in degrees, clockwise.
 
@@ -131,7 +133,7 @@ def sprite(noun: str, colour: str, radius: float, tilt: float) -> tuple[Image.Im
         silhouette.paste(0, mask=region(hole))
     # Light falls from above on the left.
     y, x = np.mgrid[-1 : 1 : 2j * half, -1 : 1 : 2j * half]
-    base = np.array(COLOURS[colour], dtype=np.float64)
+    base = _shade(np.array(COLOURS[noun], dtype=np.float64), SHADES[shade])
     light = 1.0 - 0.16 * (x + y)[..., None]
     pixels = base * light
     for points, amount in patches:
@@ -151,7 +153,7 @@ def background(width: int, height: int, rng: np.random.Generator) -> Image.Image
     """A muted, textured picture [height, width] pixels: a gradient, a faint pattern and cloudy noise."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     hue = rng.uniform(-1, 1, size=3)
-    base = rng.uniform(84, 172) + 16 * (hue - hue.mean())
+    base = rng.uniform(84, 172) + 9 * (hue - hue.mean())
     pixels = np.broadcast_to(base, (height, width, 3)).copy()
     angle = rng.uniform(0, 2 * math.pi)
     along = (x * math.cos(angle) + y * math.sin(angle)) / max(width, height)

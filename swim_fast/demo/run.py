@@ -12,7 +12,7 @@ WITH, WITHOUT = "with_attention_loss", "text_loss_only"
 METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou", "answer_accuracy")
 
 
-def run_demo(config_path: str, overrides: list[str] = ()) -> dict:
+def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 800, heldout_clips: int = 60) -> dict:
     """Run the whole demo in the folder `training.output_dir` of a configuration.
 
     Writes `metrics.json`, `curves.png` and `attention.png` beside the two trained checkpoints, replacing those of an
@@ -22,16 +22,19 @@ def run_demo(config_path: str, overrides: list[str] = ()) -> dict:
         What `metrics.json` holds: per run the held-out pointing accuracy, mass in mask, soft IoU and answer accuracy,
         and the seconds of the whole demo.
     """
+    import torch
+
     from swim_fast.demo.checkpoint import build_checkpoint
     from swim_fast.demo.clips import write_demo_data
     from swim_fast.demo.picture import draw_attention, draw_curves
     from swim_fast.demo.texts import all_texts
 
     begin = time.perf_counter()
+    torch.set_num_threads(1)  # too small a model for more; the other core decodes
     config = load_config(config_path, overrides)
     folder = Path(config.training["output_dir"])
     seed = config.training.get("seed", 0)
-    write_demo_data(folder / "data", seed=seed)
+    write_demo_data(folder / "data", seed=seed, train_clips=train_clips, heldout_clips=heldout_clips)
     build_checkpoint(config.model.path, all_texts(), seed=seed)
 
     report, folders = {}, {}

@@ -1,32 +1,36 @@
-"""What is to be seen in a demo clip: objects, their colours, sizes, paths and order in depth, drawn from a seed."""
+"""What is to be seen in a demo clip: objects, their shades, sizes, paths and order in depth, drawn from a seed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
-from swim_fast.demo.drawing import COLOURS, SHAPES
+from swim_fast.demo.drawing import SHADES, SHAPES
 
 NOUNS = tuple(SHAPES)
-COLOUR_NAMES = tuple(COLOURS)
+SIZES = {"small": (19.0, 22.0), "big": (28.0, 31.0)}  # radius in pixels
 DIRECTIONS = {"to the left": (-1, 0), "to the right": (1, 0), "up": (0, -1), "down": (0, 1), "": (0, 0)}
 SPLITS = ("train", "heldout")
 
 
-def is_held_out(noun: str, colour: str) -> bool:
-    """Whether this combination is kept for the held-out split: one colour of each noun."""
-    return NOUNS.index(noun) % len(COLOUR_NAMES) == COLOUR_NAMES.index(colour)
+# Nouns that are never seen together in training; every held-out clip shows one of these pairs.
+HELD_OUT_PAIRS = tuple(frozenset(pair) for pair in zip(NOUNS[: len(NOUNS) // 2], reversed(NOUNS), strict=False))
+
+
+def has_held_out_pair(nouns: Collection[str]) -> bool:
+    return any(pair <= set(nouns) for pair in HELD_OUT_PAIRS)
 
 
 @dataclass(frozen=True)
 class ClipOptions:
     """Shape of the clips; the defaults suit :class:`swim_fast.demo.checkpoint.ModelSize`.
 
-    ``width`` and ``height`` in pixels (even, for H.264); ``num_frames`` at ``fps`` frames per second; ``annotated`` frames
-    carry masks; an object is annotated where its visible mask covers the centre of one of the ``cell`` × ``cell`` squares,
-    the smallest thing that a visual token can point at.
+    ``width`` and ``height`` are pixels (even, for H.264); ``num_frames`` at ``fps`` frames per second, of which
+    ``annotated`` carry masks. An object is annotated where its visible mask covers the centre of one of the ``cell`` ×
+    ``cell`` squares, the smallest thing that a visual token can point at.
     """
 
     width: int = 168
@@ -37,32 +41,36 @@ class ClipOptions:
     cell: int = 28
     min_objects: int = 3
     max_objects: int = 3
-    min_radius: float = 20.0
-    max_radius: float = 29.0
     keyframe_interval: int = 6
     crf: int = 20
 
     def __post_init__(self) -> None:
         if self.width % 2 or self.height % 2:
             raise ValueError(f"clips of {self.width}x{self.height} pixels: H.264 wants an even width and height")
+        least = math.ceil(4 * max(radius for _, radius in SIZES.values()))
+        if min(self.width, self.height) < least:
+            raise ValueError(
+                f"clips of {self.width}x{self.height} pixels: both must be at least {least}, room for objects to move"
+            )
         if not 1 <= self.annotated <= self.num_frames:
             raise ValueError(f"annotated is {self.annotated}; it must lie between 1 and num_frames, {self.num_frames}")
-        if not 1 <= self.min_objects <= self.max_objects <= len(NOUNS):
+        if not 2 <= self.min_objects <= self.max_objects <= len(NOUNS):
             raise ValueError(
-                f"min_objects {self.min_objects} and max_objects {self.max_objects} must lie between 1 and {len(NOUNS)}, "
-                "the number of different nouns, and be in order"
+                f"min_objects {self.min_objects} and max_objects {self.max_objects} must be in order and lie between 2 "
+                f"and {len(NOUNS)}, the number of different nouns"
             )
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object: what it is, how it looks and its straight path from ``start`` to ``end`` (centre, x and y in pixels)."""
+    """One object: what it is, how it looks, and its straight path (x and y of its centre, in pixels)."""
 
     noun: str
-    colour: str
+    shade: str
+    size: str
+    direction: str
     radius: float
     tilt: float
-    direction: str
     start: tuple[float, float]
     end: tuple[float, float]
 
@@ -81,41 +89,48 @@ class Scene:
 
 
 def random_scene(seed: int, split: str, number: int, options: ClipOptions | None = None) -> Scene:
-    """The scene of clip ``number`` of a split: its nouns differ from each other, and so do its colours.
+    """The scene of clip ``number`` of a split: its nouns differ from each other.
 
-    Training scenes hold no combination of :func:`is_held_out`; every held-out scene holds at least one.
+    Training scenes show none of ``HELD_OUT_PAIRS``, every held-out scene shows one or more.
     """
     options = options or ClipOptions()
     rng = np.random.default_rng([seed, SPLITS.index(split), number])
-    while True:
-        items = _random_items(rng, split, options)
-        if items is not None:
-            break
+    looks = _random_looks(rng, split, options)
+    items = next(filter(None, (_random_paths(rng, looks, options) for _ in range(10_000))), None)
+    if items is None:
+        raise ValueError(
+            f"{len(looks)} objects find no place in clips of {options.width}x{options.height} pixels; "
+            "give larger clips or fewer objects"
+        )
     step = options.num_frames // options.annotated
     first = int(rng.integers(options.num_frames - step * (options.annotated - 1)))
     annotated = tuple(first + step * i for i in range(options.annotated))
     return Scene(items, annotated, int(rng.integers(2**31)))
 
 
-def _random_items(rng: np.random.Generator, split: str, options: ClipOptions) -> tuple[Item, ...] | None:
-    """Draw objects; None if their looks or paths turn out unfit."""
-    count = int(rng.integers(options.min_objects, options.max_objects + 1))
-    nouns = rng.permutation(NOUNS)[:count].tolist()
-    colours = rng.permutation(COLOUR_NAMES)[:count].tolist()
-    if any(map(is_held_out, nouns, colours)) != (split == "heldout"):
-        return None
-    items = []
-    for noun, colour in zip(nouns, colours, strict=True):
-        radius = float(rng.uniform(options.min_radius, options.max_radius))
-        direction = str(rng.choice(list(DIRECTIONS)))
+def _random_looks(rng: np.random.Generator, split: str, options: ClipOptions) -> list[tuple[str, str, str, str]]:
+    """Noun, shade, size and direction of each object."""
+    while True:
+        count = int(rng.integers(options.min_objects, options.max_objects + 1))
+        nouns = rng.permutation(NOUNS)[:count].tolist()
+        if has_held_out_pair(nouns) == (split == "heldout"):
+            return [(noun, *(str(rng.choice(list(a))) for a in (SHADES, SIZES, DIRECTIONS))) for noun in nouns]
+
+
+def _random_paths(
+    rng: np.random.Generator, looks: list[tuple[str, str, str, str]], options: ClipOptions
+) -> tuple[Item, ...] | None:
+    """Place objects of these looks; None if one would hide another for much of the clip."""
+    items: list[Item] = []
+    for noun, shade, size, direction in looks:
+        radius, tilt = float(rng.uniform(*SIZES[size])), float(rng.uniform(-14, 14))
         path = _random_path(rng, radius, DIRECTIONS[direction], options)
-        items.append(Item(noun, colour, radius, float(rng.uniform(-14, 14)), direction, *path))
-    # Objects may pass behind each other, but each stays partly in sight.
-    for i, one in enumerate(items):
-        for other in items[i + 1 :]:
+        new = Item(noun, shade, size, direction, radius, tilt, *path)
+        for other in items:
             for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-                if math.dist(one.centre(share), other.centre(share)) < 0.62 * (one.radius + other.radius):
+                if math.dist(new.centre(share), other.centre(share)) < 0.62 * (new.radius + other.radius):
                     return None
+        items.append(new)
     return tuple(items)
 
 

@@ -7,65 +7,49 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from swim_fast.demo.scenes import COLOUR_NAMES, DIRECTIONS, NOUNS, Item
+from swim_fast.demo.drawing import SHADES
+from swim_fast.demo.scenes import DIRECTIONS, NOUNS, SIZES, Item
 
-# (question, answer): what the answer is follows from the question and the clip, so that it can be checked exactly.
-COLOUR_TEMPLATES = (
-    ("What colour is the {noun}?", "The {noun_again} is {colour}."),
-    ("Tell me the colour of the {noun}.", "It is {colour}."),
-    ("Look at the {noun}. Which colour is it?", "It is {colour}."),
+# (question, answer) about one object. The answer follows from the question and the clip, so it can be checked exactly.
+Template = tuple[str, str]
+SHADE_QUESTIONS: tuple[Template, ...] = (
+    ("Is the {noun} light or dark?", "It is {shade}."),
+    ("Which shade has the {noun}?", "The {again} is {shade}."),
 )
-MOTION_TEMPLATES = (
-    ("Which way does the {noun} go?", "The {noun_again} {motion}."),
+SIZE_QUESTIONS: tuple[Template, ...] = (
+    ("Is the {noun} big or small?", "It is {size}."),
+    ("How large is the {noun}?", "The {again} is {size}."),
+)
+MOTION_QUESTIONS: tuple[Template, ...] = (
     ("What is the {noun} doing?", "It {motion}."),
-    ("Watch the {noun}. Where does it move?", "It {motion}."),
+    ("Which way does the {noun} go?", "The {again} {motion}."),
 )
-DESCRIPTION_TEMPLATES = (
-    ("Describe the {noun}.", "A {colour} {noun_again} that {motion}."),
-    ("What can you say about the {noun}?", "The {colour} {noun_again} {motion}."),
+DESCRIPTIONS: tuple[Template, ...] = (
+    ("Describe the {noun}.", "A {size} {shade} {again} that {motion}."),
+    ("What can you say about the {noun}?", "The {size} {shade} {again} {motion}."),
 )
-WHOLE_CLIP_QUESTIONS = ("Describe the clip.", "What happens in this video?")
-WHOLE_CLIP_SENTENCE = "The {colour} {noun} {motion}."
+QUESTIONS = (SHADE_QUESTIONS, SIZE_QUESTIONS, MOTION_QUESTIONS)
 
 
-def motion_of(direction: str) -> str:
-    """Predicate for a key of ``DIRECTIONS``: "moves up", "stays still"."""
-    return f"moves {direction}" if direction else "stays still"
-
-
-def tagged(noun: str) -> str:
-    return f"<ins>{noun}</ins>"
-
-
-def fill(template: tuple[str, str], noun: str, colour: str, direction: str, tag_answer: bool) -> tuple[str, str]:
-    """Question and answer about one object; its noun is tagged in the question, and in the answer if ``tag_answer``."""
+def fill(template: Template, item: Item, *, tag_answer: bool) -> tuple[str, str]:
+    """Question and answer about an object; its noun is tagged in the question, and in the answer if ``tag_answer``."""
+    tagged = f"<ins>{item.noun}</ins>"
+    motion = f"moves {item.direction}" if item.direction else "stays still"
     question, answer = template
-    again = tagged(noun) if tag_answer else noun
-    return (
-        question.format(noun=tagged(noun)),
-        answer.format(noun_again=again, colour=colour, motion=motion_of(direction)),
-    )
+    again = tagged if tag_answer else item.noun
+    return question.format(noun=tagged), answer.format(again=again, shade=item.shade, size=item.size, motion=motion)
 
 
-def whole_clip_answer(items: Sequence[Item]) -> str:
-    """One sentence per object, from left to right as the clip begins."""
-    ordered = sorted(items, key=lambda item: item.start[0])
-    return " ".join(
-        WHOLE_CLIP_SENTENCE.format(colour=i.colour, noun=tagged(i.noun), motion=motion_of(i.direction)) for i in ordered
-    )
+def pick(rng: np.random.Generator, *kinds: Sequence[Template]) -> Template:
+    """A template of one of the kinds, each kind being as likely as the others."""
+    templates = kinds[int(rng.integers(len(kinds)))]
+    return templates[int(rng.integers(len(templates)))]
 
 
 def all_texts() -> Iterator[str]:
     """Every question and answer there can be, untagged: what the tokenizer learns from."""
-    for noun, colour, direction in itertools.product(NOUNS, COLOUR_NAMES, DIRECTIONS):
-        for template in COLOUR_TEMPLATES + MOTION_TEMPLATES + DESCRIPTION_TEMPLATES:
-            question, answer = fill(template, noun, colour, direction, tag_answer=False)
-            yield question.replace("<ins>", "").replace("</ins>", "")
-            yield answer
-    yield from WHOLE_CLIP_QUESTIONS
-
-
-def pick(rng: np.random.Generator, *kinds: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """A template of one of the kinds, each kind being as likely as the others."""
-    templates = kinds[int(rng.integers(len(kinds)))]
-    return templates[int(rng.integers(len(templates)))]
+    for look in itertools.product(NOUNS, SHADES, SIZES, DIRECTIONS):
+        item = Item(*look, radius=0.0, tilt=0.0, start=(0.0, 0.0), end=(0.0, 0.0))
+        for template in itertools.chain(*QUESTIONS, DESCRIPTIONS):
+            for text in fill(template, item, tag_answer=False):
+                yield text.replace("<ins>", "").replace("</ins>", "")

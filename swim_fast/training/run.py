@@ -23,10 +23,14 @@ def load_model(config: RunConfig):
 
     options = config.model
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = AutoModelForImageTextToText.from_pretrained(
-        options.path, dtype=dtype, attn_implementation=options.attention
-    )
-    processor = AutoProcessor.from_pretrained(options.path)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            options.path, dtype=dtype, attn_implementation=options.attention
+        )
+        processor = AutoProcessor.from_pretrained(options.path)
+    except OSError as error:
+        message = f"model.path {options.path!r} is neither a checkpoint folder nor to be had: {error}"
+        raise ConfigError(message) from error
     if config.attention_loss.layers != []:
         attach_noun_attention(model, config.attention_loss.layers, config.attention_loss.backend)
         config.attention_loss.layers = attached_layers(model)  # so that the saved configuration names them

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # What batches add up. All are sums, so that micro-batches, ranks and logging intervals simply add.
 SUMS = ("text_loss", "mask_loss", *METRICS, "grounded_pairs", "labels", "pairs", "tokens", "skipped")
 
+NOTES_LOGGED = 20  # such as "thinned from 32 to 18 frames"; a long-video run has one for every sample
+
 
 class SwimTrainer(Trainer):
     """Trains on the batches of `swim_fast.data`.
@@ -41,6 +43,7 @@ class SwimTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of the global step itself
         self.add_callback(StopOnSignal(self.accelerator))
         self._skipped = Path(self.args.output_dir) / f"skipped-rank{self.args.process_index}.jsonl"
+        self._notes = 0
         self._start_interval()
 
     # one step
@@ -49,7 +52,7 @@ class SwimTrainer(Trainer):
         """Loss of a micro-batch, such that micro-batches add up, and ranks average, to the loss of the global step."""
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        self._report_skipped(inputs["problems"])
+        self._report(inputs)
         text, mask, sums, outputs = self._forward(model, inputs)
         self._sums += sums
         labels, pairs = num_items_in_batch.clamp(min=1).to(text.dtype)
@@ -139,12 +142,16 @@ class SwimTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
         )
 
-    def _report_skipped(self, problems: list[str]) -> None:
-        if not problems:
+    def _report(self, batch) -> None:
+        """Say what was left out of a batch and, of the first samples, what was changed to fit."""
+        for note in batch["notes"]:
+            self._notes += 1
+            logger.log(logging.INFO if self._notes <= NOTES_LOGGED else logging.DEBUG, "%s", note)
+        if not batch["problems"]:
             return
         self._skipped.parent.mkdir(parents=True, exist_ok=True)
         with self._skipped.open("a", encoding="utf-8") as file:
-            for problem in problems:
+            for problem in batch["problems"]:
                 logger.warning("skipped: %s", problem)
                 file.write(json.dumps({"step": self.state.global_step, "problem": problem}, ensure_ascii=False) + "\n")
 
@@ -165,7 +172,7 @@ class SwimTrainer(Trainer):
         batches = iter(dataloader)
         for _ in range(steps):
             batch = self._prepare_inputs(next(batches, None) or self.data_collator([]))
-            self._report_skipped(batch["problems"])
+            self._report(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 sums += self._forward(model, batch)[2]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

@@ -153,10 +153,13 @@ def test_rotated_clips_come_upright(reader, tmp_path, rotation):
     assert np.abs(decoded.astype(int) - upright[[0, 5, 11]].astype(int)).mean() < 3
 
 
-def test_transport_streams_are_exact_or_refused(reader, tmp_path):
-    path = write_clip(tmp_path / "clip.ts", numbered_frames(50), options=B_FRAMES)
+@pytest.mark.parametrize("suffix, codec", [("ts", "libx264"), ("mpg", "mpeg2video")])
+def test_mpeg_streams_are_exact_or_refused(reader, tmp_path, suffix, codec):
+    path = tmp_path / f"clip.{suffix}"
+    write_clip(path, numbered_frames(150), 25, codec=codec, options={"bf": "2", "g": "12"})
     if reader.reader == "pyav":
-        assert [read_number(frame) for frame in reader.frames(path, [49, 0, 7, 30])] == [49, 0, 7, 30]
+        for index in range(149, 0, -5):  # one at a time: some seeks arrive behind the frame
+            assert read_number(reader.frames(path, [index])[0]) == index
     else:
         with pytest.raises(DataError, match="cannot number the frames of an MPEG stream; use reader pyav"):
             reader.info(path)

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from swim_fast.demo.checkpoint import build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention, detach_noun_attention
@@ -107,6 +108,22 @@ def test_the_last_attention_set_computes_the_output(model, inputs):
     eager = model(**inputs, noun_queries=queries()).logits
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(model(**inputs, noun_queries=queries()).logits, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_the_wrapped_attention_sees_its_own_name_and_no_queries(model, inputs):
+    """What flash attention needs: it loads its kernels by the name in `module.config`."""
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.config._attn_implementation, module.layer_idx, "noun_queries" in kwargs))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("fake_flash_attention", flash)
+    model.model.language_model.config._attn_implementation_internal = "fake_flash_attention"
+    attach_noun_attention(model, [0])
+    maps = model(**inputs, noun_queries=queries()).attentions
+    assert len(maps) == 1 and maps[0].shape == (3, len(VISUAL))
+    assert seen == [("fake_flash_attention", layer, False) for layer in range(4)]
 
 
 def gradients(model, inputs, upstream):

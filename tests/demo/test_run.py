@@ -1,0 +1,40 @@
+"""The demo from end to end, far too short to learn anything."""
+
+import json
+
+from PIL import Image
+
+from swim_fast.demo.run import METRICS, WITH, WITHOUT, run_demo
+from swim_fast.demo.texts import all_texts
+
+
+def test_demo_writes_metrics_and_pictures(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    overrides = [
+        f"model.path={folder}/start",
+        f"data.train=[{{path: {folder}/data/train.jsonl}}]",
+        f"data.eval={{heldout: {{path: {folder}/data/heldout.jsonl}}}}",
+        f"training.output_dir={folder}",
+        "training.max_steps=3",
+        "training.eval_steps=2",
+        "training.per_device_train_batch_size=2",
+        "training.dataloader_num_workers=0",
+    ]
+    report = run_demo("configs/demo.yaml", overrides, train_clips=4, heldout_clips=2)
+    assert report == json.loads((folder / "metrics.json").read_text())
+    assert set(report) == {WITH, WITHOUT, "seconds"}
+    for name in (WITH, WITHOUT):
+        assert set(report[name]) == set(METRICS)
+        assert all(0 <= value <= 1 for value in report[name].values())
+    assert report[WITH]["mass_in_mask"] != report[WITHOUT]["mass_in_mask"]
+    for picture in ("attention.png", "curves.png"):
+        width, height = Image.open(folder / picture).size
+        assert width > 400 and height > 200
+    assert "pointing accuracy" in capsys.readouterr().out
+    assert any((folder / WITH).rglob("events.out.tfevents*")), "no TensorBoard log"
+
+
+def test_texts_are_plain():
+    texts = list(all_texts())
+    assert len(texts) > 50
+    assert not any("<ins>" in text for text in texts)
