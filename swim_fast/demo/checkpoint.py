@@ -91,7 +91,7 @@ class ModelSize:
     min_pixels: int = 28 * 28
     max_pixels: int = 224 * 224
     rope_theta: float = 1e4
-    initializer_range: float = 0.02
+    initializer_range: float = 0.1
     tokens_per_second: int = 2
 
 

@@ -59,27 +59,15 @@ def write_video(path: str | PathLike[str], frames: np.ndarray, options: ClipOpti
         "preset": "veryfast",
         "threads": "1",
         "g": str(options.keyframe_interval),
-        "x264-params": "scenecut=0",
+        # mbtree reads behind the last column of widths that are no multiple of 16, and its bytes vary from run to run.
+        "x264-params": "scenecut=0:mbtree=0",
     }
     with av.open(os.fspath(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=options.fps, options=settings)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(_yuv420(frame), format="yuv420p")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
-
-def _yuv420(frame: np.ndarray) -> np.ndarray:
-    """RGB [H, W, 3] to planar YUV 4:2:0 [H * 3 / 2, W], uint8, BT.601, limited range (ITU-R BT.601-7, 2.5).
-
-    Done here because libswscale's last columns depend on memory behind the row, and with them the bytes of the file.
-    """
-    height, width, _ = frame.shape
-    weights = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
-    planes = np.moveaxis(frame @ weights.T + (16, 128, 128), -1, 0)  # [3, H, W]
-    luma = planes[0].round().astype(np.uint8)
-    chroma = planes[1:].reshape(2, height // 2, 2, width // 2, 2).mean(axis=(2, 4)).round().astype(np.uint8)
-    return np.concatenate([luma.ravel(), chroma.ravel()]).reshape(height * 3 // 2, width)
 
 
 def annotations(scene: Scene, masks: np.ndarray, options: ClipOptions | None = None) -> list[dict[str, Any]]:

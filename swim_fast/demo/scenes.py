@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +15,10 @@ DIRECTIONS = {"to the left": (-1, 0), "to the right": (1, 0), "up": (0, -1), "do
 SPLITS = ("train", "heldout")
 
 
-# Nouns that are never seen together in training; every held-out clip shows one of these pairs.
-HELD_OUT_PAIRS = tuple(frozenset(pair) for pair in zip(NOUNS[: len(NOUNS) // 2], reversed(NOUNS), strict=False))
-
-
-def has_held_out_pair(nouns: Collection[str]) -> bool:
-    return any(pair <= set(nouns) for pair in HELD_OUT_PAIRS)
+def is_held_out(noun: str, shade: str, size: str) -> bool:
+    """Whether training never shows the noun in this look: one of the four of each noun."""
+    looks = [(a, b) for a in SHADES for b in SIZES]
+    return looks.index((shade, size)) == NOUNS.index(noun) % len(looks)
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,9 @@ class ClipOptions:
             )
         if not 1 <= self.annotated <= self.num_frames:
             raise ValueError(f"annotated is {self.annotated}; it must lie between 1 and num_frames, {self.num_frames}")
-        if not 2 <= self.min_objects <= self.max_objects <= len(NOUNS):
+        if not 1 <= self.min_objects <= self.max_objects <= len(NOUNS):
             raise ValueError(
-                f"min_objects {self.min_objects} and max_objects {self.max_objects} must be in order and lie between 2 "
+                f"min_objects {self.min_objects} and max_objects {self.max_objects} must be in order and lie between 1 "
                 f"and {len(NOUNS)}, the number of different nouns"
             )
 
@@ -91,7 +88,7 @@ class Scene:
 def random_scene(seed: int, split: str, number: int, options: ClipOptions | None = None) -> Scene:
     """The scene of clip ``number`` of a split: its nouns differ from each other.
 
-    Training scenes show none of ``HELD_OUT_PAIRS``, every held-out scene shows one or more.
+    Training scenes show no look of :func:`is_held_out`, every held-out scene shows one or more.
     """
     options = options or ClipOptions()
     rng = np.random.default_rng([seed, SPLITS.index(split), number])
@@ -113,8 +110,9 @@ def _random_looks(rng: np.random.Generator, split: str, options: ClipOptions) ->
     while True:
         count = int(rng.integers(options.min_objects, options.max_objects + 1))
         nouns = rng.permutation(NOUNS)[:count].tolist()
-        if has_held_out_pair(nouns) == (split == "heldout"):
-            return [(noun, *(str(rng.choice(list(a))) for a in (SHADES, SIZES, DIRECTIONS))) for noun in nouns]
+        looks = [(noun, *(str(rng.choice(list(a))) for a in (SHADES, SIZES, DIRECTIONS))) for noun in nouns]
+        if any(is_held_out(*look[:3]) for look in looks) == (split == "heldout"):
+            return looks
 
 
 def _random_paths(
