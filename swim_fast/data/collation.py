@@ -67,7 +67,7 @@ class Collator:
         Returns:
             What the model's forward takes, padded on the right: ``input_ids``, ``attention_mask``,
             ``mm_token_type_ids``, ``labels`` [B, L] int64, and the visual tensors that occur in the batch,
-            concatenated; and beside it
+            concatenated (``second_per_grid_ts`` as a list of numbers); and beside it
 
             - ``noun_queries``: `NounQueries`, ``mask_targets``: `MaskTargets`, their rows in the order of the samples;
             - ``samples``: names of the samples, ``problems``: text of each error, ``notes``: ``name: note`` of each
@@ -97,6 +97,9 @@ class Collator:
         visual = dict.fromkeys(key for sample in inputs for key in sample if key not in self._padding)
         for key in visual:
             batch[key] = torch.cat([sample[key] for sample in inputs if key in sample])
+        if "second_per_grid_ts" in batch:
+            # Numbers, not a tensor: DeepSpeed's trainer casts those to bf16, and 1.999 s would become 2 s.
+            batch["second_per_grid_ts"] = batch["second_per_grid_ts"].tolist()
         return batch
 
 
