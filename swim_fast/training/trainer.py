@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
@@ -66,7 +67,8 @@ class SwimTrainer(Trainer):
         """Labels and pairs `[2]` of the global step: all its micro-batches on all ranks."""
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batch_samples:
-            counts += torch.stack([count_labels(batch["labels"]), torch.tensor(len(batch["mask_targets"]))]).to(device)
+            counts[0] += count_labels(batch["labels"]).to(device)
+            counts[1] += len(batch["mask_targets"])
         return self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
 
     def _forward(self, model, batch):
@@ -74,12 +76,10 @@ class SwimTrainer(Trainer):
         about = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes")
         labels, queries, targets, _, problems, _ = (batch[key] for key in about)
         positions = label_positions(labels)
-        outputs = model(
-            **{key: value for key, value in batch.items() if key not in about},
-            noun_queries=queries,
-            logits_to_keep=positions,
-            use_cache=False,
-        )
+        inputs = {key: value for key, value in batch.items() if key not in about}
+        if self.loss_options.layers != []:  # else the model is a stock one
+            inputs["noun_queries"] = queries
+        outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
         text = text_loss_sum(outputs.logits, labels, positions)
         mask, grounding = text.new_zeros(()), text.new_zeros(len(METRICS) + 1)
         options = self.loss_options
@@ -171,7 +171,8 @@ class SwimTrainer(Trainer):
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.args.device)
         batches = iter(dataloader)
         for _ in range(steps):
-            batch = self._prepare_inputs(next(batches, None) or self.data_collator([]))
+            batch = next(batches, None) or self.data_collator([])
+            batch = self._prepare_inputs(send_to_device(batch, self.args.device))
             self._report(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 sums += self._forward(model, batch)[2]
