@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     job = jobs.add_parser("demo", help="render clips, train a tiny model with and without the mask loss, draw pictures")
     job.add_argument("config", nargs="?", default="configs/demo.yaml")
-    job.add_argument("--train-clips", type=int, default=800)
+    job.add_argument("--train-clips", type=int, default=1000)
     job.add_argument("--heldout-clips", type=int, default=60)
     job.add_argument("overrides", nargs="*", metavar="key=value")
     job.set_defaults(run=_demo)

@@ -155,7 +155,7 @@ def write_demo_data(
     folder: str | PathLike[str],
     *,
     seed: int,
-    train_clips: int = 800,
+    train_clips: int = 1000,
     heldout_clips: int = 60,
     options: ClipOptions | None = None,
     workers: int | None = None,

@@ -12,7 +12,7 @@ WITH, WITHOUT = "with_attention_loss", "text_loss_only"
 METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou", "answer_accuracy")
 
 
-def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 800, heldout_clips: int = 60) -> dict:
+def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 1000, heldout_clips: int = 60) -> dict:
     """Run the whole demo in the folder `training.output_dir` of a configuration.
 
     Writes `metrics.json`, `curves.png` and `attention.png` beside the two trained checkpoints, replacing those of an
