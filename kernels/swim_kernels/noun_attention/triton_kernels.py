@@ -56,7 +56,7 @@ def _gradient_dot(a, b, accumulator, UPCAST: tl.constexpr):
 @triton.jit
 def _block(table, index):
     """sequence, first and end entry, first and end key, key set"""
-    table += index.to(tl.int64) * 8
+    table += tl.cast(index, tl.int64) * 8
     return (
         tl.load(table),
         tl.load(table + 1),
@@ -77,7 +77,7 @@ def _columns(entries, first, end, group, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: 
     entry = first + column // BLOCK_HEADS
     head = column % BLOCK_HEADS
     valid = (entry < end) & (head < group)
-    entries += entry.to(tl.int64) * 8
+    entries += tl.cast(entry, tl.int64) * 8
     row = tl.load(entries, mask=valid, other=0)
     position = tl.load(entries + 2, mask=valid, other=0)
     key_start = tl.load(entries + 3, mask=valid, other=0)
@@ -90,7 +90,7 @@ def _rows(entries, first, end, BLOCK_ROWS: tl.constexpr):
     """Row, key set and whether there is one, for the rows of a block."""
     entry = first + tl.arange(0, BLOCK_ROWS)
     valid = entry < end
-    entries += entry.to(tl.int64) * 8
+    entries += tl.cast(entry, tl.int64) * 8
     return tl.load(entries, mask=valid, other=0), tl.load(entries + 5, mask=valid, other=0), valid
 
 
@@ -101,7 +101,7 @@ def _load_query(
 ):  # fmt: skip
     """[columns, BLOCK_DIM]"""
     dim = tl.arange(0, BLOCK_DIM)
-    token = sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + position.to(tl.int64) * stride_l
+    token = sequence.to(tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h + position.to(tl.int64) * stride_l
     mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
     return tl.load(query + token[:, None] + dim.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
 
@@ -113,7 +113,7 @@ def _load_key(
 ):  # fmt: skip
     """[BLOCK_KEYS, BLOCK_DIM]"""
     dim = tl.arange(0, BLOCK_DIM)
-    key += sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    key += sequence.to(tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
     mask = valid[:, None]
     if HEAD_DIM != BLOCK_DIM:
         mask = mask & (dim < HEAD_DIM)[None, :]
@@ -184,7 +184,7 @@ def lse_partials_kernel(
         new_maximum = tl.maximum(maximum, tl.max(s, axis=0))
         total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(s - new_maximum[None, :]), axis=0)
         maximum = new_maximum
-    place = (split.to(tl.int64) * num_rows + row) * num_heads + head
+    place = (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head
     tl.store(maxima + place, maximum, mask=valid)
     tl.store(sums + place, total, mask=valid)
 
@@ -196,11 +196,11 @@ def lse_combine_kernel(maxima, sums, lse, num_items, num_splits, BLOCK: tl.const
     valid = item < num_items
     maximum = tl.full([BLOCK], -3.0e38, dtype=tl.float32)
     for split in range(num_splits):
-        place = item + split.to(tl.int64) * num_items
+        place = item + tl.cast(split, tl.int64) * num_items
         maximum = tl.maximum(maximum, tl.load(maxima + place, mask=valid, other=-3.0e38))
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for split in range(num_splits):
-        place = item + split.to(tl.int64) * num_items
+        place = item + tl.cast(split, tl.int64) * num_items
         m = tl.load(maxima + place, mask=valid, other=-3.0e38)
         total += tl.load(sums + place, mask=valid, other=0.0) * tl.exp(m - maximum)
     tl.store(lse + item, tl.where(total > 0, maximum + tl.log(tl.where(total > 0, total, 1.0)), 0.0), mask=valid)
@@ -286,7 +286,7 @@ def delta_partials_kernel(
         mask = (j >= 0)[:, None] & block_valid[None, :]
         w = tl.load(grad_maps + n.to(tl.int64)[:, None] * grad_maps_stride_n, mask=mask, other=0.0) / num_heads
         delta += tl.sum(tl.where(inside, p * _per_head(w, BLOCK_HEADS), 0.0), axis=0)
-    tl.store(deltas + (split.to(tl.int64) * num_rows + row) * num_heads + head, delta, mask=valid)
+    tl.store(deltas + (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head, delta, mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_items", *_SPLITS])
@@ -295,7 +295,7 @@ def delta_sum_kernel(partials, deltas, num_items, num_splits, BLOCK: tl.constexp
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for split in range(num_splits):
-        total += tl.load(partials + item + split.to(tl.int64) * num_items, mask=item < num_items, other=0.0)
+        total += tl.load(partials + item + tl.cast(split, tl.int64) * num_items, mask=item < num_items, other=0.0)
     tl.store(deltas + item, total, mask=item < num_items)
 
 
@@ -370,7 +370,7 @@ def gradients_kernel(
     stop = tl.maximum(tl.minimum(end_tile, tl.cdiv(end_key, BLOCK_KEYS)), begin)
 
     if WANT_KEY:
-        grad_key += sequence.to(tl.int64) * grad_key_stride_b + key_head.to(tl.int64) * grad_key_stride_h
+        grad_key += sequence.to(tl.int64) * grad_key_stride_b + tl.cast(key_head, tl.int64) * grad_key_stride_h
         zero = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
         for tile in range(first_tile, begin):
             j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
@@ -412,7 +412,7 @@ def gradients_kernel(
                     grad_key, values, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM
                 )
         dim = tl.arange(0, BLOCK_DIM)
-        place = ((split.to(tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
+        place = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
         mask = (dim < HEAD_DIM)[:, None] & valid[None, :]
         tl.store(grad_query_partials + place[None, :] + dim[:, None], grad_query * scale, mask=mask)
     else:
@@ -463,22 +463,22 @@ def query_gradient_kernel(
     The program of a token's first entry adds all of its entries, one after the other.
     """
     entry, head = tl.program_id(0), tl.program_id(1)
-    table = entries + entry.to(tl.int64) * 8
+    table = entries + tl.cast(entry, tl.int64) * 8
     if tl.load(table + 7) == 0:
         return
     sequence, position = tl.load(table + 1).to(tl.int64), tl.load(table + 2).to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)
     total = tl.zeros([BLOCK_DIM], dtype=tl.float32)
     while entry >= 0:
-        table = entries + entry.to(tl.int64) * 8
+        table = entries + tl.cast(entry, tl.int64) * 8
         row = tl.load(table).to(tl.int64)
         for start in range(0, num_splits, BLOCK_SPLITS):
             split = start + tl.arange(0, BLOCK_SPLITS)
-            place = ((split.to(tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
+            place = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
             mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
             total += tl.sum(tl.load(partials + place[:, None] + dim[None, :], mask=mask, other=0.0), axis=0)
         entry = tl.load(table + 6)
-    grad_query += sequence * grad_query_stride_b + head.to(tl.int64) * grad_query_stride_h
+    grad_query += sequence * grad_query_stride_b + tl.cast(head, tl.int64) * grad_query_stride_h
     grad_query += position * grad_query_stride_l
     values = total.to(grad_query.dtype.element_ty)
     tl.store(grad_query + dim.to(tl.int64) * grad_query_stride_d, values, mask=dim < HEAD_DIM)
