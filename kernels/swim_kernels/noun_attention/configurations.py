@@ -53,6 +53,8 @@ def choose_tile(
     columns = columns_for(kernel, num_rows, block_heads, head_dim, dtype)
     num_warps, num_stages = 8, 2
     block_keys = 64
+    if columns == 128:
+        block_keys = 32
     if dtype == "fp32":  # no tensor cores in IEEE precision: small tiles keep the products in registers
         block_keys, num_warps, num_stages = 32, 4, 1
     return Tile(columns // block_heads, block_heads, block_keys, num_warps, num_stages)
@@ -126,7 +128,7 @@ class Configuration:
         return frozenset([*(name for name in types if types[name].startswith("*")), *strides])
 
 
-_FP32_POINTERS = ("lse", "maps", "grad_maps", "deltas", "maxima", "sums", "grad_query_partials")
+_FP32_POINTERS = ("lse", "maps", "grad_maps", "deltas", "weights", "maxima", "sums", "grad_query_partials")
 
 
 def tile_constexprs(kernel: str, head_dim: int, tile: Tile) -> dict[str, int | bool]:

@@ -178,7 +178,8 @@ class _Run:
 
 
 class _Gradients(_Run):
-    """Backward. Partials: δ [splits, R, Hq], ∂q [splits, R, Hq, D], fp32."""
+    """Backward. Besides ∂q and ∂k it allocates, in fp32, partials of δ [splits, R, Hq] and ∂q [splits, R, Hq, D], and the
+    weights of the keys that are read out [R, N]."""
 
     def __init__(self, grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, tables: Plan, scale: float) -> None:
         super().__init__(query, key, len(tables.entries))
@@ -188,34 +189,36 @@ class _Gradients(_Run):
         nothing = self.query.new_empty(0)
         grad_query = torch.zeros_like(self.query) if want_query else nothing
         grad_key = torch.empty_like(self.key) if want_key else nothing  # every element is written
-        deltas = self.delta_partials()
+        deltas, weights = self.delta_partials()
         if want_query and want_key and self.fits_one_block():
-            partials = self.pass_over_keys("gradients", self.tables.sequences, deltas, grad_key)
+            partials = self.pass_over_keys("gradients", self.tables.sequences, weights, deltas, grad_key)
             self.sum_query_gradient(partials, grad_query)
             return grad_query, grad_key
         if len(deltas) > 1:
             deltas = self.sum_deltas(deltas)
         if want_query:
-            partials = self.pass_over_keys("query_gradients", self.tables.blocks, deltas, None)
+            partials = self.pass_over_keys("query_gradients", self.tables.blocks, weights, deltas, None)
             self.sum_query_gradient(partials, grad_query)
         if want_key:
-            self.pass_over_keys("key_gradients", self.tables.sequences, deltas, grad_key)
+            self.pass_over_keys("key_gradients", self.tables.sequences, weights, deltas, grad_key)
         return grad_query, grad_key
 
-    def delta_partials(self) -> Tensor:
+    def delta_partials(self) -> tuple[Tensor, Tensor]:
+        """δ partials and the weights of the keys."""
         num_heads, num_columns = self.query.shape[1], self.tables.key_sets.shape[1]
         num_splits, tiles = _splits(num_columns, self.tile("delta_partials").block_keys, most=32)
         deltas = self.lse.new_empty(num_splits, self.num_rows, num_heads)
+        weights = self.lse.new_empty(self.num_rows, num_columns)
         tables = self.tables
         self.launch(
             "delta_partials",
             (num_splits, self.key.shape[1], len(tables.read_blocks)),
             (self.query, self.key, self.lse, self.grad_maps, tables.entries, tables.read_blocks, tables.key_sets)
-            + (deltas,),
+            + (tables.next_column, tables.repeats, deltas, weights),
             (self.scale, self.num_rows, num_heads, self.group, num_columns, tiles),
             (*self.query.stride(), *self.key.stride(), *self.grad_maps.stride()),
         )
-        return deltas
+        return deltas, weights
 
     def sum_deltas(self, partials: Tensor) -> Tensor:
         deltas = partials.new_empty(1, *partials.shape[1:])
@@ -223,7 +226,9 @@ class _Gradients(_Run):
         _launch(kernels.delta_sum_kernel, grid, partials, deltas, deltas.numel(), len(partials), BLOCK=_BLOCK_ITEMS)
         return deltas
 
-    def pass_over_keys(self, kernel: str, blocks: Tensor, deltas: Tensor, grad_key: Tensor | None) -> Tensor:
+    def pass_over_keys(
+        self, kernel: str, blocks: Tensor, weights: Tensor, deltas: Tensor, grad_key: Tensor | None
+    ) -> Tensor:
         """Fills ∂k if it is given; returns the partials of ∂q [splits, R, Hq, D], empty for "key_gradients"."""
         tile = self.tile(kernel)
         _, num_key_heads, length, _ = self.key.shape
@@ -240,11 +245,11 @@ class _Gradients(_Run):
         self.launch(
             kernel,
             (num_splits, num_key_heads, len(blocks)),
-            (self.query, self.key, self.lse, self.grad_maps, deltas, tables.entries, blocks, tables.inverse)
-            + (tables.next_column, tables.repeats, partials, self.key if grad_key is None else grad_key),
+            (self.query, self.key, self.lse, weights, deltas, tables.entries, blocks, tables.inverse)
+            + (partials, self.key if grad_key is None else grad_key),
             (self.scale, length, self.num_rows, self.query.shape[1], self.group, tables.key_sets.shape[1])
             + (len(deltas), tiles),
-            (*self.query.stride(), *self.key.stride(), *self.grad_maps.stride(), *grad_strides),
+            (*self.query.stride(), *self.key.stride(), *grad_strides),
         )
         return partials
 

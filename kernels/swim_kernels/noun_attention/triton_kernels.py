@@ -245,7 +245,7 @@ def maps_kernel(
 
 @triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
 def delta_partials_kernel(
-    query, key, lse, grad_maps, entries, blocks, key_sets, deltas,
+    query, key, lse, grad_maps, entries, blocks, key_sets, next_column, repeats, deltas, weights,
     scale, num_rows, num_heads, group, num_columns, tiles_per_split,
     query_stride_b, query_stride_h, query_stride_l, query_stride_d,
     key_stride_b, key_stride_h, key_stride_l, key_stride_d,
@@ -255,7 +255,8 @@ def delta_partials_kernel(
 ):  # fmt: skip
     """Σ p · ∂a/Hq over a split of the key set, [splits, R, Hq]. Grid: splits, Hkv, blocks of one key set.
 
-    Only keys that are read out are loaded.
+    Only keys that are read out are loaded. The programs of the first key head also write the weights [R, N]: Σ ∂a/Hq
+    over a column and the later ones that name the same key. The first column of a key so has the weight of the key.
     """
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, end, _, _, key_set = _block(blocks, block)
@@ -288,6 +289,20 @@ def delta_partials_kernel(
         delta += tl.sum(tl.where(inside, p * _per_head(w, BLOCK_HEADS), 0.0), axis=0)
     tl.store(deltas + (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head, delta, mask=valid)
 
+    if key_head == 0:
+        next_column += key_set.to(tl.int64) * num_columns
+        weights += block_row.to(tl.int64)[None, :] * num_columns
+        chain = tl.load(repeats)
+        for tile in range(split * tiles_per_split, stop):
+            n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+            column = tl.where(n < num_columns, n, -1)
+            w = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], dtype=tl.float32)
+            for again in range(chain + 1):
+                mask = (column >= 0)[:, None] & block_valid[None, :]
+                w += tl.load(grad_maps + column.to(tl.int64)[:, None] * grad_maps_stride_n, mask=mask, other=0.0)
+                column = tl.load(next_column + column, mask=column >= 0, other=-1)
+            tl.store(weights + n[:, None], w / num_heads, mask=(n < num_columns)[:, None] & block_valid[None, :])
+
 
 @triton.jit(do_not_specialize=["num_items", *_SPLITS])
 def delta_sum_kernel(partials, deltas, num_items, num_splits, BLOCK: tl.constexpr):
@@ -300,29 +315,19 @@ def delta_sum_kernel(partials, deltas, num_items, num_splits, BLOCK: tl.constexp
 
 
 @triton.jit
-def _weights(
-    grad_maps, inverse, next_column, repeats, row, key_set, valid, j, length, num_columns, stride_r, stride_n
-):
-    """Σ ∂a over the columns that name key j, in the order of the columns. [BLOCK_KEYS, BLOCK_ROWS]
-
-    `inverse` [G, L] is the first such column or −1, `next_column` [G, N] the next one; `repeats`: how often at most.
-    """
-    key_set = key_set.to(tl.int64)[None, :]
-    grad_maps += row.to(tl.int64)[None, :] * stride_r
+def _load_weights(weights, inverse, row, key_set, valid, j, length, num_columns, BLOCK_HEADS: tl.constexpr):
+    """w [BLOCK_KEYS, columns]; `inverse` [G, L] is the first column that names the key, −1 if there is none."""
     mask = valid[None, :] & (j < length)[:, None]
-    column = tl.load(inverse + key_set * length + j[:, None], mask=mask, other=-1)
-    w = tl.load(grad_maps + column.to(tl.int64) * stride_n, mask=column >= 0, other=0.0)
-    for _ in range(repeats):
-        column = tl.load(next_column + key_set * num_columns + column, mask=column >= 0, other=-1)
-        w += tl.load(grad_maps + column.to(tl.int64) * stride_n, mask=column >= 0, other=0.0)
-    return w
+    column = tl.load(inverse + key_set.to(tl.int64)[None, :] * length + j[:, None], mask=mask, other=-1)
+    w = tl.load(weights + row.to(tl.int64)[None, :] * num_columns + column, mask=column >= 0, other=0.0)
+    return _per_head(w, BLOCK_HEADS)
 
 
 @triton.jit
 def _sum_deltas(deltas, row, head, valid, num_rows, num_heads, num_splits):
     place = deltas + row.to(tl.int64) * num_heads + head
     delta = tl.zeros(row.shape, dtype=tl.float32)
-    for _ in range(num_splits):
+    for split in range(num_splits):
         delta += tl.load(place, mask=valid, other=0.0)
         place += num_rows * num_heads
     return delta
@@ -340,18 +345,17 @@ def _store_key_gradient(
 
 @triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
 def gradients_kernel(
-    query, key, lse, grad_maps, deltas, entries, blocks, inverse, next_column, repeats, grad_query_partials, grad_key,
+    query, key, lse, weights, deltas, entries, blocks, inverse, grad_query_partials, grad_key,
     scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
     query_stride_b, query_stride_h, query_stride_l, query_stride_d,
     key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    grad_maps_stride_r, grad_maps_stride_n,
     grad_key_stride_b, grad_key_stride_h, grad_key_stride_l, grad_key_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """∂q partials [splits, R, Hq, D] and ∂k, over a split of the keys. Grid: splits, Hkv, blocks.
 
-    ds = p · (∂a/Hq − δ), ∂q = scale Σ_j ds · k, ∂k = scale Σ_{r, h in group} ds · q, with δ = Σ of `delta_splits`.
+    ds = p · (w − δ), ∂q = scale Σ_j ds · k, ∂k = scale Σ_{r, h in group} ds · q, with δ = Σ of `delta_splits`.
 
     With WANT_QUERY a block has at most BLOCK_ROWS entries; with WANT_KEY it is all entries of a sequence (there is one
     block for every sequence), and every key of every sequence is written, those in no range as zeros. Both at once need
@@ -362,7 +366,6 @@ def gradients_kernel(
     if not WANT_KEY:
         if first >= end:
             return
-    chain = tl.load(repeats)
     first_tile = split * tiles_per_split
     end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(length, BLOCK_KEYS))
     # the tiles in reach of any entry; none if there is no entry
@@ -397,11 +400,9 @@ def gradients_kernel(
                 key, sequence, key_head, j, (j >= first_key) & (j < end_key),
                 key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
             )  # fmt: skip
-            w = _weights(
-                grad_maps, inverse, next_column, chain, block_row, block_set, block_valid, j,
-                length, num_columns, grad_maps_stride_r, grad_maps_stride_n,
-            )  # fmt: skip
-            w = _per_head(w / num_heads, BLOCK_HEADS)
+            w = _load_weights(
+                weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS
+            )
             inside = _inside(j, key_start, key_end)
             p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
             ds = tl.where(inside, p * (w - delta[None, :]), 0.0)
@@ -438,11 +439,9 @@ def gradients_kernel(
                     row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
                     delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
                     block_row, block_set, block_valid = _rows(entries, entry, end, BLOCK_ROWS)
-                    w = _weights(
-                        grad_maps, inverse, next_column, chain, block_row, block_set, block_valid, j,
-                        length, num_columns, grad_maps_stride_r, grad_maps_stride_n,
-                    )  # fmt: skip
-                    w = _per_head(w / num_heads, BLOCK_HEADS)
+                    w = _load_weights(
+                        weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS
+                    )
                     p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
                     ds = tl.where(inside, p * (w - delta[None, :]), 0.0)
                     values = _gradient_dot(ds, q, values, UPCAST)
