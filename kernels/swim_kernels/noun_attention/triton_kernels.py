@@ -290,18 +290,19 @@ def delta_partials_kernel(
     tl.store(deltas + (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head, delta, mask=valid)
 
     if key_head == 0:
-        next_column += key_set.to(tl.int64) * num_columns
-        weights += block_row.to(tl.int64)[None, :] * num_columns
-        chain = tl.load(repeats)
+        next_of_set = next_column + key_set.to(tl.int64) * num_columns
+        weights_of_rows = weights + block_row.to(tl.int64)[None, :] * num_columns
+        times = tl.load(repeats) + 1
         for tile in range(split * tiles_per_split, stop):
             n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
             column = tl.where(n < num_columns, n, -1)
-            w = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], dtype=tl.float32)
-            for again in range(chain + 1):
+            total = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], dtype=tl.float32)
+            for again in range(times):
                 mask = (column >= 0)[:, None] & block_valid[None, :]
-                w += tl.load(grad_maps + column.to(tl.int64)[:, None] * grad_maps_stride_n, mask=mask, other=0.0)
-                column = tl.load(next_column + column, mask=column >= 0, other=-1)
-            tl.store(weights + n[:, None], w / num_heads, mask=(n < num_columns)[:, None] & block_valid[None, :])
+                total += tl.load(grad_maps + column.to(tl.int64)[:, None] * grad_maps_stride_n, mask=mask, other=0.0)
+                column = tl.load(next_of_set + column, mask=column >= 0, other=-1)
+            mask = (n < num_columns)[:, None] & block_valid[None, :]
+            tl.store(weights_of_rows + n[:, None], total / num_heads, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_items", *_SPLITS])
