@@ -69,6 +69,7 @@ def noun_attention(
         return implementation(query, key, queries, scale, lse)
 
 
+@torch.compiler.assume_constant_result
 def choose_backend(
     backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16, group: int = 1, head_dim: int = 128
 ) -> str:
@@ -174,5 +175,5 @@ def _check_arguments(query: Tensor, key: Tensor, queries: NounQueries, scale: fl
             raise TypeError(f"lse must be {dtype} for {query.dtype} query and key, got {lse.dtype}")
         if lse.device != query.device:
             raise ValueError(f"query is on {query.device}, lse on {lse.device}")
-    if queries.device.type == "cpu":
+    if queries.device.type == "cpu" and not torch.compiler.is_compiling():
         queries.check(batch, length)
