@@ -18,9 +18,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest tests
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter
 
 test-all: $(STAMP)
 	$(BIN)/pytest tests -m ''
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter -m ''
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

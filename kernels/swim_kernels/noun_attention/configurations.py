@@ -34,30 +34,53 @@ class Tile:
         return self.block_rows * self.block_heads
 
 
+# Keys of a tile of "gradients" and "query_gradients", which hold ∂q beside the scores: as many, up to 64, as there are
+# registers for. Tensor cores of sm_90 and sm_100 want 64; with 32 only the product that gives ∂q uses their wide form.
+_GRADIENT_KEYS = {
+    # columns:            32  64 128  head_dim above 128
+    (80, "bf16"): (32, 32, 32, 16),
+    (80, "fp16"): (32, 32, 16, 16),
+    (90, "bf16"): (64, 64, 32, 64),
+    (90, "fp16"): (64, 32, 32, 32),
+    (100, "bf16"): (64, 64, 32, 64),
+    (100, "fp16"): (64, 64, 32, 32),
+}
+
+
 def columns_for(kernel: str, num_rows: int, block_heads: int, head_dim: int, dtype: str) -> int:
-    """Columns of a tile: 32 for few rows, 64, and 128 where K would otherwise be read once more in backward."""
-    wanted = num_rows * block_heads
-    if dtype == "fp32" or head_dim > 128:
+    """Columns of a tile: 32 for few rows, else 64; 128 if that saves "gradients" from reading K once more.
+
+    The same for all kernels but "gradients", on every architecture: it is also how the rows are cut into blocks.
+    """
+    if dtype == "fp32":
+        return 32 if head_dim <= 128 else 16
+    columns = num_rows * block_heads
+    if columns <= 32 or head_dim > 128:
         return 32
-    if wanted <= 32:
-        return 32
-    if wanted <= 64 or kernel != "gradients":
-        return 64
-    return 128
+    return 128 if columns > 64 and kernel == "gradients" else 64
 
 
-def choose_tile(
-    kernel: str, num_rows: int, block_heads: int, head_dim: int, dtype: str, architecture: int
-) -> Tile:
-    """The tile of one of `KERNELS`. `architecture`: compute capability as 80, 90, 100; others get the nearest below."""
+def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dtype: str, architecture: int) -> Tile:
+    """The tile of one of `KERNELS`.
+
+    Args:
+        block_heads: one of `BLOCK_HEADS`.
+        dtype: one of `DTYPES`.
+        architecture: compute capability, as in 80; 12x and other 8x get the tiles of sm_80, 11x those of sm_100.
+    """
     columns = columns_for(kernel, num_rows, block_heads, head_dim, dtype)
-    num_warps, num_stages = 8, 2
-    block_keys = 64
-    if columns == 128:
-        block_keys = 32
-    if dtype == "fp32":  # no tensor cores in IEEE precision: small tiles keep the products in registers
-        block_keys, num_warps, num_stages = 32, 4, 1
-    return Tile(columns // block_heads, block_heads, block_keys, num_warps, num_stages)
+    if dtype == "fp32":  # IEEE products are made by the ordinary cores, from operands in registers
+        block_keys, num_stages = (32 if head_dim <= 128 else 16), 1
+    elif kernel in ("gradients", "query_gradients"):
+        place = 3 if head_dim > 128 else (32, 64, 128).index(columns)
+        block_keys, num_stages = _GRADIENT_KEYS[_nearest(architecture), dtype][place], 2
+    else:
+        block_keys, num_stages = 64, 2
+    return Tile(columns // block_heads, block_heads, block_keys, num_warps=8, num_stages=num_stages)
+
+
+def _nearest(architecture: int) -> int:
+    return {9: 90, 10: 100, 11: 100}.get(architecture // 10, 80)
 
 
 def fits_one_block(num_rows: int, block_heads: int, head_dim: int, dtype: str, architecture: int) -> bool:

@@ -69,7 +69,6 @@ def noun_attention(
         return implementation(query, key, queries, scale, lse)
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(
     backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16, group: int = 1, head_dim: int = 128
 ) -> str:
@@ -99,14 +98,18 @@ def choose_backend(
     return "triton"
 
 
+@functools.cache
 def _triton_missing(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> str | None:
     """Why the Triton backend cannot run on such inputs; None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "triton is not installed (pip install triton)"
     if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it needs CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 in the environment, not {device_type}"
-    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or later"
+    if device_type == "cuda":
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "torch sees no NVIDIA GPU"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "it needs a GPU of compute capability 8.0 or later"
     if dtype == torch.float64:
         return "it has no float64"
     if head_dim > MAX_HEAD_DIM:
@@ -124,8 +127,19 @@ def _implementation(backend: str) -> Callable[..., Tensor]:
     return {"eager": noun_attention_eager, "torch": noun_attention_torch}[backend]
 
 
-@functools.cache
+def _installed(package: str) -> bool:
+    if torch.compiler.is_compiling():
+        return True  # cannot be traced; the import will say
+    return importlib.util.find_spec(package) is not None
+
+
 def _say(level: int, backend: str, device_type: str, why: str) -> None:
+    if not torch.compiler.is_compiling():  # logging would break the graph
+        _say_once(level, backend, device_type, why)
+
+
+@functools.cache
+def _say_once(level: int, backend: str, device_type: str, why: str) -> None:
     logger.log(level, "noun attention on %s: backend %s (%s)", device_type, backend, why)
 
 

@@ -178,8 +178,8 @@ class _Run:
 
 
 class _Gradients(_Run):
-    """Backward. Besides ∂q and ∂k it allocates, in fp32, partials of δ [splits, R, Hq] and ∂q [splits, R, Hq, D], and the
-    weights of the keys that are read out [R, N]."""
+    """Backward. Besides ∂q and ∂k it allocates, in fp32, partials of δ [splits, R, Hq] and ∂q [splits, R, Hq, D] and
+    the weights of the keys that are read out [R, N]."""
 
     def __init__(self, grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, tables: Plan, scale: float) -> None:
         super().__init__(query, key, len(tables.entries))

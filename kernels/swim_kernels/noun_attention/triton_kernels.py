@@ -8,8 +8,8 @@
                                            ds[r,h,j] = p[r,h,j] · (w[r,j] − δ[r,h])
 
 Every tile has keys in its first dimension and (row, head of one key head's group) in its second: a tile of K is loaded
-once and serves all of them, and as first operand of `tl.dot` it reaches the tensor cores' wide instructions from one row
-up. No atomics; every element of every output is written by exactly one program.
+once and serves all of them; as the first operand of `tl.dot` it reaches the tensor cores' wide instructions from one
+row up. No atomics; every element of every output is written by exactly one program.
 
 Names: an *entry* is a row in the order of the plan (`triton_plan.py`), which gives the int32 tables
 
@@ -297,7 +297,7 @@ def delta_partials_kernel(
             n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
             column = tl.where(n < num_columns, n, -1)
             total = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], dtype=tl.float32)
-            for again in range(times):
+            for _again in range(times):
                 mask = (column >= 0)[:, None] & block_valid[None, :]
                 total += tl.load(grad_maps + column.to(tl.int64)[:, None] * grad_maps_stride_n, mask=mask, other=0.0)
                 column = tl.load(next_of_set + column, mask=column >= 0, other=-1)
@@ -328,7 +328,7 @@ def _load_weights(weights, inverse, row, key_set, valid, j, length, num_columns,
 def _sum_deltas(deltas, row, head, valid, num_rows, num_heads, num_splits):
     place = deltas + row.to(tl.int64) * num_heads + head
     delta = tl.zeros(row.shape, dtype=tl.float32)
-    for split in range(num_splits):
+    for _split in range(num_splits):
         delta += tl.load(place, mask=valid, other=0.0)
         place += num_rows * num_heads
     return delta
@@ -401,9 +401,7 @@ def gradients_kernel(
                 key, sequence, key_head, j, (j >= first_key) & (j < end_key),
                 key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
             )  # fmt: skip
-            w = _load_weights(
-                weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS
-            )
+            w = _load_weights(weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS)
             inside = _inside(j, key_start, key_end)
             p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
             ds = tl.where(inside, p * (w - delta[None, :]), 0.0)

@@ -1,4 +1,4 @@
-"""Inputs for the Triton kernels beyond those of all backends: many rows, many blocks, every head dimension and group."""
+"""Inputs for the Triton kernels beyond those of all backends: many rows, any head dimension and group."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_values_out_of_range_read_no_foreign_memory():
 
 @pytest.mark.parametrize("num_rows", [2, 40])
 def test_offsets_beyond_32_bits(num_rows, monkeypatch):
-    """Elements 2³¹ and more apart, as in 600 k packed tokens. The memory is reserved, and used where they are."""
+    """Elements more than 2³¹ apart, as in 600 k packed tokens. Memory is reserved, and used only where they are."""
     torch.use_deterministic_algorithms(False)  # it would fill all of it
     length, width = 40, 16
     queries = random_queries(num_rows, batch=1, length=length, num_sets=1, num_columns=30)
@@ -174,8 +174,7 @@ def test_offsets_beyond_32_bits(num_rows, monkeypatch):
     step = (2**31 + 2**29) // length // 16 * 16  # between tokens; heads lie side by side
 
     def far(tensor):
-        heads = tensor.shape[1]
-        buffer = torch.empty(length * step, dtype=torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32)
+        buffer = torch.empty(length * step, dtype=tensor.dtype)
         return buffer.as_strided(tensor.shape, (length * step, width, step, 1))
 
     far_query, far_key = far(query).copy_(query), far(key).copy_(key)
