@@ -38,17 +38,14 @@ def test_against_float64(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows(dtype):
     """More than fit one tile: blocks, in several sequences and key sets, ∂q and ∂k in passes of their own."""
-    samples = []
-    for seed in range(2):
-        queries = random_queries(70, batch=3, length=190, num_sets=3, num_columns=90, seed=seed)
-        query, key, grad = random_inputs(queries, 3, 10, 2, 190, 16, dtype, seed)
-        samples.append(sample(query, key, queries, grad))
-    assert_within_budget(samples)
+    queries = random_queries(40, batch=2, length=110, num_sets=2, num_columns=70)
+    query, key, grad = random_inputs(queries, 2, 10, 2, 110, 16, dtype)
+    assert_within_budget([sample(query, key, queries, grad)])
 
 
 def test_512_rows():
-    queries = random_queries(512, batch=1, length=97, num_sets=2, num_columns=40)
-    query, key, grad = random_inputs(queries, 1, 4, 1, 97, 16)
+    queries = random_queries(512, batch=1, length=67, num_sets=1, num_columns=40)
+    query, key, grad = random_inputs(queries, 1, 2, 1, 67, 16, torch.bfloat16)
     assert_within_budget([sample(query, key, queries, grad)])
 
 
@@ -56,8 +53,8 @@ def test_512_rows():
 def test_several_splits(num_rows):
     """Long enough that lse, δ and ∂q are put together from partials."""
     length = 1301
-    queries = random_queries(num_rows, batch=2, length=length, num_sets=2, num_columns=1290)
-    query, key, grad = random_inputs(queries, 2, 4, 2, length, 16)
+    queries = random_queries(num_rows, batch=1, length=length, num_sets=1, num_columns=1290)
+    query, key, grad = random_inputs(queries, 1, 4, 2, length, 16, torch.bfloat16)
     assert backend._splits(length, 64, most=48)[0] == 3 and backend._splits(1290, 64, most=32)[0] == 3
     assert_within_budget([sample(query, key, queries, grad)])
 
@@ -65,8 +62,8 @@ def test_several_splits(num_rows):
 @pytest.mark.parametrize("num_heads, num_key_heads", [(1, 1), (4, 4), (2, 1), (6, 2), (5, 1), (7, 1), (16, 2), (16, 1)])
 def test_groups(num_heads, num_key_heads):
     for num_rows in (3, 37):
-        queries = random_queries(num_rows, batch=2, length=75, num_sets=2, num_columns=33)
-        query, key, grad = random_inputs(queries, 2, num_heads, num_key_heads, 75, 16)
+        queries = random_queries(num_rows, batch=1, length=75, num_sets=1, num_columns=33)
+        query, key, grad = random_inputs(queries, 1, num_heads, num_key_heads, 75, 16)
         assert_within_budget([sample(query, key, queries, grad)])
 
 
