@@ -57,7 +57,7 @@ def columns_for(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
     columns = num_rows * block_heads
     if columns <= 32 or head_dim > 128:
         return 32
-    return 128 if columns > 64 and kernel == "gradients" else 64
+    return 128 if columns > 64 and kernel == "gradients" and head_dim > 32 else 64
 
 
 def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dtype: str, architecture: int) -> Tile:
@@ -74,9 +74,16 @@ def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
     elif kernel in ("gradients", "query_gradients"):
         place = 3 if head_dim > 128 else (32, 64, 128).index(columns)
         block_keys, num_stages = _GRADIENT_KEYS[_nearest(architecture), dtype][place], 2
+        block_keys = max(block_keys, 2048 // _block_dim(head_dim))  # 16 bytes of K for each of 256 threads
+    elif kernel == "delta_partials" and _nearest(architecture) == 80:
+        block_keys, num_stages = 64, 1  # with 2, ptxas spills a register
     else:
         block_keys, num_stages = 64, 2
     return Tile(columns // block_heads, block_heads, block_keys, num_warps=8, num_stages=num_stages)
+
+
+def _block_dim(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _nearest(architecture: int) -> int:
@@ -158,7 +165,7 @@ def tile_constexprs(kernel: str, head_dim: int, tile: Tile) -> dict[str, int | b
     """Compile-time arguments of one of `KERNELS` on a GPU."""
     values: dict[str, int | bool] = {
         "HEAD_DIM": head_dim,
-        "BLOCK_DIM": max(16, 1 << (head_dim - 1).bit_length()),
+        "BLOCK_DIM": _block_dim(head_dim),
         "BLOCK_ROWS": tile.block_rows,
         "BLOCK_HEADS": tile.block_heads,
         "BLOCK_KEYS": tile.block_keys,

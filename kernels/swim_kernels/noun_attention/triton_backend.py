@@ -28,7 +28,7 @@ INTERPRETED = not isinstance(kernels.maps_kernel, triton.JITFunction)
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _LEAST_KEYS = 512  # of a split
-_GRADIENT_PROGRAMS = 96  # over which ∂q partials are spread; more of them would write more partials
+_GRADIENT_PROGRAMS = 80  # over which ∂q partials are spread; more of them would write more partials
 _BLOCK_ITEMS = 128  # of the kernels that combine partials
 
 
