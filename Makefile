@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-all lint bench clean
+.PHONY: install demo test test-all lint bench kernel-report clean
 
 install: $(STAMP)
 
@@ -18,13 +18,19 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest tests
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter
 
 test-all: $(STAMP)
 	$(BIN)/pytest tests -m ''
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter -m ''
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Ahead-of-time builds of every kernel configuration and bytes counted in the interpreter: an hour on two cores.
+kernel-report: $(STAMP)
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.kernel_report
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache

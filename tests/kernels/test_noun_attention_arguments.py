@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import subprocess
@@ -110,11 +111,65 @@ def test_default_scale():
     assert torch.equal(noun_attention(**given), noun_attention(**given, scale=8**-0.5))
 
 
-def test_triton_says_why_it_is_not_available():
-    reason = dispatch._triton_missing()
-    assert reason
+@pytest.fixture
+def fresh_choice():
+    """The reasons are found once per process."""
+    dispatch._triton_missing.cache_clear()
+    yield
+    dispatch._triton_missing.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "environment, changes, reason",
+    [
+        ({}, {}, "it needs CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 in the environment, not cpu"),
+        (
+            {"TRITON_INTERPRET": "1"},
+            {"query": torch.randn(2, 6, 9, 8).double(), "key": torch.randn(2, 3, 9, 8).double()},
+            "it has no float64",
+        ),
+        (
+            {"TRITON_INTERPRET": "1"},
+            {"query": torch.randn(2, 6, 9, 257), "key": torch.randn(2, 3, 9, 257)},
+            "head_dim 257 is above 256",
+        ),
+        (
+            {"TRITON_INTERPRET": "1"},
+            {"query": torch.randn(2, 17, 9, 8), "key": torch.randn(2, 1, 9, 8)},
+            "17 query heads share a key head, at most 16 can",
+        ),
+    ],
+)
+def test_triton_says_why_it_is_not_available(environment, changes, reason, monkeypatch, fresh_choice):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=f"backend 'triton' is not available: {reason}; use backend='torch'"):
-        noun_attention(**arguments(backend="triton"))
+        noun_attention(**arguments(**changes, backend="triton"))
+
+
+@pytest.mark.parametrize(
+    "missing, reason",
+    [("triton", "triton is not installed"), ("gpu", "torch sees no NVIDIA GPU"), ("new gpu", "compute capability 8.0")],
+)
+def test_auto_on_cuda_falls_back_with_the_reason(missing, reason, monkeypatch, fresh_choice):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: missing != "gpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    if missing == "triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert reason in dispatch._triton_missing("cuda", torch.bfloat16, 7, 128)
+    assert dispatch.choose_backend("auto", "cuda") == "torch"
+
+
+def test_auto_on_cuda_takes_triton_for_what_it_can(monkeypatch, fresh_choice):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert dispatch.choose_backend("auto", "cuda", torch.bfloat16, 7, 128) == "triton"
+    assert dispatch.choose_backend("auto", "cuda", torch.float64, 7, 128) == "torch"
+    assert dispatch.choose_backend("auto", "cuda", torch.bfloat16, 17, 128) == "torch"
+    assert dispatch.choose_backend("auto", "cuda", torch.bfloat16, 7, 257) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +182,7 @@ def test_triton_says_why_it_is_not_available():
     ],
 )
 def test_choice_is_said_once(backend, device_type, chosen, level, why, caplog):
-    dispatch._say.cache_clear()
+    dispatch._say_once.cache_clear()
     caplog.set_level(logging.DEBUG, logger=dispatch.__name__)
     for _ in range(3):
         assert dispatch.choose_backend(backend, device_type) == chosen
@@ -137,7 +192,7 @@ def test_choice_is_said_once(backend, device_type, chosen, level, why, caplog):
 
 
 def test_auto_on_cuda_takes_triton_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "_triton_missing", lambda *_: None)
     assert dispatch.choose_backend("auto", "cuda") == "triton"
     assert dispatch.choose_backend("triton", "cuda") == "triton"
     assert dispatch.choose_backend("auto", "cpu") == "torch"

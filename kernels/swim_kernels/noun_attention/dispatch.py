@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import math
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from swim_kernels.noun_attention.configurations import MAX_GROUP, MAX_HEAD_DIM
 from swim_kernels.noun_attention.queries import NounQueries
 from swim_kernels.noun_attention.recompute import no_autocast, noun_attention_torch
 from swim_kernels.noun_attention.reference import noun_attention_eager
@@ -46,7 +49,8 @@ def noun_attention(
             same scale and range. A constant: it gets no gradient, and ∂query, ∂key are those of the full softmax all
             the same.
         backend: "eager" (the reference, materialises everything), "torch" (chunked, recomputes in backward, any
-            device), "triton" (CUDA), or "auto": triton on CUDA if there is one, else torch.
+            device), "triton" (CUDA, or CPU tensors in Triton's interpreter; not fp64, D at most 256, Hq / Hkv at most
+            16), or "auto": triton on CUDA where it can run, else torch.
 
     Returns:
         [R, N] fp32 (fp64 for fp64 inputs); 0 where the key set is padded and where the key is outside the row's range.
@@ -58,14 +62,17 @@ def noun_attention(
         RuntimeError: a backend that is not available here.
     """
     _check_arguments(query, key, queries, scale, lse)
-    implementation = _implementation(choose_backend(backend, query.device.type))
+    group = query.shape[1] // key.shape[1]
+    implementation = _implementation(choose_backend(backend, query.device.type, query.dtype, group, query.shape[3]))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with no_autocast(query.device.type):
         return implementation(query, key, queries, scale, lse)
 
 
-def choose_backend(backend: str, device_type: str) -> str:
-    """The backend that runs when `backend` is asked for on such a device; says so once per process.
+def choose_backend(
+    backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16, group: int = 1, head_dim: int = 128
+) -> str:
+    """The backend that runs when `backend` is asked for on such inputs; says so once per process.
 
     Raises:
         ValueError: unknown name.
@@ -74,7 +81,7 @@ def choose_backend(backend: str, device_type: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"unknown noun attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "triton":
-        reason = _triton_missing()
+        reason = _triton_missing(device_type, dtype, group, head_dim)
         if reason:
             raise RuntimeError(f"noun attention backend 'triton' is not available: {reason}; use backend='torch'")
     if backend != "auto":
@@ -83,7 +90,7 @@ def choose_backend(backend: str, device_type: str) -> str:
     if device_type != "cuda":
         _say(logging.INFO, "torch", device_type, "auto, triton needs CUDA")
         return "torch"
-    reason = _triton_missing()
+    reason = _triton_missing(device_type, dtype, group, head_dim)
     if reason:
         _say(logging.WARNING, "torch", device_type, f"auto, slower than triton, which is not available: {reason}")
         return "torch"
@@ -91,17 +98,48 @@ def choose_backend(backend: str, device_type: str) -> str:
     return "triton"
 
 
-def _triton_missing() -> str | None:
-    """Why the Triton backend cannot run here; None if it can."""
-    return "this version of swim_kernels has no Triton kernel for noun attention"
+@functools.cache
+def _triton_missing(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> str | None:
+    """Why the Triton backend cannot run on such inputs; None if it can."""
+    if not _installed("triton"):
+        return "triton is not installed (pip install triton)"
+    if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"it needs CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 in the environment, not {device_type}"
+    if device_type == "cuda":
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "torch sees no NVIDIA GPU"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "it needs a GPU of compute capability 8.0 or later"
+    if dtype == torch.float64:
+        return "it has no float64"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
+    if group > MAX_GROUP:
+        return f"{group} query heads share a key head, at most {MAX_GROUP} can"
+    return None
 
 
 def _implementation(backend: str) -> Callable[..., Tensor]:
+    if backend == "triton":  # imported where it is used: TRITON_INTERPRET is read when kernels are defined
+        from swim_kernels.noun_attention.triton_backend import noun_attention_triton
+
+        return noun_attention_triton
     return {"eager": noun_attention_eager, "torch": noun_attention_torch}[backend]
 
 
-@functools.cache
+def _installed(package: str) -> bool:
+    if torch.compiler.is_compiling():
+        return True  # cannot be traced; the import will say
+    return importlib.util.find_spec(package) is not None
+
+
 def _say(level: int, backend: str, device_type: str, why: str) -> None:
+    if not torch.compiler.is_compiling():  # logging would break the graph
+        _say_once(level, backend, device_type, why)
+
+
+@functools.cache
+def _say_once(level: int, backend: str, device_type: str, why: str) -> None:
     logger.log(level, "noun attention on %s: backend %s (%s)", device_type, backend, why)
 
 
@@ -151,5 +189,5 @@ def _check_arguments(query: Tensor, key: Tensor, queries: NounQueries, scale: fl
             raise TypeError(f"lse must be {dtype} for {query.dtype} query and key, got {lse.dtype}")
         if lse.device != query.device:
             raise ValueError(f"query is on {query.device}, lse on {lse.device}")
-    if queries.device.type == "cpu":
+    if queries.device.type == "cpu" and not torch.compiler.is_compiling():
         queries.check(batch, length)

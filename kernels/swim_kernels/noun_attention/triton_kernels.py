@@ -1,0 +1,482 @@
+"""Noun attention, device code. Mathematics in `reference.py`, tiling in `kernels/README.md`.
+
+    lse     lse_partials_kernel, lse_combine_kernel
+    maps    maps_kernel                    a[r,n]    = (1/Hq) Σ_h exp(s[r,h,key of n] − lse[r,h])
+    δ       delta_partials_kernel, delta_sum_kernel
+                                           δ[r,h]    = (1/Hq) Σ_n p[r,h,key of n] · ∂a[r,n]
+    ∂q, ∂k  gradients_kernel, query_gradient_kernel
+                                           ds[r,h,j] = p[r,h,j] · (w[r,j] − δ[r,h])
+
+Every tile has keys in its first dimension and (row, head of one key head's group) in its second: a tile of K is loaded
+once and serves all of them; as the first operand of `tl.dot` it reaches the tensor cores' wide instructions from one
+row up. No atomics; every element of every output is written by exactly one program.
+
+Names: an *entry* is a row in the order of the plan (`triton_plan.py`), which gives the int32 tables
+
+    entries  [R, 8]   row, sequence, position, key_start, key_end, key_set, next entry of the same token (−1: none),
+                      1 if it is the first of its token
+    blocks   [., 8]   sequence, first entry, end entry, first key, end key (over its entries), key_set, 0, 0
+
+Argument order of all kernels: inputs, tables, outputs, numbers, strides, constexprs. A head dimension of stride 1 and
+16-byte aligned strides are not needed for correct results, only for wide loads. Offsets are int64 throughout.
+"""
+
+import triton
+import triton.language as tl
+
+# Numbers that differ from video to video: not to be compiled in, and no new build where one happens to be 1 or 16 · n.
+_NUMBERS = ["scale", "length", "num_rows", "num_heads", "num_key_heads", "group", "num_columns"]
+_SPLITS = ["num_splits", "tiles_per_split"]
+
+
+@triton.jit
+def _dot(a, b, accumulator, UPCAST: tl.constexpr):
+    """a · b + accumulator, fp32; fp32 operands in IEEE precision. UPCAST: the interpreter cannot multiply bf16."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def _gradient_dot(a, b, accumulator, UPCAST: tl.constexpr):
+    """As `_dot` for one fp32 operand (score gradients) and one in the dtype of the inputs.
+
+    bf16: score gradients are rounded to it. fp16 could not hold them, they may be far below 1: TF32, which holds fp16
+    exactly. fp32: IEEE.
+    """
+    if a.dtype == tl.float32 and b.dtype == tl.float32:
+        return tl.dot(a, b, accumulator, input_precision="ieee")
+    elif a.dtype == tl.float16 or b.dtype == tl.float16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="tf32")
+    else:
+        return _dot(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator, UPCAST)
+
+
+@triton.jit
+def _block(table, index):
+    """sequence, first and end entry, first and end key, key set"""
+    table += tl.cast(index, tl.int64) * 8
+    return (
+        tl.load(table),
+        tl.load(table + 1),
+        tl.load(table + 2),
+        tl.load(table + 3),
+        tl.load(table + 4),
+        tl.load(table + 5),
+    )
+
+
+@triton.jit
+def _columns(entries, first, end, group, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr):
+    """Of the second dimension of a tile: row, position, key range, head within the group, whether there is one.
+
+    A column that stands for nothing has an empty key range.
+    """
+    column = tl.arange(0, BLOCK_ROWS * BLOCK_HEADS)
+    entry = first + column // BLOCK_HEADS
+    head = column % BLOCK_HEADS
+    valid = (entry < end) & (head < group)
+    entries += tl.cast(entry, tl.int64) * 8
+    row = tl.load(entries, mask=valid, other=0)
+    position = tl.load(entries + 2, mask=valid, other=0)
+    key_start = tl.load(entries + 3, mask=valid, other=0)
+    key_end = tl.load(entries + 4, mask=valid, other=0)
+    return row, position, key_start, key_end, head, valid
+
+
+@triton.jit
+def _rows(entries, first, end, BLOCK_ROWS: tl.constexpr):
+    """Row, key set and whether there is one, for the rows of a block."""
+    entry = first + tl.arange(0, BLOCK_ROWS)
+    valid = entry < end
+    entries += tl.cast(entry, tl.int64) * 8
+    return tl.load(entries, mask=valid, other=0), tl.load(entries + 5, mask=valid, other=0), valid
+
+
+@triton.jit
+def _load_query(
+    query, sequence, position, head, valid, stride_b, stride_h, stride_l, stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """[columns, BLOCK_DIM]"""
+    dim = tl.arange(0, BLOCK_DIM)
+    token = sequence.to(tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h + position.to(tl.int64) * stride_l
+    mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    return tl.load(query + token[:, None] + dim.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_key(
+    key, sequence, head, position, valid, stride_b, stride_h, stride_l, stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_KEYS, BLOCK_DIM]"""
+    dim = tl.arange(0, BLOCK_DIM)
+    key += sequence.to(tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
+    mask = valid[:, None]
+    if HEAD_DIM != BLOCK_DIM:
+        mask = mask & (dim < HEAD_DIM)[None, :]
+    offset = position.to(tl.int64)[:, None] * stride_l + dim.to(tl.int64)[None, :] * stride_d
+    return tl.load(key + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def _scores(k, q, scale, UPCAST: tl.constexpr):
+    """[BLOCK_KEYS, BLOCK_DIM], [columns, BLOCK_DIM] → [BLOCK_KEYS, columns]. Scaled afterwards: q stays as it is."""
+    zero = tl.zeros([k.shape[0], q.shape[0]], dtype=tl.float32)
+    return _dot(k, tl.trans(q), zero, UPCAST) * scale
+
+
+@triton.jit
+def _inside(position, key_start, key_end):
+    """[BLOCK_KEYS, columns]: is the key in the range of the column's row"""
+    return (position[:, None] >= key_start[None, :]) & (position[:, None] < key_end[None, :])
+
+
+@triton.jit
+def _probabilities(k, q, inside, lse, scale, UPCAST: tl.constexpr):
+    """p [BLOCK_KEYS, columns]; exactly 0 outside the ranges."""
+    return tl.where(inside, tl.exp(_scores(k, q, scale, UPCAST) - lse[None, :]), 0.0)
+
+
+@triton.jit
+def _per_head(values, BLOCK_HEADS: tl.constexpr):
+    """[BLOCK_KEYS, BLOCK_ROWS] → [BLOCK_KEYS, columns]"""
+    keys: tl.constexpr = values.shape[0]
+    rows: tl.constexpr = values.shape[1]
+    repeated = tl.broadcast_to(values[:, :, None], [keys, rows, BLOCK_HEADS])
+    return tl.reshape(repeated, [keys, rows * BLOCK_HEADS])
+
+
+@triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
+def lse_partials_kernel(
+    query, key, entries, blocks, maxima, sums,
+    scale, length, num_rows, num_heads, group, tiles_per_split,
+    query_stride_b, query_stride_h, query_stride_l, query_stride_d,
+    key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Maximum and Σ exp(s − maximum) over a split of the keys, [splits, R, Hq] each. Grid: splits, Hkv, blocks."""
+    split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, first, end, first_key, end_key, _ = _block(blocks, block)
+    if first >= end:
+        return
+    row, position, key_start, key_end, head, valid = _columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    head += key_head * group
+    q = _load_query(
+        query, sequence, position, head, valid,
+        query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
+    )  # fmt: skip
+
+    maximum = tl.full([BLOCK_ROWS * BLOCK_HEADS], -3.0e38, dtype=tl.float32)  # not −inf: −inf − (−inf) is NaN
+    total = tl.zeros([BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
+    begin = tl.maximum(split * tiles_per_split, first_key // BLOCK_KEYS)
+    stop = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(end_key, BLOCK_KEYS))
+    for tile in range(begin, stop):
+        j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        k = _load_key(
+            key, sequence, key_head, j, (j >= first_key) & (j < end_key),
+            key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
+        )  # fmt: skip
+        s = tl.where(_inside(j, key_start, key_end), _scores(k, q, scale, UPCAST), float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(s, axis=0))
+        total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(s - new_maximum[None, :]), axis=0)
+        maximum = new_maximum
+    place = (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head
+    tl.store(maxima + place, maximum, mask=valid)
+    tl.store(sums + place, total, mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_items", *_SPLITS])
+def lse_combine_kernel(maxima, sums, lse, num_items, num_splits, BLOCK: tl.constexpr):
+    """lse [R · Hq] of the partials [splits, R · Hq]; 0 where the range was empty. Grid: R · Hq / BLOCK."""
+    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = item < num_items
+    maximum = tl.full([BLOCK], -3.0e38, dtype=tl.float32)
+    for split in range(num_splits):
+        place = item + tl.cast(split, tl.int64) * num_items
+        maximum = tl.maximum(maximum, tl.load(maxima + place, mask=valid, other=-3.0e38))
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for split in range(num_splits):
+        place = item + tl.cast(split, tl.int64) * num_items
+        m = tl.load(maxima + place, mask=valid, other=-3.0e38)
+        total += tl.load(sums + place, mask=valid, other=0.0) * tl.exp(m - maximum)
+    tl.store(lse + item, tl.where(total > 0, maximum + tl.log(tl.where(total > 0, total, 1.0)), 0.0), mask=valid)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def maps_kernel(
+    query, key, lse, entries, blocks, key_sets, maps,
+    scale, num_rows, num_heads, num_key_heads, group, num_columns,
+    query_stride_b, query_stride_h, query_stride_l, query_stride_d,
+    key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """a [R, N]. Grid: tiles of the key set, blocks of one sequence and key set. The head mean is written once."""
+    tile, block = tl.program_id(0), tl.program_id(1)
+    sequence, first, end, _, _, key_set = _block(blocks, block)
+    if first >= end:
+        return
+    n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    j = tl.load(key_sets + key_set.to(tl.int64) * num_columns + n, mask=n < num_columns, other=-1)
+    row, position, key_start, key_end, head, valid = _columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    inside = _inside(j, key_start, key_end)  # the padding −1 is in no range
+    lse += row.to(tl.int64) * num_heads + head
+    acc = tl.zeros([BLOCK_KEYS, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
+    for key_head in range(num_key_heads):
+        first_head = key_head * group
+        q = _load_query(
+            query, sequence, position, first_head + head, valid,
+            query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
+        )  # fmt: skip
+        k = _load_key(
+            key, sequence, key_head, j, j >= 0,
+            key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
+        )  # fmt: skip
+        acc += _probabilities(k, q, inside, tl.load(lse + first_head, mask=valid, other=0.0), scale, UPCAST)
+    mean = tl.sum(tl.reshape(acc, [BLOCK_KEYS, BLOCK_ROWS, BLOCK_HEADS]), axis=2) / num_heads
+    row, _, valid = _rows(entries, first, end, BLOCK_ROWS)
+    place = row.to(tl.int64)[None, :] * num_columns + n[:, None]
+    tl.store(maps + place, mean, mask=valid[None, :] & (n < num_columns)[:, None])
+
+
+@triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
+def delta_partials_kernel(
+    query, key, lse, grad_maps, entries, blocks, key_sets, next_column, repeats, deltas, weights,
+    scale, num_rows, num_heads, group, num_columns, tiles_per_split,
+    query_stride_b, query_stride_h, query_stride_l, query_stride_d,
+    key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    grad_maps_stride_r, grad_maps_stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Σ p · ∂a/Hq over a split of the key set, [splits, R, Hq]. Grid: splits, Hkv, blocks of one key set.
+
+    Only keys that are read out are loaded. The programs of the first key head also write the weights [R, N]: Σ ∂a/Hq
+    over a column and the later ones that name the same key. The first column of a key so has the weight of the key.
+    """
+    split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, first, end, _, _, key_set = _block(blocks, block)
+    if first >= end:
+        return
+    row, position, key_start, key_end, head, valid = _columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    head += key_head * group
+    q = _load_query(
+        query, sequence, position, head, valid,
+        query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
+    )  # fmt: skip
+    row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
+    block_row, _, block_valid = _rows(entries, first, end, BLOCK_ROWS)
+    grad_maps += block_row.to(tl.int64)[None, :] * grad_maps_stride_r
+    key_sets += key_set.to(tl.int64) * num_columns
+
+    delta = tl.zeros([BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
+    stop = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(num_columns, BLOCK_KEYS))
+    for tile in range(split * tiles_per_split, stop):
+        n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        j = tl.load(key_sets + n, mask=n < num_columns, other=-1)
+        k = _load_key(
+            key, sequence, key_head, j, j >= 0,
+            key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
+        )  # fmt: skip
+        inside = _inside(j, key_start, key_end)
+        p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
+        mask = (j >= 0)[:, None] & block_valid[None, :]
+        w = tl.load(grad_maps + n.to(tl.int64)[:, None] * grad_maps_stride_n, mask=mask, other=0.0) / num_heads
+        delta += tl.sum(tl.where(inside, p * _per_head(w, BLOCK_HEADS), 0.0), axis=0)
+    tl.store(deltas + (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head, delta, mask=valid)
+
+    if key_head == 0:
+        next_of_set = next_column + key_set.to(tl.int64) * num_columns
+        weights_of_rows = weights + block_row.to(tl.int64)[None, :] * num_columns
+        times = tl.load(repeats) + 1
+        for tile in range(split * tiles_per_split, stop):
+            n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+            column = tl.where(n < num_columns, n, -1)
+            total = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], dtype=tl.float32)
+            for _again in range(times):
+                mask = (column >= 0)[:, None] & block_valid[None, :]
+                total += tl.load(grad_maps + column.to(tl.int64)[:, None] * grad_maps_stride_n, mask=mask, other=0.0)
+                column = tl.load(next_of_set + column, mask=column >= 0, other=-1)
+            mask = (n < num_columns)[:, None] & block_valid[None, :]
+            tl.store(weights_of_rows + n[:, None], total / num_heads, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_items", *_SPLITS])
+def delta_sum_kernel(partials, deltas, num_items, num_splits, BLOCK: tl.constexpr):
+    """δ [R · Hq] of the partials [splits, R · Hq]. Grid: R · Hq / BLOCK."""
+    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for split in range(num_splits):
+        total += tl.load(partials + item + tl.cast(split, tl.int64) * num_items, mask=item < num_items, other=0.0)
+    tl.store(deltas + item, total, mask=item < num_items)
+
+
+@triton.jit
+def _load_weights(weights, inverse, row, key_set, valid, j, length, num_columns, BLOCK_HEADS: tl.constexpr):
+    """w [BLOCK_KEYS, columns]; `inverse` [G, L] is the first column that names the key, −1 if there is none."""
+    mask = valid[None, :] & (j < length)[:, None]
+    column = tl.load(inverse + key_set.to(tl.int64)[None, :] * length + j[:, None], mask=mask, other=-1)
+    w = tl.load(weights + row.to(tl.int64)[None, :] * num_columns + column, mask=column >= 0, other=0.0)
+    return _per_head(w, BLOCK_HEADS)
+
+
+@triton.jit
+def _sum_deltas(deltas, row, head, valid, num_rows, num_heads, num_splits):
+    place = deltas + row.to(tl.int64) * num_heads + head
+    delta = tl.zeros(row.shape, dtype=tl.float32)
+    for _split in range(num_splits):
+        delta += tl.load(place, mask=valid, other=0.0)
+        place += num_rows * num_heads
+    return delta
+
+
+@triton.jit
+def _store_key_gradient(
+    grad_key, values, j, length, stride_l, stride_d, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    dim = tl.arange(0, BLOCK_DIM)
+    offset = j.to(tl.int64)[:, None] * stride_l + dim.to(tl.int64)[None, :] * stride_d
+    mask = (j < length)[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(grad_key + offset, values.to(grad_key.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
+def gradients_kernel(
+    query, key, lse, weights, deltas, entries, blocks, inverse, grad_query_partials, grad_key,
+    scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
+    query_stride_b, query_stride_h, query_stride_l, query_stride_d,
+    key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    grad_key_stride_b, grad_key_stride_h, grad_key_stride_l, grad_key_stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """∂q partials [splits, R, Hq, D] and ∂k, over a split of the keys. Grid: splits, Hkv, blocks.
+
+    ds = p · (w − δ), ∂q = scale Σ_j ds · k, ∂k = scale Σ_{r, h in group} ds · q, with δ = Σ of `delta_splits`.
+
+    With WANT_QUERY a block has at most BLOCK_ROWS entries; with WANT_KEY it is all entries of a sequence (there is one
+    block for every sequence), and every key of every sequence is written, those in no range as zeros. Both at once need
+    few rows: then K is loaded once for both.
+    """
+    split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, first, end, first_key, end_key, _ = _block(blocks, block)
+    if not WANT_KEY:
+        if first >= end:
+            return
+    first_tile = split * tiles_per_split
+    end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(length, BLOCK_KEYS))
+    # the tiles in reach of any entry; none if there is no entry
+    begin = tl.minimum(tl.maximum(first_tile, first_key // BLOCK_KEYS), end_tile)
+    stop = tl.maximum(tl.minimum(end_tile, tl.cdiv(end_key, BLOCK_KEYS)), begin)
+
+    if WANT_KEY:
+        grad_key += sequence.to(tl.int64) * grad_key_stride_b + tl.cast(key_head, tl.int64) * grad_key_stride_h
+        zero = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
+        for tile in range(first_tile, begin):
+            j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+            _store_key_gradient(grad_key, zero, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM)
+        for tile in range(stop, end_tile):
+            j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+            _store_key_gradient(grad_key, zero, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM)
+
+    if WANT_QUERY:
+        row, position, key_start, key_end, head, valid = _columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+        head += key_head * group
+        q = _load_query(
+            query, sequence, position, head, valid,
+            query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
+        )  # fmt: skip
+        row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
+        delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
+        block_row, block_set, block_valid = _rows(entries, first, end, BLOCK_ROWS)
+        # ∂q transposed, so that again the long dimension is the first
+        grad_query = tl.zeros([BLOCK_DIM, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
+        for tile in range(begin, stop):
+            j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+            k = _load_key(
+                key, sequence, key_head, j, (j >= first_key) & (j < end_key),
+                key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
+            )  # fmt: skip
+            w = _load_weights(weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS)
+            inside = _inside(j, key_start, key_end)
+            p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
+            ds = tl.where(inside, p * (w - delta[None, :]), 0.0)
+            grad_query = _gradient_dot(tl.trans(k), ds, grad_query, UPCAST)
+            if WANT_KEY:
+                values = _gradient_dot(ds, q, tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32), UPCAST) * scale
+                _store_key_gradient(
+                    grad_key, values, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM
+                )
+        dim = tl.arange(0, BLOCK_DIM)
+        place = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
+        mask = (dim < HEAD_DIM)[:, None] & valid[None, :]
+        tl.store(grad_query_partials + place[None, :] + dim[:, None], grad_query * scale, mask=mask)
+    else:
+        for tile in range(begin, stop):
+            j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+            k = _load_key(
+                key, sequence, key_head, j, (j >= first_key) & (j < end_key),
+                key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
+            )  # fmt: skip
+            values = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
+            for entry in range(first, end, BLOCK_ROWS):
+                row, position, key_start, key_end, head, valid = _columns(
+                    entries, entry, end, group, BLOCK_ROWS, BLOCK_HEADS
+                )
+                inside = _inside(j, key_start, key_end)
+                # Packed neighbours: most tiles are out of most rows' reach.
+                if tl.max(tl.max(inside.to(tl.int32), axis=1), axis=0) > 0:
+                    head += key_head * group
+                    q = _load_query(
+                        query, sequence, position, head, valid,
+                        query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
+                    )  # fmt: skip
+                    row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
+                    delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
+                    block_row, block_set, block_valid = _rows(entries, entry, end, BLOCK_ROWS)
+                    w = _load_weights(
+                        weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS
+                    )
+                    p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
+                    ds = tl.where(inside, p * (w - delta[None, :]), 0.0)
+                    values = _gradient_dot(ds, q, values, UPCAST)
+            _store_key_gradient(
+                grad_key, values * scale, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM
+            )
+
+
+@triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
+def query_gradient_kernel(
+    partials, entries, grad_query,
+    num_rows, num_heads, num_splits,
+    grad_query_stride_b, grad_query_stride_h, grad_query_stride_l, grad_query_stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """∂q of the rows' tokens: Σ of the partials over splits and over the rows of one token. Grid: R, Hq.
+
+    The program of a token's first entry adds all of its entries, one after the other.
+    """
+    entry, head = tl.program_id(0), tl.program_id(1)
+    table = entries + tl.cast(entry, tl.int64) * 8
+    if tl.load(table + 7) == 0:
+        return
+    sequence, position = tl.load(table + 1).to(tl.int64), tl.load(table + 2).to(tl.int64)
+    dim = tl.arange(0, BLOCK_DIM)
+    total = tl.zeros([BLOCK_DIM], dtype=tl.float32)
+    while entry >= 0:
+        table = entries + tl.cast(entry, tl.int64) * 8
+        row = tl.load(table).to(tl.int64)
+        for start in range(0, num_splits, BLOCK_SPLITS):
+            split = start + tl.arange(0, BLOCK_SPLITS)
+            place = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
+            mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
+            total += tl.sum(tl.load(partials + place[:, None] + dim[None, :], mask=mask, other=0.0), axis=0)
+        entry = tl.load(table + 6)
+    grad_query += sequence * grad_query_stride_b + tl.cast(head, tl.int64) * grad_query_stride_h
+    grad_query += position * grad_query_stride_l
+    values = total.to(grad_query.dtype.element_ty)
+    tl.store(grad_query + dim.to(tl.int64) * grad_query_stride_d, values, mask=dim < HEAD_DIM)

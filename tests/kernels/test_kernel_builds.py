@@ -1,0 +1,45 @@
+"""Configurations that the table can choose, built ahead of time: they must fit on the chip, and be built well.
+
+What holds for every one: shared and tensor memory within what a block can have, no spills on sm_90 up to head_dim 128 and
+blocks of 8 rows, the widest tensor-core instructions of the architecture (fp32 is multiplied in IEEE precision, without),
+K loaded 16 bytes at a time.
+"""
+
+import os
+
+import pytest
+
+from benchmarks.kernel_report import build_all
+from swim_kernels.noun_attention.configurations import all_configurations
+
+EVERYTHING = list(all_configurations())
+# 28 query and 4 key heads of 128 in bf16: groups of 7, filled up to 8. And, of all others, some.
+CENTRAL = list(all_configurations(dtypes=("bf16",), head_dims=(128,), block_heads=(8,)))
+CHOSEN = list(dict.fromkeys([*CENTRAL, *EVERYTHING[:: len(EVERYTHING) // 30]]))
+OTHERS = [configuration for configuration in EVERYTHING if configuration not in CHOSEN]
+
+
+def _results(configurations):
+    return {result.configuration: result for result in build_all(configurations, workers=os.cpu_count() or 1)}
+
+
+@pytest.fixture(scope="module")
+def chosen():
+    return _results(CHOSEN)
+
+
+@pytest.fixture(scope="module")
+def others():
+    return _results(OTHERS)
+
+
+@pytest.mark.parametrize("configuration", CHOSEN, ids=lambda configuration: configuration.name)
+def test_build(configuration, chosen):
+    assert chosen[configuration].complaints() == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("configuration", OTHERS, ids=lambda configuration: configuration.name)
+def test_build_of_the_rest(configuration, others):
+    assert others[configuration].complaints() == []

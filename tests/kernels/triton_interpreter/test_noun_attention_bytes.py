@@ -1,0 +1,46 @@
+"""What the kernels load and store, in a small size; `make kernel-report` counts the large ones."""
+
+import pytest
+
+from benchmarks.noun_attention_bytes import BYTES, HEAD_DIM, PHASES, measure
+
+KEY_HEADS, LENGTH = 2, 1024
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return measure(4, LENGTH, num_heads=14, num_key_heads=KEY_HEADS)
+
+
+def test_forward_reads_every_needed_key_once(counted):
+    traffic, floor = counted
+    read = traffic["forward, lse given"].total(tensor="key", access="load")
+    assert read.issued == read.unique == floor.read_out
+
+
+def test_lse_reads_every_key_of_the_range_once(counted):
+    traffic, floor = counted
+    read = traffic["forward, lse computed"].total(kernel="lse_partials_kernel", tensor="key")
+    assert read.issued == read.unique == floor.range
+
+
+def test_backward_reads_the_keys_twice_and_writes_their_gradient_once(counted):
+    traffic, floor = counted
+    read = traffic["backward"].total(tensor="key", access="load")
+    assert read.issued == read.unique == floor.read_out + floor.range <= 2 * LENGTH * KEY_HEADS * HEAD_DIM * BYTES
+    written = traffic["backward"].total(tensor="grad_key", access="store")
+    assert written.issued == written.unique == floor.key
+
+
+def test_maps_are_written_once_and_nothing_is_filled_but_the_query_gradient(counted):
+    traffic, floor = counted
+    written = traffic["forward, lse given"].total(tensor="maps", access="store")
+    assert written.issued == written.unique == floor.maps
+    fills = [row.kernel for row in traffic["backward"].rows() if row.kernel.startswith("torch.") and row.unique > 4096]
+    assert fills == ["torch.zeros_like"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_phase_moves_less_than_its_floor(phase, counted):
+    traffic, floor = counted
+    assert sum(row.unique for row in traffic[phase].rows()) >= floor.of(phase)
