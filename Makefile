@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-all lint bench kernel-report clean
+.PHONY: install demo test test-all lint kernel-report clean
 
 install: $(STAMP)
 
