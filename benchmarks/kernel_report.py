@@ -131,8 +131,8 @@ _BUILDS = """## Builds
 
 triton {version}. {builds} of the {total} configurations of the table, each built for its architecture;
 {objections} of them are objected to. One by one in `kernel_builds.csv`. Bounds: shared memory 163 kB on sm_80, 227 kB
-on sm_90 and sm_100; no spills on sm_90 up to head_dim 128 and blocks of 8 rows; mma on sm_80, wgmma on sm_90, tcgen05 on
-sm_100 (not for fp32, which is multiplied in IEEE precision); K loaded 16 bytes at a time.
+on sm_90 and sm_100; no spills on sm_90 up to head_dim 128 and blocks of 8 rows; mma on sm_80, wgmma on sm_90, tcgen05
+on sm_100 (not for fp32, which is multiplied in IEEE precision); K loaded 16 bytes at a time.
 
 head_dim 128, bf16, groups of 8 heads: registers a thread, shared memory, tensor-core instructions of the code.
 
@@ -172,10 +172,8 @@ def _draw_builds(rows: list[dict[str, str]]) -> list[str]:
         lines.append(
             f"| {kernel} | {tile} | " + " | ".join(cells.get(f"sm_{arch}", "") for arch in (80, 90, 100)) + " |"
         )
-    lines += ["", "All of them, by dtype and head_dim:", ""]
-    lines += [
-        "| dtype | head_dim | builds | registers at most | shared kB at most | builds with STL | STL at most | objections |"
-    ]
+    lines += ["", "The largest figures, by dtype and head_dim:", ""]
+    lines += ["| dtype | head_dim | builds | registers | shared kB | builds with STL | STL | objections |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
@@ -185,9 +183,8 @@ def _draw_builds(rows: list[dict[str, str]]) -> list[str]:
         worst = [max((int(row[name]) for row in built), default=0) for name in ("registers", "shared", "spill_stores")]
         spilling = sum(int(row["spill_stores"]) > 0 for row in built)
         count = sum(bool(row["complaints"]) for row in group)
-        lines.append(
-            f"| {dtype} | {head_dim} | {len(group)} | {worst[0]} | {worst[1] / 1024:.0f} | {spilling} | {worst[2]} | {count} |"
-        )
+        figures = [dtype, head_dim, len(group), worst[0], f"{worst[1] / 1024:.0f}", spilling, worst[2], count]
+        lines.append(f"| {' | '.join(map(str, figures))} |")
     if objections:
         lines += ["", "Objections:", ""]
         kinds: dict[tuple[str, ...], list[str]] = defaultdict(list)
