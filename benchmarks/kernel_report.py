@@ -244,6 +244,7 @@ def write_builds(configurations: Sequence[Configuration], workers: int) -> None:
         writer.writeheader()
         for number, result in enumerate(build_all(configurations, workers), start=1):
             writer.writerow(result.row())
+            file.flush()
             print(f"\r{number} of {len(configurations)} builds", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 

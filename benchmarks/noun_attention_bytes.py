@@ -103,6 +103,7 @@ def main() -> None:
                         ]
                         + [floor.of(phase)]
                     )
+            file.flush()
             print(f"{num_rows} rows, {length} keys: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
