@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "deepspeed>=0.19,<0.20", "av>=14"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "deepspeed>=0.19,<0.20", "av>=14", "torchcodec>=0.10"]
 
 setup(
     name="swim-fast",
