@@ -14,7 +14,7 @@ $(STAMP): setup.py
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/swim-fast demo configs/demo.yaml
+	$(BIN)/swim-fast demo configs/demo.yaml $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/pytest tests

@@ -69,8 +69,14 @@ def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
         architecture: compute capability, as in 80; 12x and other 8x get the tiles of sm_80, 11x those of sm_100.
     """
     columns = columns_for(kernel, num_rows, block_heads, head_dim, dtype)
+    num_warps = 8
     if dtype == "fp32":  # IEEE products are made by the ordinary cores, from operands in registers
         block_keys, num_stages = (32 if head_dim <= 128 else 16), 1
+        # where ptxas spills least on sm_90
+        if kernel == "key_gradients" and head_dim <= 32:
+            block_keys, num_warps = 64, 4
+        elif kernel == "key_gradients" and block_heads == 8 and head_dim <= 128:
+            num_warps = 4
     elif kernel in ("gradients", "query_gradients"):
         place = 3 if head_dim > 128 else (32, 64, 128).index(columns)
         block_keys, num_stages = _GRADIENT_KEYS[_nearest(architecture), dtype][place], 2
@@ -79,7 +85,7 @@ def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
         block_keys, num_stages = 64, 1  # with 2, ptxas spills a register
     else:
         block_keys, num_stages = 64, 2
-    return Tile(columns // block_heads, block_heads, block_keys, num_warps=8, num_stages=num_stages)
+    return Tile(columns // block_heads, block_heads, block_keys, num_warps, num_stages)
 
 
 def _block_dim(head_dim: int) -> int:
