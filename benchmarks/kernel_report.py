@@ -133,9 +133,9 @@ _BUILDS = """## Builds
 
 triton {version}. {builds} of the {total} configurations of the table, each built for its architecture;
 {objections} of them are objected to. One by one in `kernel_builds.csv`. Bounds: shared memory 163 kB on sm_80, 227 kB
-on sm_90 and sm_100; no spills on sm_90 up to head_dim 128 and blocks of 8 rows (fp32 with groups of 16 excepted); mma on
-sm_80, wgmma on sm_90, tcgen05 on sm_100 (not for fp32, which is multiplied in IEEE precision); K loaded 16 bytes at a
-time.
+on sm_90 and sm_100; no spills on sm_90 up to head_dim 128 and blocks of 8 rows (fp32 with groups of 16 excepted);
+mma on sm_80, wgmma on sm_90, tcgen05 on sm_100 (not for fp32, which is multiplied in IEEE precision); K loaded
+16 bytes at a time.
 
 head_dim 128, bf16, groups of 8 heads: registers a thread, shared memory, tensor-core instructions of the code.
 
