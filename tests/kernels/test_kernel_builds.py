@@ -57,9 +57,10 @@ def test_build_of_the_rest(configuration, others):
             (
                 "query_gradient_kernel",
                 {"partials": "*fp32", "entries": "*i32", "grad_query": f"*{dtype}"},
-                {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_SPLITS": 8, "grad_query_stride_d": 1},
+                {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_SPLITS": 8, "ADD": add, "grad_query_stride_d": 1},
             )
             for dtype, head_dim, block_dim in (("bf16", 128, 128), ("fp16", 80, 128), ("fp32", 256, 256))
+            for add in (False, True)
         ),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bf16", "fp16", "fp32")
@@ -109,6 +110,7 @@ class Configuration:
         kernel: one of `KERNELS`.
         architecture, dtype, head_dim: what it is for.
         tile: its tile.
+        add: of the kernels that write ∂k, whether it is added to what is there (behind a flash attention's backward).
     """
 
     kernel: str
@@ -116,13 +118,14 @@ class Configuration:
     dtype: str
     head_dim: int
     tile: Tile
+    add: bool = False
 
     @property
     def name(self) -> str:
         tile = self.tile
         return (
             f"{self.kernel}-sm{self.architecture}-{self.dtype}-d{self.head_dim}-"
-            f"rows{tile.block_rows}x{tile.block_heads}-keys{tile.block_keys}"
+            f"rows{tile.block_rows}x{tile.block_heads}-keys{tile.block_keys}{'-add' if self.add else ''}"
         )
 
     def function(self):
@@ -155,7 +158,7 @@ class Configuration:
     def constexprs(self) -> dict[str, int | bool]:
         """Compile-time arguments, and those that a launch specialises on because they are 1."""
         ones = [name for name in self.function().arg_names if name.endswith(("stride_d", "stride_n"))]
-        return tile_constexprs(self.kernel, self.head_dim, self.tile) | dict.fromkeys(ones, 1)
+        return tile_constexprs(self.kernel, self.head_dim, self.tile, self.add) | dict.fromkeys(ones, 1)
 
     def aligned(self) -> frozenset[str]:
         """Arguments that are multiples of 16 at a launch: pointers, and strides of the inputs and of ∂k."""
@@ -167,7 +170,7 @@ class Configuration:
 _FP32_POINTERS = ("lse", "maps", "grad_maps", "deltas", "weights", "maxima", "sums", "grad_query_partials")
 
 
-def tile_constexprs(kernel: str, head_dim: int, tile: Tile) -> dict[str, int | bool]:
+def tile_constexprs(kernel: str, head_dim: int, tile: Tile, add: bool = False) -> dict[str, int | bool]:
     """Compile-time arguments of one of `KERNELS` on a GPU."""
     values: dict[str, int | bool] = {
         "HEAD_DIM": head_dim,
@@ -180,6 +183,7 @@ def tile_constexprs(kernel: str, head_dim: int, tile: Tile) -> dict[str, int | b
     if kernel.endswith("gradients"):
         values["WANT_QUERY"] = kernel != "key_gradients"
         values["WANT_KEY"] = kernel != "query_gradients"
+        values["ADD"] = add and kernel != "query_gradients"
     return values
 
 
@@ -188,14 +192,12 @@ def all_configurations(
 ) -> Iterator[Configuration]:
     """Every build that the table can choose for 1 to 512 rows, each once."""
     seen = set()
-    for architecture in architectures:
-        for dtype in dtypes:
-            for head_dim in head_dims:
-                for heads in block_heads:
-                    for kernel in kernels:
-                        for num_rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
-                            tile = choose_tile(kernel, num_rows, heads, head_dim, dtype, architecture)
-                            configuration = Configuration(kernel, architecture, dtype, head_dim, tile)
-                            if configuration not in seen:
-                                seen.add(configuration)
-                                yield configuration
+    for architecture, dtype, head_dim, heads, kernel in product(architectures, dtypes, head_dims, block_heads, kernels):
+        for num_rows, add in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (False, True)):
+            if add and kernel not in ("gradients", "key_gradients"):
+                continue
+            tile = choose_tile(kernel, num_rows, heads, head_dim, dtype, architecture)
+            configuration = Configuration(kernel, architecture, dtype, head_dim, tile, add)
+            if configuration not in seen:
+                seen.add(configuration)
+                yield configuration

@@ -61,7 +61,7 @@ def noun_attention(
         ValueError: shapes, devices or values that do not go together; an unknown backend.
         RuntimeError: a backend that is not available here.
     """
-    _check_arguments(query, key, queries, scale, lse)
+    check_arguments(query, key, queries, scale, lse)
     group = query.shape[1] // key.shape[1]
     implementation = _implementation(choose_backend(backend, query.device.type, query.dtype, group, query.shape[3]))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -143,7 +143,7 @@ def _say_once(level: int, backend: str, device_type: str, why: str) -> None:
     logger.log(level, "noun attention on %s: backend %s (%s)", device_type, backend, why)
 
 
-def _check_arguments(query: Tensor, key: Tensor, queries: NounQueries, scale: float | None, lse: Tensor | None) -> None:
+def check_arguments(query: Tensor, key: Tensor, queries: NounQueries, scale: float | None, lse: Tensor | None) -> None:
     """Everything that can be known without waiting for the device; on the CPU the values of `queries` as well."""
     for name, tensor, layout in (("query", query, "[B, Hq, L, D]"), ("key", key, "[B, Hkv, L, D]")):
         if not isinstance(tensor, Tensor):

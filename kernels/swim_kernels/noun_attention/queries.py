@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,13 +69,55 @@ class NounQueries:
     def device(self) -> torch.device:
         return self.sequence.device
 
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether the softmax of every row ends at its own token, as in causal attention.
+
+        Looks at the values, once; on an accelerator it waits for the device, unless the rows came there by `to`.
+        """
+        return bool((self.key_end == self.position + 1).all())
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NounQueries:
-        """The same rows on another device."""
-        return NounQueries(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()))
+        """The same rows on another device. From the CPU, the answer of `is_causal` comes along."""
+        return self._like(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()))
 
     def pin_memory(self) -> NounQueries:
         """The same rows in page-locked memory; `torch.utils.data.DataLoader(pin_memory=True)` calls this."""
-        return NounQueries(*(tensor.pin_memory() for tensor in self.tensors()))
+        return self._like(*(tensor.pin_memory() for tensor in self.tensors()))
+
+    def within_window(self, window: int) -> NounQueries:
+        """The same rows, each with its own token and at most `window` − 1 keys before it; remembered, since the layers
+        of a model share it and backends remember what they prepared for an object."""
+        if window not in self._narrowed:
+            start = torch.maximum(self.key_start, self.position + 1 - window)
+            self._narrowed[window] = replace(self, key_start=start)
+            self._narrowed[window].__dict__["is_causal"] = self.is_causal
+        return self._narrowed[window]
+
+    def within_key_sets(self) -> NounQueries:
+        """The same rows, their ranges cut to the span of the keys on which they are read out; remembered.
+
+        No softmax any more: for what concerns these keys only, given lse. A row without a key gets an empty range.
+        """
+        if "key sets" not in self._narrowed:
+            keys = self.key_sets
+            far = torch.iinfo(keys.dtype).max
+            first = keys.masked_fill(keys < 0, far).amin(dim=1) if keys.shape[1] else keys.new_full(keys.shape[:1], far)
+            end = keys.amax(dim=1) + 1 if keys.shape[1] else keys.new_zeros(keys.shape[:1])
+            start = torch.minimum(torch.maximum(self.key_start, first[self.key_set]), self.key_end)
+            end = torch.maximum(torch.minimum(self.key_end, end[self.key_set]), start)
+            self._narrowed["key sets"] = replace(self, key_start=start, key_end=end)
+        return self._narrowed["key sets"]
+
+    @cached_property
+    def _narrowed(self) -> dict[int | str, NounQueries]:
+        return {}
+
+    def _like(self, *tensors: Tensor) -> NounQueries:
+        moved = NounQueries(*tensors)
+        if self.device.type == "cpu" or "is_causal" in self.__dict__:
+            moved.__dict__["is_causal"] = self.is_causal
+        return moved
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields in the order of the constructor."""

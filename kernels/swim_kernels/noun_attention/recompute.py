@@ -4,8 +4,8 @@ The keys are worked through in chunks, several times: (1) lse, unless it is hand
 (3) δ, (4) ∂q and ∂k. Kept between forward and backward: the R query rows, the key tensor itself, lse, the metadata.
 
     p[r,h,j]  = exp(s[r,h,j] − lse[r,h])
-    δ[r,h]    = Σ_j p[r,h,j] · w[r,j]             w[r,j] = (scale/Hq) Σ_{n: the n-th key of the set is j} ∂a[r,n]
-    ds[r,h,j] = p[r,h,j] · (w[r,j] − δ[r,h])
+    δ[r,h]    = Σ_j p[r,h,j] · w[r,j]             w[r,j] = (1/Hq) Σ_{n: the n-th key of the set is j} ∂a[r,n]
+    ds[r,h,j] = scale · p[r,h,j] · (w[r,j] − δ[r,h])
     ∂q[r,h]   = Σ_j ds[r,h,j] · k[h//g,j]         ∂k[j] = Σ_{r, h in group} ds[r,h,j] · q[r,h]
 
 Deterministic: every element of ∂k is written once, chunk lengths depend on shapes only, and where several rows or
@@ -51,7 +51,7 @@ class _NounAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, queries, scale, lse):
         ctx.set_materialize_grads(False)
-        query_rows = query[queries.sequence, :, queries.position]  # [R, Hq, D]
+        query_rows = _query_rows(query, queries)
         maps, lse = _forward(query_rows, key, queries, scale, lse)
         ctx.scale = scale
         ctx.query_like = torch.empty_like(query, device="meta")  # shape, strides and dtype of ∂q, but no memory
@@ -65,15 +65,50 @@ class _NounAttention(torch.autograd.Function):
             return None, None, None, None, None
         query_rows, key, lse, *metadata = ctx.saved_tensors
         queries = NounQueries(*metadata)
+        want_query, want_key = ctx.needs_input_grad[:2]
+        grad_query = torch.zeros_like(ctx.query_like, device=key.device) if want_query else None
+        grad_key = torch.zeros_like(key) if want_key else None
         with no_autocast(key.device.type):
-            grad_rows, grad_key = _backward(
-                grad_maps, query_rows, key, lse, queries, ctx.scale, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-            )
-            grad_query = None
-            if grad_rows is not None:
-                grad_query = torch.zeros_like(ctx.query_like, device=key.device)
-                _put_rows(grad_query, queries, grad_rows)
+            _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, queries, ctx.scale, lse)
         return grad_query, grad_key, None, None, None
+
+
+def maps_given_lse(query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor) -> Tensor:
+    """Maps [R, N] from lse [R, Hq], without a graph."""
+    return _forward(_query_rows(query, queries), key, queries, scale, lse)[0]
+
+
+def deltas(
+    grad_maps: Tensor, query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """δ [R, Hq] of the gradient of the maps [R, N], and the weights of the keys, for `add_gradients`."""
+    delta = torch.zeros_like(lse)
+    query_rows = _query_rows(query, queries)
+    weights = _weights(grad_maps, query.shape[1], queries, key.shape[2], lse.dtype)
+    for rows in _group_rows(queries, key.shape[0], key.shape[2]):
+        q = _stack_heads(rows.take(query_rows).to(lse.dtype), key.shape[1])
+        rows.put(delta, _deltas(q, key, rows, rows.take(lse).t(), rows.take(weights), scale).t())
+    return delta, weights
+
+
+def add_gradients(
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_maps: Tensor,
+    query: Tensor,
+    key: Tensor,
+    queries: NounQueries,
+    scale: float,
+    lse: Tensor,
+    weights: Tensor | None = None,
+) -> None:
+    """Adds ∂q and ∂k of the maps to tensors like query and key, in place; None where it is not wanted.
+
+    With the weights that `deltas` returned only the part p · w of ds = p · (w − δ) is added, for an attention that has
+    been given δ as the gradient of its lse. It concerns only keys that are read out.
+    """
+    query_rows = _query_rows(query, queries)
+    _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, queries, scale, lse, weights)
 
 
 def _forward(query_rows, key, queries, scale, lse):
@@ -98,33 +133,52 @@ def _forward(query_rows, key, queries, scale, lse):
     return means.gather(1, keys.clamp(min=0)).masked_fill_(keys < 0, 0.0), lse
 
 
-def _backward(grad_maps, query_rows, key, lse, queries, scale, want_query, want_key):
-    """∂ of the query rows [R, Hq, D] (dtype of the computation) and of the key (its own dtype); None if unwanted."""
+def _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, queries, scale, lse, weights=None):
+    """As `add_gradients`, for query rows [R, Hq, D]."""
     dtype = lse.dtype
     num_heads = query_rows.shape[1]
-    grad_rows = torch.zeros_like(query_rows, dtype=dtype) if want_query else None
-    grad_key = torch.zeros_like(key) if want_key else None
     if not grad_maps.numel():
-        return grad_rows, grad_key
-    weights = _scatter_columns(grad_maps.to(dtype) * (scale / num_heads), queries, key.shape[2])  # [R, L]
+        return
+    grad_rows = None if grad_query is None else torch.zeros_like(query_rows, dtype=dtype)
+    with_delta = weights is None
+    if with_delta:
+        weights = _weights(grad_maps, num_heads, queries, key.shape[2], dtype)
+    weights = weights * scale  # so that ds is scaled
     for rows in _group_rows(queries, key.shape[0], key.shape[2]):
         q = _stack_heads(rows.take(query_rows).to(dtype), key.shape[1])
         row_lse = rows.take(lse).t()
         w = rows.take(weights)
-        delta = torch.zeros_like(row_lse)  # [Hq, rows]
-        for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.read, dtype):
-            delta += _probabilities(q, k, scale, row_lse, outside).mul_(w[:, lo:hi]).sum(dim=-1)
-        grad_q = torch.zeros_like(q) if want_query else None
-        for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.range, dtype):
+        delta = _deltas(q, key, rows, row_lse, w, scale) if with_delta else torch.zeros_like(row_lse)  # [Hq, rows]
+        grad_q = None if grad_query is None else torch.zeros_like(q)
+        for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.range if with_delta else rows.read, dtype):
             ds = _probabilities(q, k, scale, row_lse, outside)  # [Hq, rows, keys]
             ds = ds.mul_(w[:, lo:hi] - delta[..., None]).view(len(k), -1, hi - lo)  # [Hkv, g·rows, keys]
-            if want_query:
+            if grad_q is not None:
                 grad_q.baddbmm_(ds, k)
-            if want_key:
-                grad_key[rows.sequence, :, lo:hi] = torch.bmm(ds.transpose(1, 2), q)
-        if want_query:
+            if grad_key is not None:
+                grad_key[rows.sequence, :, lo:hi].add_(torch.bmm(ds.transpose(1, 2), q))
+        if grad_q is not None:
             rows.put(grad_rows, grad_q.view(num_heads, -1, q.shape[-1]).transpose(0, 1))
-    return grad_rows, grad_key
+    if grad_query is not None:
+        _add_rows(grad_query, queries, grad_rows)
+
+
+def _deltas(q, key, rows, row_lse, w, scale):
+    """Σ_j p · w [Hq, n] of the rows of a group, over the keys that are read out."""
+    delta = torch.zeros_like(row_lse)
+    for lo, hi, k, outside in _key_chunks(key, rows, len(row_lse), rows.read, q.dtype):
+        delta += _probabilities(q, k, scale, row_lse, outside).mul_(w[:, lo:hi]).sum(dim=-1)
+    return delta
+
+
+def _weights(grad_maps, num_heads, queries, length, dtype):
+    """w [R, L]: ∂a / Hq on the positions of the keys that are read out, 0 elsewhere."""
+    return _scatter_columns(grad_maps.to(dtype) / num_heads, queries, length)
+
+
+def _query_rows(query: Tensor, queries: NounQueries) -> Tensor:
+    """[R, Hq, D]"""
+    return query[queries.sequence, :, queries.position]
 
 
 @dataclass(frozen=True)
@@ -293,8 +347,8 @@ def _scatter_columns(values: Tensor, queries: NounQueries, length: int) -> Tenso
     return dense.view(num_rows, length)
 
 
-def _put_rows(grad_query: Tensor, queries: NounQueries, grad_rows: Tensor) -> None:
-    """Writes ∂ of the rows [R, Hq, D] to their tokens in ∂q [B, Hq, L, D]; rows of one token are summed first."""
+def _add_rows(grad_query: Tensor, queries: NounQueries, grad_rows: Tensor) -> None:
+    """Adds ∂ of the rows [R, Hq, D] to their tokens in ∂q [B, Hq, L, D]; rows of one token are summed first."""
     if not len(queries):
         return
     sequence, position = queries.sequence, queries.position
@@ -304,7 +358,8 @@ def _put_rows(grad_query: Tensor, queries: NounQueries, grad_rows: Tensor) -> No
     total = torch.zeros_like(grad_rows)
     _add_at(total, first, grad_rows)
     # Rows of one token write the same bits, in whatever order.
-    grad_query[sequence, :, position] = total.index_select(0, first).to(grad_query.dtype)
+    total = grad_query[sequence, :, position] + total.index_select(0, first)
+    grad_query[sequence, :, position] = total.to(grad_query.dtype)
 
 
 def _add_at(out: Tensor, index: Tensor, values: Tensor) -> None:

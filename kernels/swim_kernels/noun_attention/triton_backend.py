@@ -1,14 +1,16 @@
 """Noun attention in Triton: launches of the kernels in `triton_kernels.py`, registered as operators of torch.
 
-Three operators, opaque to `torch.compile` and to CUDA graph capture: lse, maps from lse, and the gradients of the maps.
-Nothing is read back from the device and nothing depends on values, so the same launches serve every batch of a shape:
+Operators that are opaque to `torch.compile` and to CUDA graph capture: lse, maps from lse, and the gradients of the
+maps, fresh or added to those of a flash attention. Nothing is read back from the device and nothing depends on values,
+so the same launches serve every batch of a shape:
 
     lse, unless it is handed over         2 launches
     maps                                  1
     ∂q and ∂k, few rows                   3: δ partials; ∂q partials and ∂k in one pass over K; ∂q
     ∂q and ∂k, more than fit one tile     5: δ partials, δ; ∂q partials; ∂q; ∂k
 
-besides one fill of ∂q with zeros. The plan of a batch takes tensor operations of its own, once for all layers.
+besides one fill of ∂q with zeros where it is fresh. The plan of a batch takes tensor operations of its own, once for
+all layers.
 """
 
 from __future__ import annotations
@@ -40,13 +42,45 @@ def noun_attention_triton(
     Keeps query, key, lse and the plan for backward, no copies. No double backward. A row with an empty softmax range
     gives zeros.
     """
-    batch, num_heads, length, head_dim = query.shape
-    heads = _block_heads(num_heads // key.shape[1])
-    block_rows = columns_for("maps", len(queries), heads, head_dim, _DTYPES[query.dtype]) // heads
-    plan = list(plan_of(queries, batch, length, block_rows))
+    plan = _plan(query, key, queries)
     if lse is None:
         lse = log_sum_exp(query.detach(), key.detach(), plan, scale)
     return maps_of(query, key, lse.detach().contiguous(), plan, scale)
+
+
+def maps_given_lse(query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor) -> Tensor:
+    """Maps [R, N] from lse [R, Hq], without a graph."""
+    return maps_of(query.detach(), key.detach(), lse.contiguous(), _plan(query, key, queries), scale)
+
+
+def deltas(
+    grad_maps: Tensor, query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """δ [R, Hq] of the gradient of the maps [R, N], and the weights of the keys, for `add_gradients`."""
+    return deltas_of(grad_maps, query, key, lse.contiguous(), _plan(query, key, queries), scale)
+
+
+def add_gradients(
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_maps: Tensor,
+    query: Tensor,
+    key: Tensor,
+    queries: NounQueries,
+    scale: float,
+    lse: Tensor,
+    weights: Tensor | None = None,
+) -> None:
+    """Adds ∂q and ∂k of the maps to tensors like query and key, in place; as in `recompute.py`."""
+    plan = _plan(query, key, queries)
+    add_gradients_of(grad_query, grad_key, grad_maps, query, key, lse.contiguous(), weights, plan, scale)
+
+
+def _plan(query: Tensor, key: Tensor, queries: NounQueries) -> list[Tensor]:
+    batch, num_heads, length, head_dim = query.shape
+    heads = _block_heads(num_heads // key.shape[1])
+    block_rows = columns_for("maps", len(queries), heads, head_dim, _DTYPES[query.dtype]) // heads
+    return list(plan_of(queries, batch, length, block_rows))
 
 
 @torch.library.custom_op("swim_kernels::noun_attention_lse", mutates_args=())
@@ -110,7 +144,45 @@ def gradients_of(
             torch.zeros_like(query) if want_query else query.new_empty(0),
             torch.zeros_like(key) if want_key else key.new_empty(0),
         )
-    return _Gradients(grad_maps, query, key, lse, tables, scale).run(want_query, want_key)
+    run = _Gradients(grad_maps, query, key, lse, tables, scale, add=False)
+    grad_query = torch.zeros_like(query) if want_query else None
+    grad_key = torch.empty_like(key) if want_key else None  # every element is written
+    run.write(grad_query, grad_key, *run.delta_partials())
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in (grad_query, grad_key))
+
+
+@torch.library.custom_op("swim_kernels::noun_attention_deltas", mutates_args=())
+def deltas_of(
+    grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, plan: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """δ [R, Hq] fp32 and the weights [R, N] of the columns"""
+    tables = Plan(*plan)
+    if not _anything(tables):
+        return torch.zeros_like(lse), lse.new_zeros(len(lse), tables.key_sets.shape[1])
+    run = _Gradients(grad_maps, query, key, lse, tables, scale, add=False)
+    partials, weights = run.delta_partials()
+    return run.sum_deltas(partials)[0], weights
+
+
+@torch.library.custom_op("swim_kernels::noun_attention_add_gradients", mutates_args=("grad_query", "grad_key"))
+def add_gradients_of(
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_maps: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    weights: Tensor | None,
+    plan: list[Tensor],
+    scale: float,
+) -> None:
+    """∂q and ∂k added to what is there. With weights, without δ."""
+    tables = Plan(*plan)
+    if not _anything(tables):
+        return
+    run = _Gradients(grad_maps, query, key, lse, tables, scale, add=True)
+    partials, weights = run.delta_partials() if weights is None else (torch.zeros_like(lse)[None], weights)
+    run.write(grad_query, grad_key, partials, weights)
 
 
 @log_sum_exp.register_fake
@@ -121,6 +193,16 @@ def _(query, key, plan, scale):
 @maps_of.register_fake
 def _(query, key, lse, plan, scale):
     return query.new_empty(plan[0].shape[0], Plan(*plan).key_sets.shape[1], dtype=torch.float32)
+
+
+@deltas_of.register_fake
+def _(grad_maps, query, key, lse, plan, scale):
+    return torch.empty_like(lse), lse.new_empty(lse.shape[0], Plan(*plan).key_sets.shape[1])
+
+
+@add_gradients_of.register_fake
+def _(grad_query, grad_key, grad_maps, query, key, lse, weights, plan, scale):
+    return None
 
 
 @gradients_of.register_fake
@@ -154,9 +236,10 @@ maps_of.register_autograd(_backward, setup_context=_setup_context)
 class _Run:
     """What the launches on one query and key have in common."""
 
-    def __init__(self, query: Tensor, key: Tensor, num_rows: int) -> None:
+    def __init__(self, query: Tensor, key: Tensor, num_rows: int, add: bool = False) -> None:
         self.query = query
         self.num_rows = num_rows
+        self.add = add
         self.head_dim = query.shape[3]
         self.group = query.shape[1] // key.shape[1]
         self.block_heads = _block_heads(self.group)
@@ -171,7 +254,7 @@ class _Run:
 
     def launch(self, kernel: str, grid: tuple[int, ...], tensors: tuple, numbers: tuple, strides: tuple) -> None:
         tile = self.tile(kernel)
-        values = tile_constexprs(kernel, self.head_dim, tile) | {"UPCAST": INTERPRETED}
+        values = tile_constexprs(kernel, self.head_dim, tile, self.add) | {"UPCAST": INTERPRETED}
         function = getattr(kernels, f"{'gradients' if kernel.endswith('gradients') else kernel}_kernel")
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         _launch(function, grid, *tensors, *numbers, *strides, **values, **options)
@@ -181,27 +264,25 @@ class _Gradients(_Run):
     """Backward. Besides ∂q and ∂k it allocates, in fp32, partials of δ [splits, R, Hq] and ∂q [splits, R, Hq, D] and
     the weights of the keys that are read out [R, N]."""
 
-    def __init__(self, grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, tables: Plan, scale: float) -> None:
-        super().__init__(query, key, len(tables.entries))
+    def __init__(
+        self, grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, tables: Plan, scale: float, add: bool
+    ) -> None:
+        super().__init__(query, key, len(tables.entries), add)
         self.grad_maps, self.key, self.lse, self.tables, self.scale = grad_maps, key, lse, tables, scale
 
-    def run(self, want_query: bool, want_key: bool) -> tuple[Tensor, Tensor]:
-        nothing = self.query.new_empty(0)
-        grad_query = torch.zeros_like(self.query) if want_query else nothing
-        grad_key = torch.empty_like(self.key) if want_key else nothing  # every element is written
-        deltas, weights = self.delta_partials()
-        if want_query and want_key and self.fits_one_block():
+    def write(self, grad_query: Tensor | None, grad_key: Tensor | None, deltas: Tensor, weights: Tensor) -> None:
+        """∂q and ∂k, where they are given; the rows' tokens alone of ∂q."""
+        if grad_query is not None and grad_key is not None and self.fits_one_block():
             partials = self.pass_over_keys("gradients", self.tables.sequences, weights, deltas, grad_key)
             self.sum_query_gradient(partials, grad_query)
-            return grad_query, grad_key
+            return
         if len(deltas) > 1:
             deltas = self.sum_deltas(deltas)
-        if want_query:
+        if grad_query is not None:
             partials = self.pass_over_keys("query_gradients", self.tables.blocks, weights, deltas, None)
             self.sum_query_gradient(partials, grad_query)
-        if want_key:
+        if grad_key is not None:
             self.pass_over_keys("key_gradients", self.tables.sequences, weights, deltas, grad_key)
-        return grad_query, grad_key
 
     def delta_partials(self) -> tuple[Tensor, Tensor]:
         """δ partials and the weights of the keys."""
@@ -268,6 +349,7 @@ class _Gradients(_Run):
             HEAD_DIM=head_dim,
             BLOCK_DIM=triton.next_power_of_2(head_dim),
             BLOCK_SPLITS=8,
+            ADD=self.add,
         )
 
 

@@ -336,11 +336,14 @@ def _sum_deltas(deltas, row, head, valid, num_rows, num_heads, num_splits):
 
 @triton.jit
 def _store_key_gradient(
-    grad_key, values, j, length, stride_l, stride_d, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
-):
+    grad_key, values, j, length, stride_l, stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
     dim = tl.arange(0, BLOCK_DIM)
     offset = j.to(tl.int64)[:, None] * stride_l + dim.to(tl.int64)[None, :] * stride_d
     mask = (j < length)[:, None] & (dim < HEAD_DIM)[None, :]
+    if ADD:
+        values += tl.load(grad_key + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(grad_key + offset, values.to(grad_key.dtype.element_ty), mask=mask)
 
 
@@ -352,7 +355,8 @@ def gradients_kernel(
     key_stride_b, key_stride_h, key_stride_l, key_stride_d,
     grad_key_stride_b, grad_key_stride_h, grad_key_stride_l, grad_key_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr, ADD: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """∂q partials [splits, R, Hq, D] and ∂k, over a split of the keys. Grid: splits, Hkv, blocks.
 
@@ -360,7 +364,8 @@ def gradients_kernel(
 
     With WANT_QUERY a block has at most BLOCK_ROWS entries; with WANT_KEY it is all entries of a sequence (there is one
     block for every sequence), and every key of every sequence is written, those in no range as zeros. Both at once need
-    few rows: then K is loaded once for both.
+    few rows: then K is loaded once for both. With ADD, ∂k is added to what is there, and keys in no range stay as they
+    are.
     """
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, end, first_key, end_key, _ = _block(blocks, block)
@@ -375,13 +380,18 @@ def gradients_kernel(
 
     if WANT_KEY:
         grad_key += sequence.to(tl.int64) * grad_key_stride_b + tl.cast(key_head, tl.int64) * grad_key_stride_h
-        zero = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
-        for tile in range(first_tile, begin):
-            j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-            _store_key_gradient(grad_key, zero, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM)
-        for tile in range(stop, end_tile):
-            j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-            _store_key_gradient(grad_key, zero, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM)
+        if not ADD:
+            zero = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
+            for tile in range(first_tile, begin):
+                j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+                _store_key_gradient(
+                    grad_key, zero, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM, ADD
+                )
+            for tile in range(stop, end_tile):
+                j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+                _store_key_gradient(
+                    grad_key, zero, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM, ADD
+                )
 
     if WANT_QUERY:
         row, position, key_start, key_end, head, valid = _columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
@@ -409,7 +419,7 @@ def gradients_kernel(
             if WANT_KEY:
                 values = _gradient_dot(ds, q, tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32), UPCAST) * scale
                 _store_key_gradient(
-                    grad_key, values, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM
+                    grad_key, values, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM, ADD
                 )
         dim = tl.arange(0, BLOCK_DIM)
         place = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
@@ -445,7 +455,7 @@ def gradients_kernel(
                     ds = tl.where(inside, p * (w - delta[None, :]), 0.0)
                     values = _gradient_dot(ds, q, values, UPCAST)
             _store_key_gradient(
-                grad_key, values * scale, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM
+                grad_key, values * scale, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM, ADD
             )
 
 
@@ -454,11 +464,11 @@ def query_gradient_kernel(
     partials, entries, grad_query,
     num_rows, num_heads, num_splits,
     grad_query_stride_b, grad_query_stride_h, grad_query_stride_l, grad_query_stride_d,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """∂q of the rows' tokens: Σ of the partials over splits and over the rows of one token. Grid: R, Hq.
 
-    The program of a token's first entry adds all of its entries, one after the other.
+    The program of a token's first entry adds all of its entries, one after the other; with ADD, also what is there.
     """
     entry, head = tl.program_id(0), tl.program_id(1)
     table = entries + tl.cast(entry, tl.int64) * 8
@@ -477,6 +487,7 @@ def query_gradient_kernel(
             total += tl.sum(tl.load(partials + place[:, None] + dim[None, :], mask=mask, other=0.0), axis=0)
         entry = tl.load(table + 6)
     grad_query += sequence * grad_query_stride_b + tl.cast(head, tl.int64) * grad_query_stride_h
-    grad_query += position * grad_query_stride_l
-    values = total.to(grad_query.dtype.element_ty)
-    tl.store(grad_query + dim.to(tl.int64) * grad_query_stride_d, values, mask=dim < HEAD_DIM)
+    grad_query += position * grad_query_stride_l + dim.to(tl.int64) * grad_query_stride_d
+    if ADD:
+        total += tl.load(grad_query, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+    tl.store(grad_query, total.to(grad_query.dtype.element_ty), mask=dim < HEAD_DIM)
