@@ -3,20 +3,24 @@
 `attach_noun_attention` points the decoder's self-attention modules at an attention function of our own, registered
 under one name in transformers' `AttentionInterface`. It runs whatever attention the model had for the layer's output
 and, at the chosen layers, returns the noun maps in the place of the attention weights, which transformers collects in
-`outputs.attentions`. Only this model instance changes: its attention modules get a copy of the text configuration that
-names our function. The configuration that is saved, the weights and the mask construction stay as they were.
+`outputs.attentions`. Where output and maps can come from one autograd node, they do (`fused_attention.py`).
+
+Only this model instance changes: its attention modules get a copy of the text configuration that names our function.
+The configuration that is saved, the weights and the mask construction stay as they were.
 """
 
 import copy
 import dataclasses
+import functools
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from swim_fast.modeling import fused_attention
 from swim_fast.modeling.families import default_layers, family_of, text_layers
-from swim_kernels import noun_attention
+from swim_kernels import flash_noun_attention, noun_attention
 
 ATTENTION_NAME = "swim_noun_attention"
 
@@ -27,6 +31,7 @@ class _Attached:
 
     config: object  # the text configuration the module had, which names the attention of its output
     backend: str | None  # None: this layer answers no map
+    fused: bool = True  # with the attention, where that is possible
 
 
 class _WithConfig:
@@ -49,31 +54,45 @@ def _attention_of(module: nn.Module, name: str):
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def noun_attention_forward(module, query, key, value, attention_mask, noun_queries=None, **kwargs):
+def noun_attention_forward(module, query, key, value, attention_mask, noun_queries=None, right_padded=None, **kwargs):
     """Attention function of an attached layer: the layer's own output, and its noun map if queries came along.
 
     Args:
         query: `[B, Hq, L, D]` after rotary embedding; `key`, `value`: `[B, Hkv, L, D]`.
         noun_queries: `NounQueries` or None.
+        right_padded: of `fused_attention.right_padded`, for the whole batch.
 
     Returns:
         The wrapped attention's output `[B, L, Hq, D]`, and the map `[R, N]` fp32 (None at layers that were not chosen;
         the wrapped attention's own weights without noun queries).
     """
     attached = module._noun_attention
-    wrapped = _attention_of(module, attached.config._attn_implementation)
-    view = _WithConfig(module, attached.config)
+    name = attached.config._attn_implementation
+    wrapped = functools.partial(
+        _attention_of(module, name), _WithConfig(module, attached.config), query, key, value, attention_mask
+    )
     if noun_queries is None:
-        return wrapped(view, query, key, value, attention_mask, **kwargs)
+        return wrapped(**kwargs)
     kwargs.pop("output_attentions", None)  # it asks for the maps here, not for the wrapped attention's weights
-    output, _ = wrapped(view, query, key, value, attention_mask, **kwargs)
     if attached.backend is None:
-        return output, None
-    window = kwargs.get("sliding_window")
-    if window is not None:
-        start = torch.maximum(noun_queries.key_start, noun_queries.position + 1 - window)
-        noun_queries = dataclasses.replace(noun_queries, key_start=start)
-    return output, noun_attention(query, key, noun_queries, scale=kwargs.get("scaling"), backend=attached.backend)
+        return wrapped(**kwargs)[0], None
+    if kwargs.get("sliding_window") is not None:
+        noun_queries = noun_queries.within_window(kwargs["sliding_window"])
+    how = {"scale": kwargs.get("scaling"), "backend": attached.backend}
+    chosen = "asked for"
+    if attached.fused:
+        about = kwargs | {"right_padded": right_padded}
+        chosen = fused_attention.choose(
+            name, (query, key, value), attention_mask, noun_queries, attached.backend, about
+        )
+    fused_attention.say(name, query.device, chosen)
+    if isinstance(chosen, str):
+        return wrapped(**kwargs)[0], noun_attention(query, key, noun_queries, **how)
+    output, maps = flash_noun_attention(query, key, value, noun_queries, **how, **chosen)
+    output = output.transpose(1, 2).contiguous()
+    if right_padded and attention_mask is not None:  # flash attention leaves zeros there
+        output = output.masked_fill(~attention_mask.bool()[:, :, None, None], 0.0)
+    return output, maps
 
 
 AttentionInterface.register(ATTENTION_NAME, noun_attention_forward)
@@ -100,7 +119,9 @@ def _before_language_model(module: nn.Module, args, kwargs):
             "reentrant activation checkpointing drops the gradient of the noun maps: use "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
-    return args, kwargs | {"output_attentions": True, "use_cache": False}
+    attention = module.config._attn_implementation
+    padded = fused_attention.right_padded(kwargs.get("attention_mask"), attention)
+    return args, kwargs | {"output_attentions": True, "use_cache": False, "right_padded": padded}
 
 
 def _before_visual(module: nn.Module, args, kwargs):
@@ -108,7 +129,9 @@ def _before_visual(module: nn.Module, args, kwargs):
     return args, kwargs
 
 
-def attach_noun_attention(model: nn.Module, layers: list[int] | None = None, backend: str = "auto") -> nn.Module:
+def attach_noun_attention(
+    model: nn.Module, layers: list[int] | None = None, backend: str = "auto", fused: bool = True
+) -> nn.Module:
     """Make `model(**inputs, noun_queries=...)` answer noun maps in `outputs.attentions`.
 
     Args:
@@ -116,6 +139,9 @@ def attach_noun_attention(model: nn.Module, layers: list[int] | None = None, bac
         layers: decoder layers that answer a map, counted from 0 (negative: from the end). None: every fifth counted
             back from the last, as in the paper (2, 7, 12, 17, 22, 27 of 28; SWIM, arXiv 2605.18018).
         backend: of `swim_kernels.noun_attention`.
+        fused: compute a layer's output and map in one autograd node (`swim_kernels.flash_noun_attention`) where its
+            attention allows it: the same results and gradients for less memory. The log says which it is, and why.
+            False: always separately.
 
     Returns:
         The same model. With `noun_queries`, `outputs.attentions` is a tuple of one fp32 map `[R, N]` per chosen layer,
@@ -140,7 +166,7 @@ def attach_noun_attention(model: nn.Module, layers: list[int] | None = None, bac
     config = copy.copy(language_model.config)
     config._attn_implementation_internal = ATTENTION_NAME
     for index, module in enumerate(attentions):
-        module._noun_attention = _Attached(module.config, backend if index in chosen else None)
+        module._noun_attention = _Attached(module.config, backend if index in chosen else None, fused)
         module.config = config
     language_model._noun_attention_hooks = [
         language_model.register_forward_pre_hook(_before_language_model, with_kwargs=True),

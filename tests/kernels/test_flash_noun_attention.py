@@ -269,15 +269,20 @@ def test_softmax_beyond_the_token_is_refused():
     assert "key_end is not position + 1" in flash_noun_attention_refusal(query, key, value, queries)
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([(0, 20, 0, 21, 0), (0, 20, 3, 21, 0)], {}, r"row 1: the keys \[3, 21\) are not those of the attention"),
-        ([(0, 20, 0, 21, 0)], {"mask": (torch.ones(41, 41).tril().triu(-5) > 0)[None, None]}, r"row 0.*of the mask"),
+        ([(0, 20, 0, 21, 0), (0, 20, 3, 21, 0)], {}, "key_start is not 0"),
+        ([(0, 20, 0, 21, 0)], {"mask": (torch.ones(41, 41).tril().triu(-5) > 0)[None, None]}, "row 0 has.*token 20"),
+        ([(0, 20, 13, 21, 0), (0, 35, 13, 36, 0)], {"provider": "flash_attn_2"}, r"row 1 has the keys \[13, 36\)"),
+        ([(0, 20, 0, 21, 0)], {"provider": "flash_attn_2", "window": 5}, r"row 0 has the keys \[0, 21\)"),
     ],
 )
 def test_rows_that_are_not_those_of_the_attention_are_refused(rows, options, message):
-    query, key, value, _, _, _ = make(CASES["dense"])
+    query, key, value, _, _, _ = make(CASES["group of 7"])
+    if rows[0][2]:
+        options = options | CASES["packed"][-1]
     with pytest.raises(ValueError, match=message):
         flash_noun_attention(query, key, value, make_queries(rows, [[1, 2]]), **options)
 

@@ -54,7 +54,8 @@ def flash_noun_attention(
         query: [B, Hq, L, D], after rotary embedding; any strides.
         key, value: [B, Hkv, L, D]; query head h uses head h // (Hq / Hkv).
         queries: R rows; the softmax range of each must be what the attention computes: the token itself and all before
-            it, within the window, the mask and the packed sequence (`NounQueries.key_start`). Checked on the CPU.
+            it, within the window, the mask and the packed sequence (`NounQueries.key_start`). On an accelerator what
+            window, mask and packed sequences ask of it is not checked.
         scale: factor on the scores; D ** -0.5 if not given.
         window: a token sees itself and at most `window` − 1 tokens before it.
         mask: bool [B or 1, 1, L, L], True where a token sees a key; causal itself. For "torch_cpu".
@@ -80,8 +81,6 @@ def flash_noun_attention(
     refusal = _refusal(query, key, value, queries, call, provider, backend)
     if refusal:
         raise ValueError(f"flash_noun_attention with {provider.name}: {refusal}")
-    if queries.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_ranges(queries, query.shape[2], call)
     maps_backend = _backend(query, key, backend)
     with no_autocast(query.device.type):
         return _FlashNounAttention.apply(query, key, value, queries, call, provider, maps_backend)
@@ -102,7 +101,7 @@ def flash_noun_attention_refusal(
 ) -> str | None:
     """Why `flash_noun_attention` would refuse such arguments, None if it would not.
 
-    On an accelerator no value is read but, once for a `NounQueries` that was made there, whether it is causal.
+    On an accelerator no value is read but, once, `NounQueries.ranges` of rows that were made there.
     """
     query, key, value = _autocast(query, key, value)
     call = Call(1.0, window, mask, cu_seqlens, max_length)
@@ -205,8 +204,6 @@ def _refusal(
         return f"{query.shape[2]} queries and {key.shape[2]} keys are no self-attention"
     if value.shape != key.shape or value.dtype != query.dtype:
         return f"value is {value.dtype} {list(value.shape)}, key {key.dtype} {list(key.shape)}"
-    if not queries.is_causal:
-        return "the softmax of a row does not end at its own token (key_end is not position + 1)"
     if call.mask is not None:
         batch, _, length, _ = query.shape
         mask, shapes = call.mask, [(batch, 1, length, length), (1, 1, length, length)]
@@ -214,29 +211,33 @@ def _refusal(
             return f"the mask must be bool {list(shapes[0])}, not {mask.dtype} {list(mask.shape)}"
     if call.cu_seqlens is not None and (query.shape[0] != 1 or call.max_length is None):
         return "packed sequences come in a batch of one, with max_length"
-    return provider.refusal(query, key, value, call)
+    return provider.refusal(query, key, value, call) or _refusal_of_ranges(queries, query.shape[2], call)
 
 
-def _check_ranges(queries: NounQueries, length: int, call: Call) -> None:
-    """Refuses rows whose softmax is not the one that the attention computes, on the CPU, where looking is free."""
+def _refusal_of_ranges(queries: NounQueries, length: int, call: Call) -> str | None:
+    """Why the softmax of the rows is not the one that the attention computes; None if it is, as far as can be seen
+    without waiting for an accelerator."""
+    if queries.ranges == "any":
+        return "the softmax of a row does not end at its own token (key_end is not position + 1)"
+    if queries.ranges == "causal" and call.mask is call.cu_seqlens is call.window is None:
+        return "the softmax of a row does not begin with the sequence (key_start is not 0)"
+    if queries.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
     if call.mask is not None:
         sequence = queries.sequence if len(call.mask) > 1 else torch.zeros_like(queries.sequence)
-        seen = call.mask[sequence, 0, queries.position]  # [R, L]
         keys = torch.arange(length)
-        wrong = (seen != ((keys >= queries.key_start[:, None]) & (keys < queries.key_end[:, None]))).any(dim=1)
-        start = "of the mask"
+        inside = (keys >= queries.key_start[:, None]) & (keys < queries.key_end[:, None])
+        wrong = (call.mask[sequence, 0, queries.position] != inside).any(dim=1)
     else:
-        expected = torch.zeros_like(queries.position)
+        first = torch.zeros_like(queries.position)
         if call.cu_seqlens is not None:
             place = torch.searchsorted(call.cu_seqlens, queries.position.to(call.cu_seqlens.dtype), right=True)
-            expected = call.cu_seqlens[place - 1].to(expected.dtype)
+            first = call.cu_seqlens[place - 1].to(first.dtype)
         if call.window is not None:
-            expected = torch.maximum(expected, queries.position + 1 - call.window)
-        wrong, start = queries.key_start != expected, "of the attention"
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        position, first, end = (int(x[row]) for x in (queries.position, queries.key_start, queries.key_end))
-        raise ValueError(
-            f"NounQueries, row {row}: the keys [{first}, {end}) are not those {start} at token {position}, "
-            "so its lse cannot be taken over; use noun_attention"
-        )
+            first = torch.maximum(first, queries.position + 1 - call.window)
+        wrong = queries.key_start != first
+    if not wrong.any():
+        return None
+    row = int(wrong.nonzero()[0])
+    position, first, end = (int(x[row]) for x in (queries.position, queries.key_start, queries.key_end))
+    return f"row {row} has the keys [{first}, {end}), which are not those that the attention of token {position} has"

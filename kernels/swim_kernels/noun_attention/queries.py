@@ -70,15 +70,18 @@ class NounQueries:
         return self.sequence.device
 
     @cached_property
-    def is_causal(self) -> bool:
-        """Whether the softmax of every row ends at its own token, as in causal attention.
+    def ranges(self) -> str:
+        """What all softmax ranges have in common: "prefix", the row's own token and all before it; "causal", they end
+        at the row's own token; "any".
 
         Looks at the values, once; on an accelerator it waits for the device, unless the rows came there by `to`.
         """
-        return bool((self.key_end == self.position + 1).all())
+        if bool((self.key_end != self.position + 1).any()):
+            return "any"
+        return "causal" if bool(self.key_start.any()) else "prefix"
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NounQueries:
-        """The same rows on another device. From the CPU, the answer of `is_causal` comes along."""
+        """The same rows on another device. From the CPU, the answer of `ranges` comes along."""
         return self._like(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()))
 
     def pin_memory(self) -> NounQueries:
@@ -86,12 +89,14 @@ class NounQueries:
         return self._like(*(tensor.pin_memory() for tensor in self.tensors()))
 
     def within_window(self, window: int) -> NounQueries:
-        """The same rows, each with its own token and at most `window` − 1 keys before it; remembered, since the layers
-        of a model share it and backends remember what they prepared for an object."""
+        """The same rows, each with its own token and at most `window` − 1 keys before it; `ranges` stays.
+
+        Remembered, since the layers of a model share it and backends remember what they prepared for an object.
+        """
         if window not in self._narrowed:
             start = torch.maximum(self.key_start, self.position + 1 - window)
             self._narrowed[window] = replace(self, key_start=start)
-            self._narrowed[window].__dict__["is_causal"] = self.is_causal
+            self._narrowed[window].__dict__["ranges"] = self.ranges  # within the window
         return self._narrowed[window]
 
     def within_key_sets(self) -> NounQueries:
@@ -115,8 +120,8 @@ class NounQueries:
 
     def _like(self, *tensors: Tensor) -> NounQueries:
         moved = NounQueries(*tensors)
-        if self.device.type == "cpu" or "is_causal" in self.__dict__:
-            moved.__dict__["is_causal"] = self.is_causal
+        if self.device.type == "cpu" or "ranges" in self.__dict__:
+            moved.__dict__["ranges"] = self.ranges
         return moved
 
     def tensors(self) -> tuple[Tensor, ...]:
