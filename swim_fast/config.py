@@ -57,6 +57,7 @@ class AttentionLossConfig:
     query_position: Literal["noun", "predictor"] = "noun"
     softmax: Literal["causal", "full"] = "causal"
     backend: Literal["auto", "eager", "torch", "triton"] = "auto"
+    fused: bool = True  # attention output and map of a layer from one autograd node, where its attention allows it
 
     def __post_init__(self):
         if self.text_weight < 0 or self.mask_weight < 0 or self.text_weight + self.mask_weight == 0:
@@ -85,6 +86,7 @@ class RunConfig:
             max_tokens=data.max_tokens,
             query_position=loss.query_position,
             softmax=loss.softmax,
+            read_out="all" if loss.numerics == "paper" else "supervised",
             reader=data.reader,
             decode_timeout=data.decode_timeout,
         )

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from swim_fast.config import ConfigError, load_config
+from swim_fast.config import AttentionLossConfig, ConfigError, DataConfig, ModelConfig, RunConfig, load_config
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": [{"path": "train.jsonl"}]}}
 
@@ -88,3 +88,9 @@ def test_effective_configuration_reads_back(write, tmp_path):
     config = load_config(write(), ["attention_loss.layers=[2, 7]"])
     (tmp_path / "again.yaml").write_text(config.as_yaml())
     assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(("numerics", "read_out"), [("stable", "supervised"), ("paper", "all")])
+def test_maps_are_read_out_where_the_numerics_need_them(numerics, read_out):
+    loss = AttentionLossConfig(numerics=numerics)
+    assert RunConfig(ModelConfig("m"), DataConfig(), loss).sample_options().read_out == read_out

@@ -21,6 +21,7 @@ from swim_fast.data.video import READERS, FrameReader, MediaInfo
 
 QUERY_POSITIONS = ("noun", "predictor")
 SOFTMAXES = ("causal", "full")
+READ_OUTS = ("all", "supervised")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class SampleOptions:
         max_tokens: longest sequence; a longer sample gets fewer frames. None sets no limit.
         query_position: "noun", the rows of the noun's own tokens; "predictor", the rows that predict them.
         softmax: "causal", the model's own softmax; "full", over all tokens of the sequence.
+        read_out: visual tokens at which the maps are read out: "all", which the normaliser of the paper's numerics
+            needs, or "supervised", those of the temporal patches in which any object has a mask.
         reader: library that decodes video.
         decode_timeout: seconds that a clip may take to open, and again to decode.
 
@@ -47,11 +50,13 @@ class SampleOptions:
     max_tokens: int | None = None
     query_position: str = "noun"
     softmax: str = "causal"
+    read_out: str = "all"
     reader: str = "decord"
     decode_timeout: float = 60.0
 
     def __post_init__(self):
-        for name, allowed in (("query_position", QUERY_POSITIONS), ("softmax", SOFTMAXES), ("reader", READERS)):
+        choices = {"query_position": QUERY_POSITIONS, "softmax": SOFTMAXES, "read_out": READ_OUTS, "reader": READERS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         for name in ("max_frames", "min_pixels", "max_pixels", "max_tokens", "decode_timeout"):
@@ -74,7 +79,8 @@ class Sample:
             none for a text-only record: ``pixel_values_videos`` [patches, values] fp32, ``video_grid_thw`` [1, 3],
             ``second_per_grid_ts`` [1] fp32, or ``pixel_values``, ``image_grid_thw``.
         rows: R × (position, key_start, key_end, key_set), as in ``NounQueries``.
-        key_sets: at most one [N] int64: the positions of the visual tokens. Empty without rows.
+        key_sets: at most one [N] int64: the positions of the visual tokens that are read out. Empty without rows.
+        patches: numbers of the temporal patches to which they belong, in their order.
         pairs: P × (row, start, height, width, mask), as in ``MaskTargets``.
         masks: uint8 [Hm, Wm] each, one per noun and supervised temporal patch; all rows of a noun share them.
         tags: number of the tag that each row belongs to, R integers.
@@ -86,6 +92,7 @@ class Sample:
     inputs: dict[str, Tensor]
     rows: list[tuple[int, int, int, int]] = field(default_factory=list)
     key_sets: list[Tensor] = field(default_factory=list)
+    patches: list[int] = field(default_factory=list)
     pairs: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
     tags: list[int] = field(default_factory=list)
@@ -227,7 +234,7 @@ class SampleBuilder:
         for number in range(len(record.objects)):
             self._add_noun(sample, record, number, info, encoding)
         if sample.rows:
-            sample.key_sets.append(encoding.visual())
+            self._add_key_set(sample, encoding)
         return sample
 
     def _encode_video(
@@ -285,6 +292,17 @@ class SampleBuilder:
                 sample.pairs.append((len(sample.rows), patch * height * width, height, width, mask))
             sample.rows.append((position, 0, key_end, 0))
             sample.tags.append(number)
+
+    def _add_key_set(self, sample: Sample, encoding: Encoding) -> None:
+        """Append the keys of all rows, one set for the sample; the pairs' patches are then counted within it."""
+        height, width = encoding.patch_grid
+        by_patch = encoding.visual().view(-1, height * width)
+        sample.patches = list(range(len(by_patch)))
+        if self.options.read_out == "supervised":
+            sample.patches = sorted({start // (height * width) for _, start, *_ in sample.pairs})
+        place = {patch: number * height * width for number, patch in enumerate(sample.patches)}
+        sample.pairs = [(row, place[start // (height * width)], *rest) for row, start, *rest in sample.pairs]
+        sample.key_sets.append(by_patch[sample.patches].flatten())
 
     def _check_length(self, length: int, remedy: str) -> None:
         limit = self.options.max_tokens

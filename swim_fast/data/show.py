@@ -64,7 +64,7 @@ class _Shown:
     def supervised(self, patch: int) -> list[int]:
         """The tags that have a mask in a temporal patch."""
         _, height, width = self.grid
-        rows = {row for row, start, *_ in self.sample.pairs if start == patch * height * width}
+        rows = {row for row, start, *_ in self.sample.pairs if self.sample.patches[start // (height * width)] == patch}
         return sorted({self.sample.tags[row] for row in rows})
 
 
@@ -309,7 +309,7 @@ def _row_lines(shown: _Shown) -> list[list[_Words]]:
     _, height, width = shown.grid
     for row, ((position, start, end, _), tag) in enumerate(zip(sample.rows, sample.tags, strict=True)):
         token = repr(shown.processor.tokenizer.decode(sample.inputs["input_ids"][position]))
-        patches = [str(first // (height * width)) for r, first, *_ in sample.pairs if r == row]
+        patches = [str(sample.patches[first // (height * width)]) for r, first, *_ in sample.pairs if r == row]
         noun = shown.noun(tag)
         noun = noun if _columns(noun) <= 22 else noun[:10] + "…"
         noun_gap = " " * (22 - _columns(noun))

@@ -64,7 +64,7 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     )
     record = records[number]
     patch_size = processor.video_processor.temporal_patch_size
-    patches = sorted({start // (height * width) for _, start, height, width, _ in sample.pairs})
+    patches = sorted({sample.patches[start // (height * width)] for _, start, height, width, _ in sample.pairs})
     maps = [_frame_maps(config, folder, sample, processor) for folder in folders.values()]
     columns = []
     for mask, patch in zip(sample.masks, patches, strict=True):
@@ -100,5 +100,5 @@ def _frame_maps(config: RunConfig, folder: Path, sample, processor) -> dict[int,
     for prediction in frame_predictions(outputs.attentions, batch["mask_targets"], fusion=config.attention_loss.fusion):
         for pair, p in zip(prediction.group.pairs.tolist(), prediction.p.numpy(), strict=True):
             _, start, height, width, _ = sample.pairs[pair]
-            found.setdefault(start // (height * width), []).append(p)
+            found.setdefault(sample.patches[start // (height * width)], []).append(p)
     return {patch: np.mean(values, axis=0) for patch, values in found.items()}

@@ -32,8 +32,9 @@ def load_model(config: RunConfig):
         message = f"model.path {options.path!r} is neither a checkpoint folder nor to be had: {error}"
         raise ConfigError(message) from error
     if config.attention_loss.layers != []:
-        attach_noun_attention(model, config.attention_loss.layers, config.attention_loss.backend)
-        config.attention_loss.layers = attached_layers(model)  # so that the saved configuration names them
+        loss = config.attention_loss
+        attach_noun_attention(model, loss.layers, loss.backend, loss.fused)
+        loss.layers = attached_layers(model)  # so that the saved configuration names them
     freeze(model, options.freeze)
     return model, processor
 

@@ -64,6 +64,26 @@ def shown_numbers(sample):
     return [read_number(frame) for frame in ((pixels * std + mean) * 255).numpy()]
 
 
+def test_only_supervised_patches_are_read_out(build, video):
+    """Those of any object; the pairs count within them. The paper's numerics need all."""
+    first, second = mask(0, 0), mask(30, 60)
+    record = video(
+        "<video>\nWhat is the <ins>dog</ins> doing?",
+        "The <ins>ball</ins> rolls.",
+        objects=({9: rle(first)}, {2: rle(second), 9: rle(second)}),
+    )
+    everything = build(record, max_frames=10)
+    sample = build(record, max_frames=10, read_out="supervised")
+    assert everything.patches == list(range(5)) and sample.rows == everything.rows
+    found = [sample.frames.index(frame) // 2 for frame in (2, 9)]
+    assert sample.patches == found and found[0] > 0
+    visual = everything.key_sets[0].view(-1, TOKENS)
+    assert torch.equal(sample.key_sets[0], visual[found].flatten()) and len(sample.key_sets) == 1
+    for pair, full in zip(sample.pairs, everything.pairs, strict=True):
+        assert sample.patches[pair[1] // TOKENS] * TOKENS == full[1]
+        assert pair[::2] == full[::2] and pair[2:] == full[2:]
+
+
 def test_video_sample(build, video, tokenizer):
     first, second = mask(0, 0), mask(30, 60)
     record = video(
