@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-all lint kernel-report clean
+.PHONY: install demo test test-all lint bench kernel-report clean
 
 install: $(STAMP)
 
@@ -27,6 +27,10 @@ test-all: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Time and memory of the attention loss beside flash attention, by three methods: half an hour on two cores.
+bench: $(STAMP)
+	$(BIN)/pytest benchmarks $(ARGS)
 
 # Ahead-of-time builds of every kernel configuration and bytes counted in the interpreter: an hour on two cores.
 kernel-report: $(STAMP)

@@ -40,7 +40,8 @@ setup(
         "torchcodec": ["torchcodec>=0.10"],
         "demo": ["av>=14"],  # writes the demo's H.264 clips
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.12"],
+        "bench": ["pytest-benchmark>=5"],
+        "dev": [*TEST, "ruff>=0.12", "pytest-benchmark>=5"],
     },
     entry_points={"console_scripts": ["swim-fast = swim_fast.cli:main"]},
 )

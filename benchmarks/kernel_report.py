@@ -1,8 +1,8 @@
 """What is known of the Triton kernels without a GPU: `make kernel-report`.
 
-Builds every configuration of `swim_kernels.noun_attention.configurations` ahead of time for its architecture, counts
-bytes in the interpreter (`noun_attention_bytes.py`), and writes kernel_builds.csv, noun_attention_bytes.csv and
-kernel_report.md beside this file. No figure here is a measurement on a GPU.
+Builds every configuration of `swim_kernels.noun_attention.configurations` and the kernels of `fixed_builds.py` ahead of
+time, counts bytes in the interpreter (`noun_attention_bytes.py`), and writes kernel_builds.csv, fixed_builds.csv,
+noun_attention_bytes.csv and kernel_report.md beside this file. No figure here is a measurement on a GPU.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from triton.errors import TritonError
 
 from benchmarks import noun_attention_bytes
 from benchmarks.builds import SHARED_MEMORY, TENSOR_CORES, TENSOR_MEMORY, Build, build
-from swim_kernels.noun_attention.configurations import BLOCK_HEADS, DTYPES, Configuration, all_configurations
+from benchmarks.fixed_builds import LAYERS, fixed_builds
+from swim_kernels.noun_attention.configurations import BLOCK_HEADS, DTYPES, HEAD_DIMS, Configuration, all_configurations
 
 HERE = Path(__file__).parent
-BUILDS, REPORT = HERE / "kernel_builds.csv", HERE / "kernel_report.md"
-FIELDS = ["kernel", "arch", "dtype", "head_dim", "block_rows", "block_heads", "block_keys", "warps", "stages"]
+BUILDS, FIXED, REPORT = HERE / "kernel_builds.csv", HERE / "fixed_builds.csv", HERE / "kernel_report.md"
+FIXED_FIELDS = ["op", "build", "arch", "registers", "shared", "complaints"]
+FIELDS = ["kernel", "arch", "dtype", "head_dim", "add", "block_rows", "block_heads", "block_keys", "warps", "stages"]
 FIELDS += ["registers", "stack", "spill_stores", "spill_loads", "shared", "tensor_memory", "tensor_cores"]
 FIELDS += ["key_load_bytes", "complaints"]
 PARTIALS = ("maxima", "sums", "deltas", "weights", "partials", "grad_query_partials")  # arguments that hold split sums
@@ -71,6 +73,7 @@ class Result:
             "arch": f"sm_{configuration.architecture}",
             "dtype": configuration.dtype,
             "head_dim": configuration.head_dim,
+            "add": "yes" if configuration.add else "",
             "block_rows": tile.block_rows,
             "block_heads": tile.block_heads,
             "block_keys": tile.block_keys,
@@ -118,9 +121,9 @@ def build_all(configurations: Sequence[Configuration], workers: int) -> Iterator
         yield from pool.map(build_one, configurations)
 
 
-def draw(builds: list[dict[str, str]], traffic: list[dict[str, str]]) -> str:
-    """The report, from what the two CSV files say."""
-    return "\n".join([_INTRODUCTION, *_draw_builds(builds), *_draw_traffic(traffic), ""])
+def draw(builds: list[dict[str, str]], fixed: list[dict[str, str]], traffic: list[dict[str, str]]) -> str:
+    """The report, from what the CSV files say."""
+    return "\n".join([_INTRODUCTION, *_draw_builds(builds), *_draw_fixed(fixed), *_draw_traffic(traffic), ""])
 
 
 _INTRODUCTION = """# Kernel report
@@ -146,16 +149,16 @@ _BYTES = """
 ## Bytes
 
 One layer, {heads} query and {key_heads} key heads, head_dim {head_dim}, bf16, as multiples of the floor: every needed
-key read once, the maps (in backward their gradient) once, in backward ∂k written once. *Issued* counts every load and
-store, *unique* every address once per launch: a second read of an address costs nothing where a cache still has it.
-Argument by argument in `noun_attention_bytes.csv`.
+key read once, the maps (in backward their gradient) once, in backward ∂k written once, and read where it is added.
+*Issued* counts every load and store, *unique* every address once per launch: a second read of an address costs nothing
+where a cache still has it. Argument by argument in `noun_attention_bytes.csv`.
 
 | rows | keys | | launches | issued | unique | K read, unique | partials, unique | fills by torch |
 |---|---|---|---|---|---|---|---|---|"""
 
 _AFTER_BYTES = """
-The fill is that of ∂q with zeros: a token that is no row has the gradient 0, and a node of its own has to return the
-whole tensor. It is not in the other figures."""
+*Added*: in the attention's own node, to the attention's ∂q and ∂k. The fill is that of ∂q with zeros: a token that is
+no row has the gradient 0, and a node of its own has to return the whole tensor. It is not in the other figures."""
 
 
 def _draw_builds(rows: list[dict[str, str]]) -> list[str]:
@@ -170,7 +173,8 @@ def _draw_builds(rows: list[dict[str, str]]) -> list[str]:
             shared = f"{int(row['shared']) / 1024:.0f} kB" if row["shared"] else ""
             cell = f"{row['registers']}, {shared}, {row['tensor_cores']}" if shared else "–"
             cell += f", {row['spill_stores']} STL" if row["spill_stores"] not in ("", "0") else ""
-            table[row["kernel"], tile][row["arch"]] = cell + (f" **{row['complaints']}**" if row["complaints"] else "")
+            kernel = row["kernel"] + (", adding" if row["add"] else "")
+            table[kernel, tile][row["arch"]] = cell + (f" **{row['complaints']}**" if row["complaints"] else "")
     for (kernel, tile), cells in table.items():
         lines.append(
             f"| {kernel} | {tile} | " + " | ".join(cells.get(f"sm_{arch}", "") for arch in (80, 90, 100)) + " |"
@@ -194,6 +198,25 @@ def _draw_builds(rows: list[dict[str, str]]) -> list[str]:
         for row in objections:
             kinds[row["kernel"], row["arch"], row["dtype"], row["head_dim"]].append(row["complaints"])
         lines += [f"- {' '.join(kind)}: {len(found)} × such as {found[0]}" for kind, found in kinds.items()]
+    return lines
+
+
+_FIXED = """
+Kernels that always run with the same tile (of frame_prediction with {layers} layers): registers a thread, bytes of
+shared memory. None may spill.
+
+| op | kernel and switches | sm_80 | sm_90 | sm_100 |
+|---|---|---|---|---|"""
+
+
+def _draw_fixed(rows: list[dict[str, str]]) -> list[str]:
+    table: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        cell = f"{row['registers']}, {row['shared']}" + (f" **{row['complaints']}**" if row["complaints"] else "")
+        table[row["op"], row["build"]][row["arch"]] = cell
+    lines = [_FIXED.format(layers=LAYERS)]
+    for (op, name), cells in table.items():
+        lines.append(f"| {op} | {name} | " + " | ".join(cells[f"sm_{arch}"] for arch in (80, 90, 100)) + " |")
     return lines
 
 
@@ -228,6 +251,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--block-heads", type=int, nargs="*", default=BLOCK_HEADS, help="only groups of so many heads")
     parser.add_argument("--dtypes", nargs="*", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--head-dims", type=int, nargs="*", default=HEAD_DIMS)
     parser.add_argument("--no-bytes", action="store_true", help="keep the counts that are there")
     parser.add_argument("--draw", action="store_true", help="only draw the report again from the CSV files")
     arguments = parser.parse_args()
@@ -235,10 +259,27 @@ def main() -> None:
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         subprocess.run([sys.executable, "-m", "benchmarks.noun_attention_bytes"], env=environment, check=True)
     if not arguments.draw:
-        chosen = all_configurations(dtypes=arguments.dtypes, block_heads=arguments.block_heads)
+        chosen = all_configurations(
+            dtypes=arguments.dtypes, head_dims=arguments.head_dims, block_heads=arguments.block_heads
+        )
         write_builds(list(chosen), arguments.workers)
-    with BUILDS.open(newline="") as builds, noun_attention_bytes.CSV.open(newline="") as traffic:
-        REPORT.write_text(draw(list(csv.DictReader(builds)), list(csv.DictReader(traffic))))
+        write_fixed()
+    tables = []
+    for path in (BUILDS, FIXED, noun_attention_bytes.CSV):
+        with path.open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    REPORT.write_text(draw(*tables))
+
+
+def write_fixed() -> None:
+    with FIXED.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIXED_FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for fixed in fixed_builds():
+            for architecture in (80, 90, 100):
+                built = fixed.build(architecture)
+                values = (fixed.op, fixed.name, f"sm_{architecture}", built.registers, built.shared)
+                writer.writerow(dict(zip(FIXED_FIELDS, (*values, "; ".join(fixed.complaints(built))), strict=True)))
 
 
 def write_builds(configurations: Sequence[Configuration], workers: int) -> None:

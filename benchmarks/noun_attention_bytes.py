@@ -18,7 +18,7 @@ from pathlib import Path
 CSV = Path(__file__).with_name("noun_attention_bytes.csv")
 FIELDS = ["rows", "length", "phase", "launch", "kernel", "tensor", "access", "issued", "unique", "floor"]
 NUM_HEADS, NUM_KEY_HEADS, HEAD_DIM, BYTES = 28, 4, 128, 2
-PHASES = ("forward, lse given", "forward, lse computed", "backward")
+PHASES = ("forward, lse given", "forward, lse computed", "backward", "backward, added")
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Floor:
     """The least traffic of each phase: every needed byte once.
 
     Forward reads the keys that are read out, or, where lse is computed, all of the range; it writes the maps.
-    Backward reads the keys of the range and the maps' gradient and writes ∂k. Query rows and their gradients,
-    R · Hq · D, are left out: they are small.
+    Backward reads the keys of the range and the maps' gradient and writes ∂k; in the attention's own node, where it is
+    added to the attention's, ∂k is read as well. Query rows and their gradients, R · Hq · D, are left out: they are
+    small.
     """
 
     read_out: int
@@ -40,6 +41,7 @@ class Floor:
             "forward, lse given": self.read_out + self.maps,
             "forward, lse computed": self.range + self.maps,
             "backward": self.range + self.maps + self.key,
+            "backward, added": self.range + self.maps + 2 * self.key,
         }[phase]
 
 
@@ -49,6 +51,7 @@ def measure(num_rows: int, length: int, *, num_heads: int = NUM_HEADS, num_key_h
 
     from benchmarks.byte_counter import count_bytes
     from swim_kernels import NounQueries, noun_attention
+    from swim_kernels.noun_attention import triton_backend
 
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, num_heads, length, HEAD_DIM, generator=generator).bfloat16()
@@ -75,6 +78,9 @@ def measure(num_rows: int, length: int, *, num_heads: int = NUM_HEADS, num_key_h
     gradient = torch.randn(maps.shape, generator=generator)
     with count_bytes() as traffic["backward"]:
         maps.backward(gradient)
+    with torch.no_grad(), count_bytes() as traffic["backward, added"]:
+        scale = HEAD_DIM**-0.5
+        triton_backend.add_gradients(query.grad, key.grad, gradient, query, key, queries, scale, lse)
     return traffic, floor
 
 
@@ -87,7 +93,7 @@ def main() -> None:
             traffic, floor = measure(num_rows, length)
             for phase in PHASES:
                 for row in traffic[phase].rows():
-                    if row.kernel.startswith("torch.") and phase != "backward":
+                    if row.kernel.startswith("torch.") and not phase.startswith("backward"):
                         continue  # the plan, made once per batch, and checks of the arguments
                     writer.writerow(
                         [

@@ -10,15 +10,9 @@ row in row-major order, and one binary object mask of its own size. Per frame, w
 and a criterion compares p (or log f) with the mask.
 
 **stable numerics** work on log f with the frame's maximum subtracted, so that neither the product of many small
-probabilities nor the number of visual keys matters. Where the limit "both epsilons go to 0" needs a decision:
-
-* An attention of exactly 0 (or below `finfo.tiny / finfo.eps`, 1e-31 in fp32) counts as that floor and gets no
-  gradient. It could not use one: the softmax behind the map multiplies by that same probability. The floor stands
-  1/eps above the smallest normal number, so that d log a / da = 1/a times an upstream gradient cannot overflow.
-* A constant frame (a 1 x 1 grid is one) has p = 0, the limit of 0 / (0 + eps), and no gradient.
-* The cells at the frame's minimum and maximum are p = 0 and p = 1 whatever f is; p has no gradient there. It is cut
-  explicitly: left to automatic differentiation, BCE's slope of 1e6 at p = 0 and 1 would have to cancel in fp32.
-* p is what a min-max makes of f: its gradient grows as the frame flattens (like 1 / (max - min)).
+probabilities nor the number of visual keys matters; what happens in the limits is said in
+`swim_kernels/frame_prediction/reference.py`. Prediction and cross-entropy at the mask's resolution are ops of
+`swim_kernels` that keep the maps and a gradient on the grid.
 
 **paper numerics** are the released ones: f over all visual keys and p each with an epsilon of 1e-6 in the
 denominator, everything in the maps' precision, no floor.
@@ -26,16 +20,20 @@ denominator, everything in the maps' precision, no floor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from swim_fast.mask_targets import MaskTargets, PairGroup
+from swim_kernels import frame_prediction, mask_bce
+from swim_kernels.frame_prediction.reference import floor_of, log_fused
+from swim_kernels.mask_bce.chunked import exact_product, interpolation
+from swim_kernels.mask_bce.reference import MARGIN
+from swim_kernels.noun_attention.recompute import no_autocast
 
 __all__ = [
     "CRITERIA",
@@ -57,7 +55,6 @@ RESOLUTIONS = ("mask", "grid")
 NUMERICS = ("stable", "paper")
 
 PAPER_EPSILON = 1e-6  # of the released code, twice: in the normaliser over the video and in the min-max
-BCE_MARGIN = 1e-6  # stable: p is mapped to [margin, 1 - margin] before the logarithm
 
 
 def mask_alignment_loss(
@@ -68,6 +65,7 @@ def mask_alignment_loss(
     criterion: str = "bce",
     numerics: str = "stable",
     resolution: str = "mask",
+    backend: str = "auto",
 ) -> Tensor:
     """Mean over the pairs of how far the noun's attention is from the object's mask (arXiv 2605.18018).
 
@@ -87,6 +85,7 @@ def mask_alignment_loss(
         numerics: "stable" or "paper", see the module's docstring; "iou" and "dice" take the p of either.
         resolution: "mask": p is upsampled to Hm x Wm (bilinear, half-pixel centres, `align_corners=False`);
             "grid": the mask is averaged down to h x w by exact pixel-cell overlap and becomes a soft target.
+        backend: of the ops in `swim_kernels`: "auto", "eager", "torch" or "triton".
 
     Returns:
         Scalar, float64 if the maps are, else fp32. P = 0 gives 0 with a graph that back-propagates zeros. A mask
@@ -97,8 +96,8 @@ def mask_alignment_loss(
         ValueError, TypeError: unknown choice, no map, shapes, dtypes or devices that do not fit.
         IndexError: rows or columns outside the maps (on CUDA a device assertion); `MaskTargets.check` names the pair.
     """
-    losses = pair_losses(maps, targets, fusion=fusion, criterion=criterion, numerics=numerics, resolution=resolution)
-    return losses.sum() / max(len(targets), 1)
+    options = {"fusion": fusion, "criterion": criterion, "numerics": numerics, "resolution": resolution}
+    return pair_losses(maps, targets, **options, backend=backend).sum() / max(len(targets), 1)
 
 
 def pair_losses(
@@ -109,6 +108,7 @@ def pair_losses(
     criterion: str = "bce",
     numerics: str = "stable",
     resolution: str = "mask",
+    backend: str = "auto",
 ) -> Tensor:
     """The terms of `mask_alignment_loss` before the mean: [P], in the order of the pairs. Arguments as there."""
     _check_choice("criterion", criterion, CRITERIA)
@@ -116,24 +116,15 @@ def pair_losses(
     maps = _checked_maps(maps, targets, fusion, numerics)
     if len(targets) == 0:
         return torch.cat([layer[:0].flatten() for layer in maps])
-    losses = []
-    with _no_autocast(targets.device):  # on CUDA it refuses `binary_cross_entropy`
-        for group, fused in zip(targets.groups, _fused_frames(maps, targets, fusion, numerics), strict=True):
-            masks = targets.stacked_masks(group)
-            if criterion == "kl":
-                share = area_average(masks, group.grid, fused.dtype)[group.mask]
-                loss = _cross_entropy(_log_distribution(fused, numerics), share)
-            else:
-                p = _min_max(fused, numerics)
-                if resolution == "mask":
-                    p = F.interpolate(p, size=group.mask_size, mode="bilinear", align_corners=False)
-                    target = masks[group.mask]
-                else:
-                    target = area_average(masks, group.grid, p.dtype)[group.mask]
-                loss = _bce(p, target, numerics) if criterion == "bce" else 1 - _overlap(p, target, criterion)
-            losses.append(loss.mean(0))  # over the layers that were not fused
-        order = torch.cat([group.pairs for group in targets.groups])
-        return torch.empty_like(torch.cat(losses)).index_copy(0, order, torch.cat(losses))
+    with no_autocast(targets.device.type):  # on CUDA it refuses `binary_cross_entropy`
+        if criterion == "kl":
+            return _by_group(targets, _log_distribution(maps, targets, fusion, numerics), _cross_entropy)
+        p = _predictions(maps, targets, fusion, numerics, backend)
+        if criterion == "bce" and resolution == "mask":
+            return mask_bce(p, targets.pairs, targets.packed, numerics=numerics, backend=backend).mean(0)
+        if criterion == "bce":
+            return _by_group(targets, p, partial(_grid_bce, numerics=numerics))
+        return _by_group(targets, p, partial(_overlap_loss, criterion=criterion, resolution=resolution))
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +152,17 @@ def frame_predictions(
     maps = _checked_maps(maps, targets, fusion, numerics)
     if len(targets) == 0:
         return []
-    predictions = []
-    for group, fused in zip(targets.groups, _fused_frames(maps, targets, fusion, numerics), strict=True):
-        p, log_f = _min_max(fused, numerics), _log_distribution(fused, numerics)
-        if fusion != "none":
-            p, log_f = p[0], log_f[0]
-        predictions.append(FramePredictions(group, p, log_f))
-    return predictions
+    p = _predictions(maps, targets, fusion, numerics, "auto")
+    log_f = _log_distribution(maps, targets, fusion, numerics)
+    if fusion != "none":
+        p, log_f = p[0], log_f[0]
+    return [FramePredictions(group, targets.frames(group, p), targets.frames(group, log_f)) for group in targets.groups]
+
+
+def mask_shares(targets: MaskTargets, group: PairGroup, dtype: torch.dtype) -> Tensor:
+    """The masked share of each cell's area, for every pair of a group: [P_g, h, w]. See `area_average`."""
+    shares = [area_average(masks, group.grid, dtype) for masks in targets.mask_chunks(group)]
+    return torch.cat(shares)[group.mask]
 
 
 def area_average(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -188,13 +183,8 @@ def area_average(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype = torc
     height, width = masks.shape[-2:]
     rows = _integer_overlaps(height, grid[0], masks.device).to(dtype)  # [h, Hm]
     columns = _integer_overlaps(width, grid[1], masks.device).to(dtype)  # [w, Wm]
-    with _no_autocast(masks.device):  # 16 bits do not hold the integers
+    with no_autocast(masks.device.type):  # 16 bits do not hold the integers
         return rows @ masks.to(dtype) @ columns.T / (height * width)
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager:
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _integer_overlaps(pixels: int, cells: int, device: torch.device) -> Tensor:
@@ -233,93 +223,93 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
 
 
-def _fused_frames(maps: list[Tensor], targets: MaskTargets, fusion: str, numerics: str) -> list[Tensor]:
-    """Per group [K, P_g, h, w], K = 1 or, with fusion "none", the layers: log f (stable) or f (paper)."""
-    if numerics == "paper":
-        if fusion == "product":
-            maps = [reduce(torch.mul, maps)]
-        elif fusion == "mean":
-            maps = [torch.stack(maps).mean(0)]
-        # Columns outside the row's key set are 0: this is the sum over all its visual keys.
-        maps = [f / (f.sum(-1, keepdim=True) + PAPER_EPSILON) for f in maps]
-    rows, columns = targets.cells
-    # One gather per layer for all groups: its backward makes one [R, N] gradient per layer, not one per group.
-    values = torch.stack([layer[rows, columns] for layer in maps])  # [K, M]
-    sizes = [len(group.pairs) * group.grid[0] * group.grid[1] for group in targets.groups]
-    frames = []
-    for group, cells in zip(targets.groups, values.split(sizes, dim=1), strict=True):
-        cells = cells.unflatten(1, (len(group.pairs), *group.grid))
-        frames.append(cells if numerics == "paper" else _log_fused(cells, fusion))
-    return frames
+def _predictions(maps: list[Tensor], targets: MaskTargets, fusion: str, numerics: str, backend: str) -> Tensor:
+    """p [K, M] of all cells, in the order of the pairs; K = 1 or, with fusion "none", the layers."""
+    if numerics == "stable":
+        return frame_prediction(maps, targets.pairs, fusion=fusion, backend=backend)
+    cells = _cells(_paper_fused(maps, fusion), targets)
+    frames = [cells[:, part].unflatten(1, (-1, *size)) for _, part, size in targets.pairs.runs()]
+    return torch.cat([_paper_min_max(frame).flatten(1) for frame in frames], dim=1)
 
 
-def _floor(dtype: torch.dtype) -> float:
-    info = torch.finfo(dtype)
-    return info.tiny / info.eps
+def _cells(maps: list[Tensor], targets: MaskTargets) -> Tensor:
+    """[len(maps), M] of all cells, in the order of the pairs."""
+    rows, columns = targets.pairs.cells
+    return torch.stack([layer[rows, columns] for layer in maps])
 
 
-def _log_fused(a: Tensor, fusion: str) -> Tensor:
-    """log f of every frame, up to a constant; a [layers, P, h, w] -> [1 or layers, P, h, w]."""
-    if fusion == "mean":
-        a = a.mean(0, keepdim=True)
-    a = a.clamp_min(_floor(a.dtype))
-    # Divided by the frame's maximum first: log of a ratio near 1 keeps the digits that log a - log max would lose. The
-    # divisor is detached, since p and the frame-softmax do not change when f is scaled.
-    log_f = (a / a.detach().amax((-2, -1), keepdim=True)).log()
+def _paper_fused(maps: list[Tensor], fusion: str) -> list[Tensor]:
+    """f of all visual keys. Columns outside the row's key set are 0: the sum is over all its visual keys."""
     if fusion == "product":
-        log_f = log_f.sum(0, keepdim=True)
-    return log_f
+        maps = [reduce(torch.mul, maps)]
+    elif fusion == "mean":
+        maps = [torch.stack(maps).mean(0)]
+    return [f / (f.sum(-1, keepdim=True) + PAPER_EPSILON) for f in maps]
 
 
-def _min_max(fused: Tensor, numerics: str) -> Tensor:
-    """p of every frame, from log f (stable) or f (paper); same shape, 0 on a constant frame."""
-    low, high = fused.amin((-2, -1), keepdim=True), fused.amax((-2, -1), keepdim=True)
-    if numerics == "paper":
-        p = (fused - low) / (high - low + PAPER_EPSILON)
-    else:
-        # f - min f = f (1 - exp(log min f - log f)): no digit is lost, neither where f is tiny nor on a flat frame.
-        spread = (low - high).expm1()
-        p = (fused - high).exp() * (low - fused).expm1() / torch.where(spread == 0, 1, spread)
-        p = torch.where(fused == high, 1, p)
-    return torch.where(fused == low, 0, p)
+def _paper_min_max(f: Tensor) -> Tensor:
+    """p of every frame [..., h, w], same shape; 0 on a constant frame."""
+    low, high = f.amin((-2, -1), keepdim=True), f.amax((-2, -1), keepdim=True)
+    return torch.where(f == low, 0, (f - low) / (high - low + PAPER_EPSILON))
 
 
-def _log_distribution(fused: Tensor, numerics: str) -> Tensor:
-    """log (f / sum over the frame of f), same shape."""
-    log_f = fused if numerics == "stable" else fused.clamp_min(_floor(fused.dtype)).log()
-    return log_f.flatten(-2).log_softmax(-1).view_as(log_f)
+def _log_distribution(maps: list[Tensor], targets: MaskTargets, fusion: str, numerics: str) -> Tensor:
+    """log (f / sum over the frame of f) [K, M] of all cells, in the order of the pairs."""
+    cells = _cells(maps if numerics == "stable" else _paper_fused(maps, fusion), targets)
+    parts = []
+    for _, part, size in targets.pairs.runs():
+        frames = cells[:, part].unflatten(1, (-1, *size))
+        # the normaliser over the video, which the paper's f has, cancels
+        log_f = log_fused(frames, fusion) if numerics == "stable" else frames.clamp_min(floor_of(frames.dtype)).log()
+        parts.append(log_f.flatten(2).log_softmax(-1).flatten(1))
+    return torch.cat(parts, dim=1)
 
 
-def _bce(p: Tensor, target: Tensor, numerics: str) -> Tensor:
-    """[K, P, y, x] against [P, y, x], bool at mask resolution or a share on the grid -> [K, P]."""
+def _by_group(targets: MaskTargets, cells: Tensor, loss: Callable[[Tensor, MaskTargets, PairGroup], Tensor]) -> Tensor:
+    """[P] from cells [K, M]: of every group's frames [K, P_g, h, w] the losses [K, P_g], averaged over K."""
+    losses = torch.cat([loss(targets.frames(group, cells), targets, group).mean(0) for group in targets.groups])
+    order = torch.cat([group.pairs for group in targets.groups])
+    return torch.empty_like(losses).index_copy(0, order, losses)
+
+
+def _grid_bce(p: Tensor, targets: MaskTargets, group: PairGroup, numerics: str) -> Tensor:
+    share = mask_shares(targets, group, p.dtype)
     if numerics == "paper":
         # Not written out: torch's also bounds the gradient's denominator p (1 - p) from below, by 1e-12. On CUDA it
         # answers NaN with an assertion that ends the process.
-        target = target.to(p.dtype).expand_as(p)
-        loss = F.binary_cross_entropy(p.nan_to_num(nan=0.0), target, reduction="none")
+        loss = F.binary_cross_entropy(p.nan_to_num(nan=0.0), share.expand_as(p), reduction="none")
         loss = torch.where(p.isnan(), p, loss)
-    elif target.dtype == torch.bool:
-        # A pixel has one of the two terms; one logarithm is all that is kept for backward, beside the mask itself.
-        loss = -_inside(torch.where(target, p, 1 - p)).log()
     else:
-        loss = -(target * _inside(p).log() + (1 - target) * _inside(1 - p).log())
+        loss = -(share * _inside(p).log() + (1 - share) * _inside(1 - p).log())
     return loss.mean((-2, -1))
 
 
 def _inside(p: Tensor) -> Tensor:
     # Applied to p and to 1 - p alike: 1 - (1e-6 + (1 - 2e-6) p) would lose the margin's digits in fp32.
-    return BCE_MARGIN + (1 - 2 * BCE_MARGIN) * p
+    return MARGIN + (1 - 2 * MARGIN) * p
 
 
-def _overlap(p: Tensor, target: Tensor, criterion: str) -> Tensor:
-    """Soft IoU or Dice coefficient, [K, P, y, x] against [P, y, x] -> [K, P]; 0 where both are empty."""
-    common = (torch.where(target, p, 0) if target.dtype == torch.bool else p * target).sum((-2, -1))
-    both = p.sum((-2, -1)) + target.sum((-2, -1)).to(p.dtype)
+def _overlap_loss(p: Tensor, targets: MaskTargets, group: PairGroup, criterion: str, resolution: str) -> Tensor:
+    """1 - soft IoU or Dice coefficient; the coefficient is 0 where both are empty.
+
+    Their sums are linear in p, and so is the upsampling: its transpose, applied to the mask, makes them sums over
+    cells.
+    """
+    if resolution == "grid":
+        masked, everything = mask_shares(targets, group, p.dtype), p.new_ones(group.grid)
+    else:
+        rows, columns = (interpolation(*sizes, like=p) for sizes in zip(group.mask_size, group.grid, strict=True))
+        chunks = (masks.to(p.dtype) for masks in targets.mask_chunks(group))
+        masked = [exact_product(exact_product(rows.mT, masks), columns) for masks in chunks]
+        masked = torch.cat(masked)[group.mask]
+        everything = rows.sum(0)[:, None] * columns.sum(0)
+    common, both = (p * masked).sum((-2, -1)), (p * everything).sum((-2, -1)) + masked.sum((-2, -1))
     top, bottom = (common, both - common) if criterion == "iou" else (2 * common, both)
-    return top / torch.where(bottom == 0, 1, bottom)
+    return 1 - top / torch.where(bottom == 0, 1, bottom)
 
 
-def _cross_entropy(log_f: Tensor, share: Tensor) -> Tensor:
-    """-sum t log f, [K, P, h, w] against the masked share [P, h, w] of each cell -> [K, P]; 0 for an empty mask."""
+def _cross_entropy(log_f: Tensor, targets: MaskTargets, group: PairGroup) -> Tensor:
+    """-sum t log f against the masked share of each cell; 0 for an empty mask."""
+    share = mask_shares(targets, group, log_f.dtype)
     area = share.sum((-2, -1), keepdim=True)
     return -(share / torch.where(area == 0, 1, area) * log_f).sum((-2, -1))

@@ -5,12 +5,19 @@ Import the names from `swim_fast.alignment`, which computes with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from swim_kernels.grid_pairs import GridPairs
+from swim_kernels.packed_masks import PackedMasks
+
+# Pixels of masks unpacked at a time; an accelerator wants fewer, longer launches.
+_CHUNK_PIXELS_CPU = 2**21
+_CHUNK_PIXELS_ACCELERATOR = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +50,8 @@ class MaskTargets:
         start: [P] integer, first column of the patch in the row's key set.
         height, width: [P] integer, the patch's grid h x w in visual tokens, row-major from `start`.
         mask: [P] integer, index into `masks`; several pairs may share one mask.
-        masks: uint8 or bool [Hm, Wm] each, sizes may differ; non-zero is the object.
+        masks: uint8 or bool [Hm, Wm] each, sizes may differ; non-zero is the object. They move to a device bit-packed.
+            `PackedMasks`, which is such a sequence, is taken as it is.
 
     Raises:
         TypeError, ValueError: dtype, shape, length or device of a field does not fit; the field is named.
@@ -68,6 +76,12 @@ class MaskTargets:
                 )
             if value.device != self.row.device:
                 raise ValueError(f"MaskTargets.{name} is on {value.device}, row on {self.row.device}: use .to(device)")
+        if isinstance(self.masks, PackedMasks):
+            if self.masks.device != self.row.device and len(self.masks):
+                raise ValueError(
+                    f"MaskTargets.masks are on {self.masks.device}, row on {self.row.device}: use .to(device)"
+                )
+            return
         for number, mask in enumerate(self.masks):
             if not isinstance(mask, Tensor) or mask.dtype not in (torch.uint8, torch.bool):
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -91,19 +105,19 @@ class MaskTargets:
         return self.row.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskTargets:
-        """The same targets on `device`. Called on the CPU copy, it also plans the stacking (`groups`) there, so that
-        the loss never has to read back from the device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same targets on `device`, the masks bit-packed. Called on the CPU copy, it also finds out there what the
+        loss would otherwise have to read back from the device."""
+        return self._map(lambda tensors: tensors.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MaskTargets:
         """A copy in page-locked memory; `DataLoader(pin_memory=True)` calls it."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map(lambda tensors: tensors.pin_memory())
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> MaskTargets:
-        moved = MaskTargets(**{n: move(t) for n, t in self._indices().items()}, masks=tuple(map(move, self.masks)))
-        # Into the cache of the property: what is known on the host must not be asked of the device again.
+    def _map(self, move: Callable) -> MaskTargets:
+        moved = MaskTargets(**{n: move(t) for n, t in self._indices().items()}, masks=move(self.packed))
+        # Into the cache of the properties: what is known on the host must not be asked of the device again.
         groups = tuple(replace(group, pairs=move(group.pairs), mask=move(group.mask)) for group in self.groups)
-        moved.__dict__["groups"] = groups
+        moved.__dict__.update(_table=self._table, groups=groups, pairs=move(self.pairs))
         return moved
 
     def check(self, rows: int | None = None, columns: int | None = None) -> MaskTargets:
@@ -126,26 +140,44 @@ class MaskTargets:
         return self
 
     @cached_property
-    def groups(self) -> tuple[PairGroup, ...]:
-        """The pairs by (h, w, Hm, Wm), in order of first appearance.
-
-        Reads `height`, `width` and `mask` once if they are on a device (`to` brings the answer along from the CPU).
+    def _table(self) -> list[list[int]]:
+        """P times height, width, mask. Reads them once if they are on a device (`to` brings them along from the CPU).
 
         Raises:
             ValueError: a grid size below 1 or a mask index without a mask.
         """
         table = torch.stack([self.height.long(), self.width.long(), self.mask.long()], dim=1).tolist()
-        members: dict[tuple[int, int, int, int], list[int]] = {}
         for pair, (height, width, mask) in enumerate(table):
             if height < 1 or width < 1:
                 raise ValueError(f"MaskTargets: pair {pair} has a grid of {height} x {width}; both must be at least 1")
             if not 0 <= mask < len(self.masks):
                 raise ValueError(f"MaskTargets: pair {pair} asks for mask {mask} of {len(self.masks)}")
-            members.setdefault((height, width, *self.masks[mask].shape), []).append(pair)
+        return table
+
+    @cached_property
+    def packed(self) -> PackedMasks:
+        """The masks, bit-packed."""
+        return self.masks if isinstance(self.masks, PackedMasks) else PackedMasks.pack(self.masks)
+
+    @cached_property
+    def pairs(self) -> GridPairs:
+        """The pairs as the kernels take them, in their order."""
+        return GridPairs.of(self.row, self.start, [(height, width) for height, width, _ in self._table], self.mask)
+
+    @cached_property
+    def groups(self) -> tuple[PairGroup, ...]:
+        """The pairs by (h, w, Hm, Wm), in order of first appearance.
+
+        Raises:
+            ValueError: a grid size below 1 or a mask index without a mask.
+        """
+        members: dict[tuple[int, int, int, int], list[int]] = {}
+        for pair, (height, width, mask) in enumerate(self._table):
+            members.setdefault((height, width, *self.packed.sizes[mask]), []).append(pair)
         groups = []
         for (height, width, *mask_size), pairs in members.items():
             local: dict[int, int] = {}
-            mask = [local.setdefault(table[pair][2], len(local)) for pair in pairs]
+            mask = [local.setdefault(self._table[pair][2], len(local)) for pair in pairs]
             groups.append(
                 PairGroup(
                     grid=(height, width),
@@ -157,20 +189,19 @@ class MaskTargets:
             )
         return tuple(groups)
 
-    @cached_property
-    def cells(self) -> tuple[Tensor, Tensor]:
-        """Map row and map column of every cell, group after group, pair after pair, row-major: two int64 [M]."""
-        rows, columns = [], []
-        for group in self.groups:
-            count = group.grid[0] * group.grid[1]
-            offsets = torch.arange(count, device=self.device)
-            columns.append((self.start[group.pairs].long()[:, None] + offsets).flatten())
-            rows.append(self.row[group.pairs].long()[:, None].expand(-1, count).flatten())
-        return torch.cat(rows), torch.cat(columns)
+    def frames(self, group: PairGroup, cells: Tensor) -> Tensor:
+        """Of cells [..., M] in the order of `pairs` those of one group, frame by frame: [..., P_g, h, w]."""
+        height, width = group.grid
+        first = self.pairs.table[:, 4].long().index_select(0, group.pairs)
+        index = first[:, None] + torch.arange(height * width, device=self.device)
+        return cells.index_select(-1, index.flatten()).unflatten(-1, (len(group.pairs), height, width))
 
-    def stacked_masks(self, group: PairGroup) -> Tensor:
-        """The group's masks, each once: bool [len(group.mask_numbers), Hm, Wm]; pair i's is `[group.mask[i]]`."""
-        return torch.stack([self.masks[number] != 0 for number in group.mask_numbers])
+    def mask_chunks(self, group: PairGroup) -> Iterator[Tensor]:
+        """The group's masks, each once, in the order of `mask_numbers`: bool [n, Hm, Wm], a few at a time."""
+        pixels = _CHUNK_PIXELS_CPU if self.device.type == "cpu" else _CHUNK_PIXELS_ACCELERATOR
+        step = max(1, pixels // (group.mask_size[0] * group.mask_size[1]))
+        for first in range(0, len(group.mask_numbers), step):
+            yield self.packed.unpack(group.mask_numbers[first : first + step])
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int | None = None) -> None:

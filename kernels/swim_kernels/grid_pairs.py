@@ -58,6 +58,25 @@ class GridPairs:
         """M, the number of cells of all pairs."""
         return sum(height * width for height, width in self.sizes)
 
+    @cached_property
+    def mask_numbers(self) -> tuple[int, ...]:
+        """The pairs' masks as Python numbers.
+
+        Looks at the table, once; on an accelerator it waits for the device, unless the pairs came there by `to`.
+        """
+        return tuple(self.table[:, 5].tolist())
+
+    @cached_property
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """Row and column in the maps of every cell, in the order of the pairs: two int64 [M]."""
+        rows, columns = [self.table.new_empty(0).long()], [self.table.new_empty(0).long()]
+        for which, _, (height, width) in self.runs():
+            row, start = self.table[which, :2].long().unbind(1)
+            cell = torch.arange(height * width, device=self.device)
+            rows.append(row[:, None].expand(-1, height * width).flatten())
+            columns.append((start[:, None] + cell).flatten())
+        return torch.cat(rows), torch.cat(columns)
+
     def runs(self) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
         """Stretches of pairs with one grid size, in order: their pairs, their cells, (h, w)."""
         first_pair = first_cell = 0
@@ -69,11 +88,17 @@ class GridPairs:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GridPairs:
         """The same pairs on another device."""
-        return GridPairs(self.table.to(device, non_blocking=non_blocking), self.sizes, self.disjoint)
+        return self._like(self.table.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> GridPairs:
         """The same pairs in page-locked memory."""
-        return GridPairs(self.table.pin_memory(), self.sizes, self.disjoint)
+        return self._like(self.table.pin_memory())
+
+    def _like(self, table: Tensor) -> GridPairs:
+        moved = GridPairs(table, self.sizes, self.disjoint)
+        if self.device.type == "cpu" or "mask_numbers" in self.__dict__:
+            moved.__dict__["mask_numbers"] = self.mask_numbers
+        return moved
 
 
 def _disjoint(row: Tensor, start: Tensor, length: Tensor) -> bool:

@@ -13,33 +13,7 @@ from swim_fast.alignment import MaskTargets
 from swim_fast.data.encoding import IGNORED_LABEL
 from swim_fast.data.errors import DataError
 from swim_fast.data.samples import Sample
-from swim_kernels import NounQueries
-
-
-class MaskStack(Sequence[Tensor]):
-    """The masks of a batch, those of one size in one tensor; item i is a view, uint8 [Hm, Wm].
-
-    A worker process hands over each tensor as an open file of its own. Hundreds of small masks per batch would use up
-    the files a process may have open; this way there are as many as there are mask sizes.
-    """
-
-    def __init__(self, masks: Sequence[Tensor]):
-        by_size: dict[torch.Size, list[Tensor]] = {}
-        self._places: list[tuple[int, int]] = []  # stack, and number in it
-        for mask in masks:
-            stack = by_size.setdefault(mask.shape, [])
-            self._places.append((list(by_size).index(mask.shape), len(stack)))
-            stack.append(mask)
-        self._stacks = [torch.stack(stack) for stack in by_size.values()]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        stack, number = self._places[index]
-        return self._stacks[stack][number]
+from swim_kernels import NounQueries, PackedMasks
 
 
 class Collator:
@@ -122,7 +96,7 @@ def _mask_targets(samples: Sequence[Sample]) -> MaskTargets:
         masks += sample.masks
         first_row += len(sample.rows)
     row, start, height, width, mask = _columns(pairs, 5)
-    return MaskTargets(row=row, start=start, height=height, width=width, mask=mask, masks=MaskStack(masks))
+    return MaskTargets(row=row, start=start, height=height, width=width, mask=mask, masks=PackedMasks.pack(masks))
 
 
 def _columns(table: list[tuple[int, ...]], width: int) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swim_fast.alignment import MaskTargets, area_average, frame_predictions
+from swim_fast.alignment import MaskTargets, frame_predictions, mask_shares
 
 METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou")
 
@@ -49,14 +49,14 @@ def grounding_sums(maps: Sequence[Tensor], targets: MaskTargets, *, fusion: str 
     sums = torch.zeros(shape, dtype=torch.float64, device=targets.device)
     for prediction in predictions:
         group, p, log_f = prediction.group, prediction.p, prediction.log_f  # p, log_f: [(layers,) P_g, h, w]
-        masks = targets.stacked_masks(group)
-        share = area_average(masks, group.grid, p.dtype)[group.mask]  # [P_g, h, w]
+        share = mask_shares(targets, group, p.dtype)  # [P_g, h, w]
+        centres = torch.cat([_at_cell_centres(masks, group.grid) for masks in targets.mask_chunks(group)])[group.mask]
         peak = log_f == log_f.amax((-2, -1), keepdim=True)
-        hit = (peak & _at_cell_centres(masks, group.grid)[group.mask]).sum((-2, -1)) / peak.sum((-2, -1))
+        hit = (peak & centres).sum((-2, -1)) / peak.sum((-2, -1))
         mass = (log_f.exp() * share).sum((-2, -1))
         common = (p * share).sum((-2, -1))
         iou = common / (p.sum((-2, -1)) + share.sum((-2, -1)) - common)
-        counts = masks.flatten(1).any(1)[group.mask].expand_as(hit)
+        counts = (share.sum((-2, -1)) > 0).expand_as(hit)
         values = torch.stack([hit, mass, iou, torch.ones_like(mass)], dim=-1)  # [(layers,) P_g, 4]
         sums += torch.where(counts[..., None], values, 0).double().sum(-2)
     return sums

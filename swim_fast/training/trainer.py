@@ -92,6 +92,7 @@ class SwimTrainer(Trainer):
                 criterion=options.criterion,
                 numerics=options.numerics,
                 resolution=options.resolution,
+                backend=options.backend,
             ).sum()
             grounding = grounding_sums(outputs.attentions, targets, fusion=options.fusion)
         elif len(targets) and options.mask_weight > 0:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from swim_fast.alignment import MaskTargets, mask_alignment_loss
-from swim_fast.data.collation import Collator, MaskStack
+from swim_fast.data.collation import Collator
 from swim_fast.data.errors import DataError
 from swim_fast.data.samples import SampleBuilder, SampleOptions
 from swim_kernels import NounQueries
@@ -167,18 +167,6 @@ def test_collator_without_pad_token(processor):
     other.tokenizer.pad_token = None
     batch = Collator(other)([])
     assert batch["input_ids"].tolist() == [[other.tokenizer.eos_token_id]]
-
-
-def test_mask_stack():
-    masks = [torch.randint(0, 2, size, dtype=torch.uint8) for size in [(4, 6), (3, 3), (4, 6), (2, 5), (3, 3)]]
-    stack = pickle.loads(pickle.dumps(MaskStack(masks)))
-    assert len(stack) == 5
-    assert all(torch.equal(got, mask) for got, mask in zip(stack, masks, strict=True))
-    assert torch.equal(stack[-1], masks[-1]) and torch.equal(stack[1:3][1], masks[2])
-    assert len({mask.untyped_storage().data_ptr() for mask in stack}) == 3
-    assert list(MaskStack([])) == []
-    with pytest.raises(IndexError):
-        stack[5]
 
 
 class ManyMasks(torch.utils.data.Dataset):

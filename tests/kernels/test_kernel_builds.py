@@ -9,9 +9,8 @@ import os
 
 import pytest
 
-from benchmarks.builds import SHARED_MEMORY, build
+from benchmarks.fixed_builds import fixed_builds
 from benchmarks.kernel_report import build_all
-from swim_kernels.noun_attention import triton_kernels
 from swim_kernels.noun_attention.configurations import ARCHITECTURES, all_configurations
 
 EVERYTHING = list(all_configurations())
@@ -48,26 +47,6 @@ def test_build_of_the_rest(configuration, others):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("kernel", "types", "constexprs"),
-    [
-        ("lse_combine_kernel", {"maxima": "*fp32", "sums": "*fp32", "lse": "*fp32"}, {"BLOCK": 128}),
-        ("delta_sum_kernel", {"partials": "*fp32", "deltas": "*fp32"}, {"BLOCK": 128}),
-        *(
-            (
-                "query_gradient_kernel",
-                {"partials": "*fp32", "entries": "*i32", "grad_query": f"*{dtype}"},
-                {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_SPLITS": 8, "ADD": add, "grad_query_stride_d": 1},
-            )
-            for dtype, head_dim, block_dim in (("bf16", 128, 128), ("fp16", 80, 128), ("fp32", 256, 256))
-            for add in (False, True)
-        ),
-    ],
-)
-def test_kernels_without_a_tile_build_without_spills(architecture, kernel, types, constexprs):
-    """Those that add up partials: one shape for all, with Triton's default warps and stages."""
-    function = getattr(triton_kernels, kernel)
-    signature = {name: types.get(name, "i32") for name in function.arg_names if name not in constexprs}
-    built = build(function, signature, constexprs, arch=architecture, num_warps=4, num_stages=3)
-    assert built.spill_stores == built.spill_loads == 0
-    assert built.shared <= SHARED_MEMORY[architecture]
+@pytest.mark.parametrize("fixed", list(fixed_builds()), ids=lambda fixed: f"{fixed.op}-{fixed.name}")
+def test_fixed_build(fixed, architecture):
+    assert fixed.complaints(fixed.build(architecture)) == []

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import swim_kernels
-from swim_kernels import noun_attention
+from swim_kernels import backends, noun_attention
 from tests.kernels.noun_attention_cases import make_queries
 
 dispatch = importlib.import_module("swim_kernels.noun_attention.dispatch")
@@ -114,9 +114,9 @@ def test_default_scale():
 @pytest.fixture
 def fresh_choice():
     """The reasons are found once per process."""
-    dispatch._triton_missing.cache_clear()
+    backends.triton_missing.cache_clear()
     yield
-    dispatch._triton_missing.cache_clear()
+    backends.triton_missing.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -182,11 +182,11 @@ def test_auto_on_cuda_takes_triton_for_what_it_can(monkeypatch, fresh_choice):
     ],
 )
 def test_choice_is_said_once(backend, device_type, chosen, level, why, caplog):
-    dispatch._say_once.cache_clear()
-    caplog.set_level(logging.DEBUG, logger=dispatch.__name__)
+    backends.say_once.cache_clear()
+    caplog.set_level(logging.DEBUG, logger=backends.__name__)
     for _ in range(3):
         assert dispatch.choose_backend(backend, device_type) == chosen
-    (record,) = [record for record in caplog.records if record.name == dispatch.__name__]
+    (record,) = [record for record in caplog.records if record.name == backends.__name__]
     assert record.levelno == level
     assert record.getMessage().startswith(f"noun attention on {device_type}: backend {chosen} ({why}")
 

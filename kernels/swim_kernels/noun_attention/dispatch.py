@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
 import math
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from swim_kernels import backends
 from swim_kernels.noun_attention.configurations import MAX_GROUP, MAX_HEAD_DIM
 from swim_kernels.noun_attention.queries import NounQueries
 from swim_kernels.noun_attention.recompute import no_autocast, noun_attention_torch
 from swim_kernels.noun_attention.reference import noun_attention_eager
 
-logger = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "eager", "torch", "triton")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -72,44 +67,16 @@ def noun_attention(
 def choose_backend(
     backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16, group: int = 1, head_dim: int = 128
 ) -> str:
-    """The backend that runs when `backend` is asked for on such inputs; says so once per process.
-
-    Raises:
-        ValueError: unknown name.
-        RuntimeError: known, but not available.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown noun attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        reason = _triton_missing(device_type, dtype, group, head_dim)
-        if reason:
-            raise RuntimeError(f"noun attention backend 'triton' is not available: {reason}; use backend='torch'")
-    if backend != "auto":
-        _say(logging.INFO, backend, device_type, "asked for")
-        return backend
-    if device_type != "cuda":
-        _say(logging.INFO, "torch", device_type, "auto, triton needs CUDA")
-        return "torch"
-    reason = _triton_missing(device_type, dtype, group, head_dim)
-    if reason:
-        _say(logging.WARNING, "torch", device_type, f"auto, slower than triton, which is not available: {reason}")
-        return "torch"
-    _say(logging.INFO, "triton", device_type, "auto")
-    return "triton"
+    """`backends.choose_backend` for such inputs."""
+    missing = functools.partial(_triton_missing, device_type, dtype, group, head_dim)
+    return backends.choose_backend("noun attention", backend, device_type, missing)
 
 
-@functools.cache
 def _triton_missing(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> str | None:
     """Why the Triton backend cannot run on such inputs; None if it can."""
-    if not _installed("triton"):
-        return "triton is not installed (pip install triton)"
-    if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"it needs CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 in the environment, not {device_type}"
-    if device_type == "cuda":
-        if torch.version.cuda is None or not torch.cuda.is_available():
-            return "torch sees no NVIDIA GPU"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return "it needs a GPU of compute capability 8.0 or later"
+    reason = backends.triton_missing(device_type)
+    if reason:
+        return reason
     if dtype == torch.float64:
         return "it has no float64"
     if head_dim > MAX_HEAD_DIM:
@@ -125,22 +92,6 @@ def _implementation(backend: str) -> Callable[..., Tensor]:
 
         return noun_attention_triton
     return {"eager": noun_attention_eager, "torch": noun_attention_torch}[backend]
-
-
-def _installed(package: str) -> bool:
-    if torch.compiler.is_compiling():
-        return True  # cannot be traced; the import will say
-    return importlib.util.find_spec(package) is not None
-
-
-def _say(level: int, backend: str, device_type: str, why: str) -> None:
-    if not torch.compiler.is_compiling():  # logging would break the graph
-        _say_once(level, backend, device_type, why)
-
-
-@functools.cache
-def _say_once(level: int, backend: str, device_type: str, why: str) -> None:
-    logger.log(level, "noun attention on %s: backend %s (%s)", device_type, backend, why)
 
 
 def check_arguments(query: Tensor, key: Tensor, queries: NounQueries, scale: float | None, lse: Tensor | None) -> None:

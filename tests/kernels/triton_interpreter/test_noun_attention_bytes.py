@@ -40,6 +40,18 @@ def test_maps_are_written_once_and_nothing_is_filled_but_the_query_gradient(coun
     assert fills == ["torch.zeros_like"]
 
 
+def test_added_gradients_touch_nothing_else(counted):
+    """∂k read and written once, no fill; of ∂q the rows' tokens."""
+    traffic, floor = counted
+    added = traffic["backward, added"]
+    for access in ("load", "store"):
+        key = added.total(tensor="grad_key", access=access)
+        assert key.issued == key.unique == floor.key
+        rows = added.total(tensor="grad_query", access=access)
+        assert rows.issued == rows.unique == 4 * 14 * HEAD_DIM * BYTES
+    assert not [row for row in added.rows() if row.kernel.startswith("torch.") and row.unique > 4096]
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_no_phase_moves_less_than_its_floor(phase, counted):
     traffic, floor = counted

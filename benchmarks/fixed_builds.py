@@ -1,0 +1,96 @@
+"""Kernels that always run with the same tile: what they are built with ahead of time, for test and report.
+
+Those that add up partials of noun attention, and the ops `frame_prediction` and `mask_bce`. The kernels of noun
+attention with a tile of keys have a table of their own (`swim_kernels.noun_attention.configurations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from benchmarks.builds import SHARED_MEMORY, Build, build
+from swim_kernels.frame_prediction import triton_backend as frame_backend
+from swim_kernels.frame_prediction import triton_kernels as frame_kernels
+from swim_kernels.mask_bce import triton_backend as mask_backend
+from swim_kernels.mask_bce import triton_kernels as mask_kernels
+from swim_kernels.noun_attention import triton_kernels as noun_kernels
+
+ARCHITECTURES = (80, 90, 100)
+LAYERS = 6  # whose maps are fused; each number of them is a build of its own
+_TYPES = {
+    "entries": "*i32",
+    "table": "*i32",
+    "bits": "*u8",
+    "mask_table": "*i64",
+    "maps": ("*fp32",) * LAYERS,
+} | dict.fromkeys(
+    ("maxima", "sums", "lse", "partials", "deltas", "p", "grad_p", "grad_maps", "cells", "losses", "gradient"), "*fp32"
+)
+
+
+@dataclass(frozen=True)
+class FixedBuild:
+    """One build: a `triton.jit` function, its compile-time arguments, warps and stages."""
+
+    op: str
+    function: object
+    constexprs: dict[str, int | bool]
+    num_warps: int
+    num_stages: int
+    types: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        switches = [key.lower() for key, value in self.constexprs.items() if value is True]
+        dtype = [kind[1:] for kind in self.types.values()]
+        return "-".join([self.function.__name__.removesuffix("_kernel"), *dtype, *switches])
+
+    def build(self, architecture: int) -> Build:
+        types = _TYPES | self.types
+        signature = {name: types.get(name, "i32") for name in self.function.arg_names if name not in self.constexprs}
+        return build(
+            self.function,
+            signature,
+            self.constexprs,
+            arch=architecture,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
+    @staticmethod
+    def complaints(built: Build) -> list[str]:
+        """Why it is no good; empty if it is."""
+        found = []
+        if built.spill_stores + built.spill_loads + built.stack:
+            found.append(f"spills: {built.spill_stores} STL, {built.spill_loads} LDL, {built.stack} bytes of stack")
+        if built.shared > SHARED_MEMORY[built.arch]:
+            found.append(f"shared memory {built.shared} of {SHARED_MEMORY[built.arch]} bytes")
+        return found
+
+
+def fixed_builds() -> Iterator[FixedBuild]:
+    yield FixedBuild("noun_attention", noun_kernels.lse_combine_kernel, {"BLOCK": 128}, 4, 3, {})
+    yield FixedBuild("noun_attention", noun_kernels.delta_sum_kernel, {"BLOCK": 128}, 4, 3, {})
+    for (dtype, head_dim, block_dim), add in product(
+        (("bf16", 128, 128), ("fp16", 80, 128), ("fp32", 256, 256)), (False, True)
+    ):
+        dims = {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_SPLITS": 8, "ADD": add, "grad_query_stride_d": 1}
+        yield FixedBuild("noun_attention", noun_kernels.query_gradient_kernel, dims, 4, 3, {"grad_query": f"*{dtype}"})
+    block = {"BLOCK": frame_backend.BLOCK, "column_stride": 1}
+    warps = frame_backend.NUM_WARPS, frame_backend.NUM_STAGES
+    for mean, separate in ((False, False), (True, False), (False, True)):
+        fusion = {"MEAN": mean, "SEPARATE": separate} | block
+        yield FixedBuild("frame_prediction", frame_kernels.prediction_kernel, fusion, *warps, {})
+        for dense in (True, False):
+            yield FixedBuild("frame_prediction", frame_kernels.gradient_kernel, fusion | {"DENSE": dense}, *warps, {})
+    tile = {"COLUMNS": mask_backend.COLUMNS, "PIXELS": mask_backend.PIXELS}
+    for want in (True, False):
+        for paper in (False, True):
+            switches = {"PAPER": paper, "WANT_GRADIENT": want} | tile
+            warps = mask_backend.NUM_WARPS, mask_backend.NUM_STAGES
+            yield FixedBuild("mask_bce", mask_kernels.bands_kernel, switches, *warps, {})
+        block = {"WANT_GRADIENT": want, "BLOCK": mask_backend.COMBINE_BLOCK}
+        warps = mask_backend.COMBINE_WARPS, mask_backend.NUM_STAGES
+        yield FixedBuild("mask_bce", mask_kernels.combine_kernel, block, *warps, {})

@@ -1,0 +1,81 @@
+"""Frame prediction in Triton: launches of the kernels in `triton_kernels.py`.
+
+    p           1 launch
+    ∂ of maps   1, besides one fill of them with zeros; where pairs may share columns, the cells' gradients are added to
+                the maps by torch, in a fixed order
+
+Nothing is read back from the device, and grids follow from shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swim_kernels.frame_prediction import triton_kernels as kernels
+from swim_kernels.frame_prediction.recompute import FramePrediction, scatter_cells
+from swim_kernels.frame_prediction.reference import num_predictions
+from swim_kernels.grid_pairs import GridPairs
+from swim_kernels.noun_attention.triton_backend import _launch
+
+# One configuration for all. BLOCK: cells of a frame at a time; with 1024 ptxas spills a register in some builds.
+BLOCK, NUM_WARPS, NUM_STAGES = 512, 8, 1
+
+
+def frame_prediction_triton(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
+    """p [1 or layers, M] fp32; arguments as `frame_prediction`, already checked, fp32.
+
+    Keeps the maps for backward, no copies. No double backward.
+    """
+    return FramePrediction.apply(predict, gradients, pairs, fusion, *maps)
+
+
+def predict(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
+    """p [1 or layers, M]"""
+    p = maps[0].new_empty(num_predictions(maps, fusion), pairs.num_cells)
+    _run(kernels.prediction_kernel, maps, pairs, fusion, (p,), ())
+    return p
+
+
+def gradients(grad_p: Tensor, maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> list[Tensor]:
+    """∂ of every layer [R, N]."""
+    dense = pairs.disjoint
+    shape = tuple(maps[0].shape) if dense else (pairs.num_cells,)
+    # frames fill only a part of the maps, but all of the cells
+    grad = (torch.zeros if dense else torch.empty)(len(maps), *shape, dtype=torch.float32, device=grad_p.device)
+    strides = (grad.stride(0), grad.stride(1) if dense else 0)
+    _run(kernels.gradient_kernel, maps, pairs, fusion, (grad_p.contiguous(), grad), strides, DENSE=dense)
+    return list(grad) if dense else scatter_cells(grad, maps, pairs)
+
+
+def _run(
+    kernel,
+    maps: Sequence[Tensor],
+    pairs: GridPairs,
+    fusion: str,
+    tensors: tuple[Tensor, ...],
+    out_strides: tuple[int, ...],
+    **constexprs: bool,
+) -> None:
+    if not len(pairs):
+        return
+    if any(layer.stride() != maps[0].stride() for layer in maps):
+        maps = [layer.contiguous() for layer in maps]
+    _launch(
+        kernel,
+        (len(pairs), num_predictions(maps, fusion)),
+        pairs.table,
+        tuple(maps),
+        *tensors,
+        *maps[0].stride(),
+        pairs.num_cells,
+        *out_strides,
+        MEAN=fusion == "mean",
+        SEPARATE=fusion == "none",
+        **constexprs,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )

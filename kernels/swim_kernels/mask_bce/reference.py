@@ -1,0 +1,79 @@
+"""Mask BCE, eager: the specification. Plain operations, everything materialised, differentiated by autograd.
+
+Of one pair, with c [h, w] its cells, m [H, W] its mask of zeros and ones, and u the prediction at the mask's resolution
+(bilinear, half-pixel centres, `align_corners=False`, no antialiasing, also where the mask is smaller than the grid):
+
+    y     = max((Y + 1/2) h / H - 1/2, 0)       pixel row Y in units of cells; its cells are ⌊y⌋ and min(⌊y⌋ + 1, h - 1)
+    u     = Σ over these and the same in x of weight · c
+    loss  = mean over the pixels of -log(m u + (1 - m)(1 - u))
+
+In that logarithm, numerics
+
+* "stable": q, for u as for 1 - u, is mapped to 1e-6 + (1 - 2e-6) q. Mapping 1 - u, and not 1 less the mapped u, keeps
+  the margin's digits.
+* "paper": is bounded from below by -100, and the slope's denominator u (1 - u) by 1e-12, as in torch's
+  `binary_cross_entropy`.
+
+A NaN among the cells of a pair makes its loss NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swim_kernels.grid_pairs import GridPairs
+from swim_kernels.packed_masks import PackedMasks
+
+MARGIN = 1e-6  # stable
+LOWEST_LOG, LEAST_VARIANCE = -100.0, 1e-12  # paper
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def mask_bce_eager(cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str) -> Tensor:
+    """Losses [K, P]; arguments as `mask_bce`, already checked, fp32 or float64.
+
+    Takes memory for several times K × P × H × W values.
+    """
+    if not cells.numel():
+        return cells[:, : len(pairs)]
+    numbers, frames = pairs.mask_numbers, by_pair(cells, pairs)
+    losses = [cells] * len(pairs)
+    groups = grouped(pairs, lambda pair: (pairs.sizes[pair], masks.sizes[numbers[pair]]))
+    for (grid, size), members in groups.items():
+        p = torch.stack([frames[pair] for pair in members], dim=1).unflatten(2, grid)  # [K, n, h, w]
+        p = F.interpolate(p, size=size, mode="bilinear", align_corners=False)
+        loss = bce(p, masks.unpack([numbers[pair] for pair in members]), numerics).mean((-2, -1))
+        for pair, column in zip(members, loss.unbind(1), strict=True):
+            losses[pair] = column
+    return torch.stack(losses, dim=1)
+
+
+def bce(p: Tensor, mask: Tensor, numerics: str) -> Tensor:
+    """Of every pixel: p [K, n, H, W] against bool [n, H, W]."""
+    if numerics == "stable":
+        return -(MARGIN + (1 - 2 * MARGIN) * torch.where(mask, p, 1 - p)).log()
+    # Not written out: torch's also bounds the slope. But it refuses NaN, and a 1 that the interpolation has rounded up;
+    # on CUDA with an assertion that ends the process.
+    target = mask.to(p.dtype).expand_as(p)
+    inside = p - (p - p.clamp(0, 1)).detach()
+    loss = F.binary_cross_entropy(inside.nan_to_num(nan=0.0), target, reduction="none")
+    return torch.where(p.isnan(), p, loss)
+
+
+def grouped(pairs: GridPairs, key: Callable[[int], Key]) -> dict[Key, list[int]]:
+    """The numbers of the pairs by a key, in the order of first appearance."""
+    members: dict[Key, list[int]] = {}
+    for pair in range(len(pairs)):
+        members.setdefault(key(pair), []).append(pair)
+    return members
+
+
+def by_pair(cells: Tensor, pairs: GridPairs) -> tuple[Tensor, ...]:
+    """Views of [K, M]: [K, h · w] of each pair."""
+    return cells.split([height * width for height, width in pairs.sizes], dim=1)

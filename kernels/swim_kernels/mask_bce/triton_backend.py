@@ -1,0 +1,72 @@
+"""Mask BCE in Triton: launches of the kernels in `triton_kernels.py`.
+
+    losses, with or without the gradient of the cells   2 launches, for all pairs
+    backward                                            none: the gradient times what arrives, by torch
+
+Nothing is read back from the device, and grids follow from shapes.
+"""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from swim_kernels.grid_pairs import GridPairs
+from swim_kernels.mask_bce import triton_kernels as kernels
+from swim_kernels.mask_bce.chunked import with_gradient
+from swim_kernels.noun_attention.triton_backend import _launch
+from swim_kernels.packed_masks import PackedMasks
+
+# One configuration for all. A band of a 720p mask over a usual grid has some 40 pixels.
+COLUMNS, PIXELS, NUM_WARPS, NUM_STAGES = 16, 16, 4, 1
+COMBINE_BLOCK, COMBINE_WARPS = 256, 4  # cells
+
+
+def mask_bce_triton(cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str) -> Tensor:
+    """Losses [K, P] fp32; arguments as `mask_bce`, already checked, fp32. No double backward."""
+    return with_gradient(losses_and_gradient, cells, pairs, masks, numerics)
+
+
+def losses_and_gradient(
+    cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str, want: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Losses [K, P] and, if wanted, d loss / d cell [K, M]."""
+    num_sets, num_cells = cells.shape
+    losses = cells.new_empty(num_sets, len(pairs))
+    gradient = cells.new_empty(num_sets, num_cells) if want else None
+    if not cells.numel():
+        return losses, gradient
+    partials = cells.new_empty(5 if want else 1, num_sets, num_cells)
+    numbers = (num_cells, num_sets, len(masks))
+    blocks = triton.cdiv(max(width for _, width in pairs.sizes), COLUMNS)
+    _launch(
+        kernels.bands_kernel,
+        (len(pairs), max(height for height, _ in pairs.sizes), blocks * num_sets),
+        cells.contiguous(),
+        pairs.table,
+        masks.bits,
+        masks.table,
+        partials,
+        *numbers,
+        PAPER=numerics == "paper",
+        WANT_GRADIENT=want,
+        COLUMNS=COLUMNS,
+        PIXELS=PIXELS,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    _launch(
+        kernels.combine_kernel,
+        (len(pairs), num_sets),
+        partials,
+        pairs.table,
+        masks.table,
+        losses,
+        gradient,
+        *numbers,
+        WANT_GRADIENT=want,
+        BLOCK=COMBINE_BLOCK,
+        num_warps=COMBINE_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return losses, gradient

@@ -1,0 +1,413 @@
+"""Mask BCE against the formulas and against float64, values and gradients; what it keeps, refuses and chooses."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+
+import pytest
+import torch
+
+from benchmarks.memory import count_allocations
+from swim_kernels import backends
+from swim_kernels.mask_bce import mask_bce
+from swim_kernels.packed_masks import PackedMasks
+from tests.kernels.mask_bce_cases import (
+    BACKENDS,
+    CASES,
+    NUMERICS,
+    chunked,
+    dispatch,
+    formulas,
+    make_inputs,
+    make_masks,
+    make_pairs,
+    run,
+)
+from tests.kernels.test_noun_attention import rms
+
+MANY = "grids and masks of many sizes, one unused"
+
+
+def assert_within_budget(samples):
+    """Error against float64 ≤ 2 × the error of eager in the same precision + one rounding; root mean squares.
+
+    samples: [(actual, eager, exact)], each (losses, ∂cells).
+    """
+    for i, name in enumerate(("losses", "∂cells")):
+        actual, eager, exact = ([values[i] for values in column] for column in zip(*samples, strict=True))
+        assert all(a.dtype == e.dtype and a.shape == e.shape for a, e in zip(actual, eager, strict=True))
+        error = rms([a.double() - x for a, x in zip(actual, exact, strict=True)])
+        allowed = rms([e.double() - x for e, x in zip(eager, exact, strict=True)])
+        budget = 2 * allowed + torch.finfo(actual[0].dtype).eps * rms(exact)
+        assert error <= budget, f"{name}: error {error:.3e} above the budget {budget:.3e}"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For tensors as small as these, several cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[None, 1, 100], ids=["default chunks", "one row a chunk", "small chunks"])
+def chunks(request, monkeypatch):
+    """The default has whole masks of these sizes in a chunk, and so many cell rows that they are matrix products."""
+    if request.param:
+        monkeypatch.setattr(chunked, "_CHUNK_PIXELS_CPU", request.param)
+        monkeypatch.setattr(chunked, "_LOGARITHMS", 3 * request.param)
+        monkeypatch.setattr(chunked, "_MOST_FRAMES", 2)
+
+
+@pytest.mark.parametrize("saturated", [False, True], ids=["inside", "saturated"])
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("case", CASES)
+def test_torch_against_formulas(case, numerics, saturated, chunks):
+    inputs = make_inputs(case, num_sets=3, saturated=saturated)
+    actual = run(*inputs, numerics=numerics, backend="torch")
+    for a, e in zip(actual, formulas(*inputs, numerics), strict=True):
+        assert a.dtype == torch.float64
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("case", CASES)
+def test_eager_against_formulas(case, numerics):
+    """Off 0 and 1: there paper's loss jumps from 37 to 100, and eager, which rounds the places of the pixels, may see
+    1 - 1e-16 where a pixel lies on a cell of 1."""
+    inputs = make_inputs(case, num_sets=2, saturated=False)
+    actual = run(*inputs, numerics=numerics, backend="eager")
+    for a, e in zip(actual, formulas(*inputs, numerics), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-13)
+    if numerics == "stable":
+        inputs = make_inputs(case, num_sets=2)
+        for a, e in zip(run(*inputs, backend="eager"), formulas(*inputs, numerics), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_torch_against_float64(case, dtype, numerics, chunks):
+    samples = []
+    for seed, layout in enumerate(("contiguous", "transposed", "sliced", "contiguous")):
+        inputs = make_inputs(case, dtype, num_sets=2, seed=seed, layout=layout)
+        eager, actual = (run(*inputs, numerics=numerics, backend=backend) for backend in BACKENDS)
+        samples.append((actual, eager, formulas(*inputs, numerics)))
+    assert_within_budget(samples)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_products_of_fewer_bits_are_not_used(numerics, monkeypatch):
+    """Where fp32 products may be TF32 or bf16 ones, they are made in float64."""
+    assert chunked._exact_products(torch.device("cpu")) and not chunked._exact_products(torch.device("cuda"))
+    for precision in ("high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            assert not chunked._exact_products(torch.device("cpu"))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    matmul = torch.Tensor.__matmul__
+
+    def rounded(a, b):
+        return matmul(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else matmul(a, b)
+
+    monkeypatch.setattr(chunked, "_FEW_ROWS", 0)
+    inputs = make_inputs(MANY, torch.float32, saturated=False)
+    exact = formulas(*inputs, numerics)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    eager, wrong = (run(*inputs, numerics=numerics, backend=backend) for backend in BACKENDS)
+    with pytest.raises(AssertionError, match="above the budget"):
+        assert_within_budget([(wrong, eager, exact)])
+    monkeypatch.setattr(chunked, "_exact_products", lambda device: False)
+    assert_within_budget([(run(*inputs, numerics=numerics, backend="torch"), eager, exact)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_gradcheck(backend, numerics):
+    cells, pairs, masks, _ = make_inputs(MANY, num_sets=2, saturated=False)
+
+    def op(cells):
+        return mask_bce(cells, pairs, masks, numerics=numerics, backend=backend)
+
+    assert torch.autograd.gradcheck(op, cells.requires_grad_(), fast_mode=True)
+
+
+def assert_right_and_wrong(backend, dtype):
+    """All cells 0 or 1: the upsampled prediction must be exactly 0 or 1 everywhere."""
+    masks = PackedMasks.pack([torch.ones(11, 14, dtype=torch.bool), torch.zeros(11, 14, dtype=torch.bool)])
+    pairs = make_pairs([(3, 4)] * 4, [0, 1, 0, 1])
+    cells = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=dtype).repeat_interleave(12)[None]
+    ones = torch.ones(1, 4, dtype=dtype)
+    losses, grad = run(cells, pairs, masks, ones, backend=backend)
+    expected = torch.tensor([[-math.log1p(-1e-6)] * 2 + [-math.log(1e-6)] * 2], dtype=dtype)
+    # near 1 the argument of the logarithm has an absolute error of half a rounding
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=torch.finfo(dtype).eps)
+    slopes = torch.tensor([-1.0, 1.0, -1e6, 1e6], dtype=dtype)
+    torch.testing.assert_close(grad.view(4, 12).sum(1), slopes, rtol=1e-5, atol=0)
+    losses, grad = run(cells, pairs, masks, ones, numerics="paper", backend=backend)
+    assert losses.tolist() == [[0.0, 0.0, 100.0, 100.0]]
+    slopes = torch.tensor([0.0, 0.0, -1e12, 1e12], dtype=dtype)
+    torch.testing.assert_close(grad.view(4, 12).sum(1), slopes, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_predictions_that_are_all_right_or_all_wrong(dtype):
+    assert_right_and_wrong("torch", dtype)
+
+
+def assert_small_losses_keep_their_digits(backend, numerics):
+    """Predictions near 0: in paper numerics log(1 - p) from a rounded 1 - p would lose p; log p must not suffer."""
+    empty, mixed = torch.zeros(11, 13, dtype=torch.bool), make_masks([(11, 13)])[0]
+    generator = torch.Generator().manual_seed(0)
+    cells, grad = torch.rand(1, 12, generator=generator), torch.randn(1, 1, generator=generator)
+    for scale in (1e-3, 1e-5, 1e-7):
+        for mask in (empty, mixed):
+            inputs = (cells * scale, make_pairs([(3, 4)], [0]), PackedMasks.pack([mask]), grad)
+            eager, actual = (run(*inputs, numerics=numerics, backend=name) for name in ("eager", backend))
+            assert_within_budget([(actual, eager, formulas(*inputs, numerics))])
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_small_losses_keep_their_digits(numerics):
+    assert_small_losses_keep_their_digits("torch", numerics)
+
+
+def test_eager_does_not_fall_over_a_one_that_was_rounded_up():
+    """torch's binary_cross_entropy refuses it, and its bilinear weights do sum to more than 1 somewhere."""
+    cells = torch.ones(1, 12, dtype=torch.float32)
+    upsampled = torch.nn.functional.interpolate(cells.view(1, 1, 3, 4), size=(11, 14), mode="bilinear")
+    masks, pairs = PackedMasks.pack([upsampled[0, 0] >= 0]), make_pairs([(3, 4)], [0])
+    for numerics in NUMERICS:
+        losses, grad = run(cells, pairs, masks, torch.ones(1, 1), numerics=numerics, backend="eager")
+        assert losses.abs().item() < 2e-6 and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_nan_stays_in_its_pair(backend, numerics):
+    cells, pairs, masks, grad = make_inputs("rows that share masks", torch.float32, num_sets=2)
+    losses, gradient = run(cells, pairs, masks, grad, numerics=numerics, backend=backend)
+    cells[1, 12 * 3 + 5] = math.nan
+    with_nan, gradient_with_nan = run(cells, pairs, masks, grad, numerics=numerics, backend=backend)
+    assert with_nan.isnan().nonzero().tolist() == [[1, 3]]
+    assert torch.equal(with_nan[~with_nan.isnan()], losses[~with_nan.isnan()])
+    others = torch.ones_like(cells, dtype=torch.bool)
+    others[1, 12 * 3 : 12 * 4] = False
+    assert torch.equal(gradient_with_nan[others], gradient[others])
+
+
+def test_what_gets_no_gradient_passes_none_on():
+    """Also where the pair's own gradient is NaN."""
+    cells, pairs, masks, grad = make_inputs("rows that share masks", torch.float32)
+    cells[0, 12 * 2 + 7] = math.nan
+    grad[0, 2] = 0
+    _, gradient = run(cells, pairs, masks, grad, backend="torch")
+    assert torch.equal(gradient[0, 24:36], torch.zeros(12)) and gradient.isfinite().all()
+    assert gradient[0, :24].all() and gradient[0, 36:].all()
+
+
+@pytest.mark.parametrize("num_sets", [0, 3])
+@pytest.mark.parametrize("num_pairs", [0, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_compare(backend, num_pairs, num_sets):
+    if num_sets and num_pairs:
+        pytest.skip("there is something")
+    masks = make_masks([(5, 6)] if num_pairs else [])
+    pairs = make_pairs([(2, 3)] * num_pairs, [0] * num_pairs)
+    cells = torch.rand(num_sets, pairs.num_cells, dtype=torch.bfloat16, requires_grad=True)
+    losses = mask_bce(cells, pairs, masks, backend=backend)
+    assert losses.shape == (num_sets, num_pairs) and losses.dtype == torch.float32
+    losses.sum().backward()
+    assert cells.grad.shape == cells.shape and cells.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_repeatable_bit_for_bit(numerics, one_thread, two_threads):
+    inputs = make_inputs(MANY, torch.float32, num_sets=2)
+    first = run(*inputs, numerics=numerics, backend="torch")
+    for _ in range(3):
+        for a, b in zip(run(*inputs, numerics=numerics, backend="torch"), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_autocast_changes_nothing(backend, numerics):
+    inputs = make_inputs(MANY, torch.float32)
+    expected = run(*inputs, numerics=numerics, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(*inputs, numerics=numerics, backend=backend)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_the_gradient_of_the_cells_is_all_that_is_kept():
+    cells, pairs, masks, _ = make_inputs(MANY, torch.float32, num_sets=2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        mask_bce(cells.requires_grad_(), pairs, masks, backend="torch")
+    assert [t.shape for t in kept] == [cells.shape, pairs.table.shape]
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
+    cells, pairs, masks, _ = make_inputs(MANY, torch.float32)
+    wanted = []
+    compute = chunked.losses_and_gradient
+    monkeypatch.setattr(chunked, "losses_and_gradient", lambda *a: wanted.append(a[-1]) or compute(*a))
+    plain = mask_bce(cells, pairs, masks, backend="torch")
+    with torch.no_grad():
+        mask_bce(cells.clone().requires_grad_(), pairs, masks, backend="torch")
+    losses = mask_bce(cells.clone().requires_grad_(), pairs, masks, backend="torch")
+    assert wanted == [False, False, True]
+    assert torch.equal(plain, losses) and losses.requires_grad and not plain.requires_grad
+
+
+def test_gradients_can_be_asked_for_twice_but_have_none_themselves():
+    cells, pairs, masks, grad = make_inputs(MANY)
+    losses = mask_bce(cells.requires_grad_(), pairs, masks, backend="torch")
+    first, second = (torch.autograd.grad(losses, cells, grad, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (gradient,) = torch.autograd.grad(losses, cells, grad.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_memory_is_a_small_part_of_the_upsampled_maps(monkeypatch):
+    monkeypatch.setattr(chunked, "_CHUNK_PIXELS_CPU", 2**12)
+    monkeypatch.setattr(chunked, "_LOGARITHMS", 2**14)
+    masks, pairs = make_masks([(600, 500)] * 2), make_pairs([(9, 14)] * 16, [0, 1] * 8)
+    cells, grad = torch.rand(1, pairs.num_cells), torch.randn(1, 16)
+    for numerics in NUMERICS:
+        run(cells, pairs, masks, grad, numerics=numerics, backend="torch")
+        with count_allocations() as allocated:
+            run(cells, pairs, masks, grad, numerics=numerics, backend="torch")
+        assert 0 < allocated.peak < 16 * 600 * 500 * 4 / 20
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_nothing_is_read_back_from_a_device(numerics):
+    """Meta tensors have nothing to read: the numbers of the masks come along from the CPU."""
+    cells, pairs, masks, _ = make_inputs(MANY, torch.float32, num_sets=2)
+    cells = cells.to("meta").requires_grad_()
+    losses = mask_bce(cells, pairs.to("meta").to("meta"), masks.to("meta"), numerics=numerics, backend="torch")
+    assert losses.shape == (2, len(pairs)) and losses.device.type == "meta"
+    losses.sum().backward()
+    assert cells.grad.shape == cells.shape
+
+
+def arguments(**changes):
+    cells, pairs, masks, _ = make_inputs("rows that share masks", torch.float32)
+    return {"cells": cells, "pairs": pairs, "masks": masks, "backend": "torch"} | changes
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"cells": [1.0]}, TypeError, r"cells must be a tensor \[K, M\], got list"),
+        (
+            {"cells": torch.ones(1, 60).long()},
+            TypeError,
+            "cells must be bfloat16, float16, float32 or float64, got torch",
+        ),
+        ({"cells": torch.ones(60)}, ValueError, r"cells must be \[K, M\] with M = 60 cells, got shape \[60\]"),
+        ({"cells": torch.ones(1, 59)}, ValueError, r"cells must be \[K, M\] with M = 60 cells, got shape \[1, 59\]"),
+        ({"pairs": (1, 2)}, TypeError, "pairs must be GridPairs, got tuple"),
+        (
+            {"masks": [torch.ones(2, 2)]},
+            TypeError,
+            r"masks must be PackedMasks, got list: use PackedMasks.pack\(",
+        ),
+        (
+            {"pairs": arguments()["pairs"].to("meta")},
+            ValueError,
+            r"cells are on cpu, pairs on meta: move them with pairs.to\(device\)",
+        ),
+        (
+            {"masks": arguments()["masks"].to("meta")},
+            ValueError,
+            r"cells are on cpu, masks on meta: move them with masks.to\(device\)",
+        ),
+        ({"masks": PackedMasks.pack([])}, ValueError, "5 pairs, but no mask"),
+        ({"masks": make_masks([(3, 4)])}, ValueError, "pair 0 asks for mask 1 of 1"),
+        ({"pairs": make_pairs([(3, 4)] * 5, [1, 0, 1, -1, 0])}, ValueError, "pair 3 asks for mask -1 of 2"),
+        ({"numerics": "exact"}, ValueError, "unknown numerics 'exact': choose one of stable, paper"),
+        ({"backend": "cuda"}, ValueError, "unknown mask BCE backend 'cuda': choose one of auto, eager, torch, triton"),
+    ],
+)
+def test_errors(changes, error, message):
+    with pytest.raises(error, match=message):
+        mask_bce(**arguments(**changes))
+
+
+def test_table_of_another_kind():
+    pairs = arguments()["pairs"]
+    for table in (pairs.table.long(), pairs.table[:4], pairs.table[:, :6]):
+        with pytest.raises(ValueError, match=r"pairs.table must be int32 \[P, 8\] for 5 pairs, got torch.int"):
+            mask_bce(**arguments(pairs=type(pairs)(table, pairs.sizes)))
+
+
+@pytest.fixture
+def fresh_choice():
+    """The reasons are found once per process."""
+    backends.triton_missing.cache_clear()
+    yield
+    backends.triton_missing.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "interpreted, dtype, reason",
+    [
+        (False, torch.float32, "it needs CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 in the environment"),
+        (True, torch.float64, "it has no float64"),
+    ],
+)
+def test_triton_says_why_it_is_not_available(interpreted, dtype, reason, monkeypatch, fresh_choice):
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    with pytest.raises(RuntimeError, match=f"mask BCE backend 'triton' is not available: {reason}.*; use backend='tor"):
+        mask_bce(**arguments(cells=torch.rand(1, 60, dtype=dtype), backend="triton"))
+
+
+def test_auto(monkeypatch, fresh_choice):
+    assert dispatch.choose_backend("auto", "cpu") == "torch"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert dispatch.choose_backend("auto", "cuda", dtype) == "triton"
+    assert dispatch.choose_backend("auto", "cuda", torch.float64) == "torch"
+    backends.triton_missing.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert dispatch.choose_backend("auto", "cuda") == "torch"
+
+
+@pytest.mark.parametrize(
+    "backend, device_type, chosen, level, why",
+    [
+        ("eager", "cpu", "eager", logging.INFO, "asked for"),
+        ("auto", "cpu", "torch", logging.INFO, "auto, triton needs CUDA"),
+        ("auto", "cuda", "torch", logging.WARNING, "auto, slower than triton, which is not available: "),
+    ],
+)
+def test_choice_is_said_once(backend, device_type, chosen, level, why, caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_missing", lambda *_: "no reason")
+    backends.say_once.cache_clear()
+    caplog.set_level(logging.DEBUG, logger=backends.__name__)
+    for _ in range(3):
+        assert dispatch.choose_backend(backend, device_type) == chosen
+    (record,) = [record for record in caplog.records if record.name == backends.__name__]
+    assert record.levelno == level
+    assert record.getMessage().startswith(f"mask BCE on {device_type}: backend {chosen} ({why}")
+
+
+def test_every_available_backend_is_reached(monkeypatch):
+    for name in BACKENDS:
+        called = []
+        function = dispatch._implementation(name)
+        monkeypatch.setattr(dispatch, f"mask_bce_{name}", lambda *a, f=function, c=called: c.append(1) or f(*a))
+        mask_bce(**arguments(backend=name))
+        assert called == [1]
