@@ -155,6 +155,15 @@ _ONLY_WRITE = {
 }
 
 
+def _flat(arguments: dict) -> Iterator[tuple[str, object]]:
+    """Arguments by name; those in a tuple as name[0], name[1] …"""
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            yield from ((f"{name}[{index}]", part) for index, part in enumerate(value))
+        else:
+            yield name, value
+
+
 def _tensors(value) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
@@ -181,7 +190,7 @@ def count_bytes() -> Iterator[Traffic]:
     def counting_launch(self, *args, **kwargs):
         known = {name: value for name, value in kwargs.items() if name in self.arg_names}
         arguments = inspect.getcallargs(self.fn, *args, **known)
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in _flat(arguments) if isinstance(value, torch.Tensor)}
         with _disable_current_modes():
             traffic._begin(self.fn.__name__, tensors)
             launch(self, *args, **kwargs)

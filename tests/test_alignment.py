@@ -458,10 +458,10 @@ def test_pairs_are_batched(choice, generator):
     for pairs in (2, 40):
         index = torch.arange(pairs)
         targets = MaskTargets(
-            index % 3, index % 5, torch.full_like(index, 3), torch.full_like(index, 4), index * 0,
+            index, index % 5, torch.full_like(index, 3), torch.full_like(index, 4), index * 0,
             masks=[torch.rand(7, 9, generator=generator) < 0.5],
         )  # fmt: skip
-        maps = with_graph([torch.rand(3, 20, generator=generator) for _ in range(3)])
+        maps = with_graph([torch.rand(pairs, 20, generator=generator) for _ in range(3)])
         with Operations() as operations:
             mask_alignment_loss(maps, targets, **choice).backward()
         counts.append(operations.count)

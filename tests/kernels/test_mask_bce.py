@@ -59,7 +59,7 @@ def chunks(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(chunked, "_CHUNK_PIXELS_CPU", request.param)
         monkeypatch.setattr(chunked, "_LOGARITHMS", 3 * request.param)
-        monkeypatch.setattr(chunked, "_MOST_FRAMES", 2)
+        monkeypatch.setattr(chunked, "_most_frames", lambda grid, mask: 2)
 
 
 @pytest.mark.parametrize("saturated", [False, True], ids=["inside", "saturated"])

@@ -29,7 +29,7 @@ _CHUNK_PIXELS_CPU = 2**15 - 1
 _CHUNK_PIXELS_ACCELERATOR = 2**24
 _LOGARITHMS = 2**20  # taken at a time: they are always divided among threads
 _FEW_ROWS = 4  # of cells: up to so many are added one by one, since matrix products are divided among threads
-_MOST_FRAMES = 16  # that share an unpacked chunk of their mask
+_MOST_VALUES = 2**21  # of frames that share an unpacked chunk of their mask
 
 
 def mask_bce_torch(cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str) -> Tensor:
@@ -71,24 +71,22 @@ def losses_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses [K, P] and, if wanted, d loss / d cell [K, M]."""
     num_sets = len(cells)
-    losses = cells.new_empty(num_sets, len(pairs))
-    gradient = torch.empty_like(cells, memory_format=torch.contiguous_format) if want else None
     if not cells.numel():
-        return losses, gradient
+        return cells.new_empty(num_sets, len(pairs)), cells.new_empty(cells.shape) if want else None
     numbers, frames = pairs.mask_numbers, by_pair(cells, pairs)
-    gradients = by_pair(gradient, pairs) if want else ()
-    together = max(1, _MOST_FRAMES // num_sets)
+    losses, gradients = [cells] * len(pairs), [cells] * len(pairs)
     for (number, grid), members in grouped(pairs, lambda pair: (numbers[pair], pairs.sizes[pair])).items():
+        together = max(1, _most_frames(grid, masks.sizes[number]) // num_sets)
         for first in range(0, len(members), together):
             some = members[first : first + together]
             stacked = torch.stack([frames[pair] for pair in some]).view(-1, *grid)  # [n · K, h, w]
             loss, grad = _frames(stacked, masks, number, numerics, want)
-            for pair, part in zip(some, loss.view(len(some), num_sets), strict=True):
-                losses[:, pair] = part
+            for pair, part in zip(some, loss.view(len(some), num_sets).unbind(), strict=True):
+                losses[pair] = part
             if want:
-                for pair, part in zip(some, grad.view(len(some), num_sets, -1), strict=True):
-                    gradients[pair].copy_(part)
-    return losses, gradient
+                for pair, part in zip(some, grad.view(len(some), num_sets, -1).unbind(), strict=True):
+                    gradients[pair] = part
+    return torch.stack(losses, dim=1), torch.cat(gradients, dim=1) if want else None
 
 
 def _frames(cells: Tensor, masks: PackedMasks, number: int, numerics: str, want: bool) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +95,7 @@ def _frames(cells: Tensor, masks: PackedMasks, number: int, numerics: str, want:
     prepare, compare = (_prepare_stable, _stable) if numerics == "stable" else (_prepare_paper, _paper)
     upsampling = _Upsampling(cells, height, width, want)
     losses = cells.new_zeros(len(cells))
-    num_rows, num_frames = _chunk(height, width, cells.device)
+    num_rows, num_frames = _chunk(len(cells), height, width, cells.device)
     block = num_rows * max(1, _LOGARITHMS // (len(cells) * num_rows * width))
     space = cells.new_empty(len(cells), min(block, height), width)
     for top in range(0, height, block):
@@ -120,11 +118,17 @@ def _frames(cells: Tensor, masks: PackedMasks, number: int, numerics: str, want:
     return losses / (height * width), upsampling.gradient() if want else None
 
 
-def _chunk(height: int, width: int, device: torch.device) -> tuple[int, int]:
-    """How many pixel rows, and of how many frames."""
-    pixels = _CHUNK_PIXELS_CPU if device.type == "cpu" else _CHUNK_PIXELS_ACCELERATOR
-    num_rows = min(height, max(1, pixels // width))
-    return num_rows, max(1, pixels // (num_rows * width))
+def _most_frames(grid: tuple[int, int], mask: tuple[int, int]) -> int:
+    """How many go together: they are held upsampled in x, and for a chunk of rows in full."""
+    return _MOST_VALUES // max(grid[0] * mask[1], min(mask[0] * mask[1], _CHUNK_PIXELS_CPU))
+
+
+def _chunk(num_frames: int, height: int, width: int, device: torch.device) -> tuple[int, int]:
+    """How many pixel rows, and of how many frames, at a time."""
+    if device.type != "cpu":
+        return min(height, max(1, _CHUNK_PIXELS_ACCELERATOR // (num_frames * width))), num_frames
+    num_rows = min(height, max(1, _CHUNK_PIXELS_CPU // width))
+    return num_rows, max(1, _CHUNK_PIXELS_CPU // (num_rows * width))
 
 
 class _Upsampling:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.byte_counter import count_bytes
 from swim_kernels.frame_prediction import frame_prediction, triton_kernels
 from swim_kernels.grid_pairs import GridPairs
 from tests.kernels.frame_prediction_cases import (
@@ -323,3 +324,25 @@ def test_offsets_beyond_32_bits():
     assert step < 2**31 < (num_rows - 1) * step
     assert torch.equal(backend.predict(layers, pairs, "mean"), expected[0])
     assert torch.equal(torch.stack(backend.gradients(grad, layers, pairs, "mean")), expected[1])
+
+
+def test_bytes():
+    """Maps read twice in forward and three times in backward; p and the gradient written, nothing of another size."""
+    layers, pairs, grad = make_inputs("softmaxes", "product", F32)
+    pairs = make_pairs([(0, 0, 4, 5, 0), (2, 3, 3, 4, 0)])
+    layers = [layer.detach().requires_grad_() for layer in layers]
+    grad = torch.randn(1, pairs.num_cells)
+    with count_bytes() as forward:
+        p = frame_prediction(layers, pairs, backend="triton")
+    with count_bytes() as backward:
+        torch.autograd.grad(p, layers, grad)
+    cells = pairs.num_cells * 4
+    for layer in range(len(layers)):
+        for traffic, times in ((forward, 2), (backward, 3)):
+            read = traffic.total(tensor=f"maps[{layer}]", access="load")
+            assert read.unique == cells and read.issued == times * cells
+    assert forward.total(tensor="p", access="store").unique == cells
+    written = backward.total(kernel="gradient_kernel", tensor="grad_maps", access="store")
+    assert written.unique == len(layers) * cells
+    fills = [row for row in backward.rows() if row.kernel.startswith("torch.")]
+    assert max(row.unique for row in fills) == len(layers) * layers[0].numel() * 4  # zeros outside the frames
