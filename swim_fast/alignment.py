@@ -30,10 +30,10 @@ from torch import Tensor
 
 from swim_fast.mask_targets import MaskTargets, PairGroup
 from swim_kernels import frame_prediction, mask_bce
-from swim_kernels.frame_prediction.reference import floor_of, log_fused
+from swim_kernels.exact import no_autocast
+from swim_kernels.frame_prediction.reference import FUSIONS, floor_of, log_fused
 from swim_kernels.mask_bce.chunked import exact_product, interpolation
 from swim_kernels.mask_bce.reference import MARGIN
-from swim_kernels.noun_attention.recompute import no_autocast
 
 __all__ = [
     "CRITERIA",
@@ -46,10 +46,10 @@ __all__ = [
     "area_average",
     "frame_predictions",
     "mask_alignment_loss",
+    "mask_shares",
     "pair_losses",
 ]
 
-FUSIONS = ("product", "mean", "none")
 CRITERIA = ("bce", "iou", "dice", "kl")
 RESOLUTIONS = ("mask", "grid")
 NUMERICS = ("stable", "paper")

@@ -11,7 +11,7 @@ def grouping(request, monkeypatch):
     """The way of accelerators, where the metadata may not be looked at, is run on the CPU as well."""
     if request.param == "by sequence":
         monkeypatch.setattr(recompute, "_can_look", lambda queries: False)
-        monkeypatch.setattr(recompute, "_add_at", lambda out, i, values: out.index_put_((i,), values, accumulate=True))
+        monkeypatch.setattr(recompute, "add_at", lambda out, i, values: out.index_put_((i,), values, accumulate=True))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swim_kernels import NounQueries, flash_noun_attention, noun_attention
-from swim_kernels.flash_noun_attention import flash_attn_providers, providers
+from swim_kernels.flash_noun_attention import providers
 from tests.kernels import flash_stand_ins
 from tests.kernels.noun_attention_cases import make_queries, strided
 
@@ -51,7 +51,6 @@ LEFT_PADDED = (2, 4, 2, [(0, 40, 9, 41, 0), (1, 30, 0, 31, 1)], [[*range(10, 20)
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Flash attention libraries that need a GPU, replaced; CPU tensors of any dtype pass for 16-bit ones on CUDA."""
-    monkeypatch.setattr(flash_attn_providers, "half_on_cuda", lambda query: None)
     monkeypatch.setattr(providers, "half_on_cuda", lambda query: None)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda parameters: True)
     aten = flash_stand_ins.aten()

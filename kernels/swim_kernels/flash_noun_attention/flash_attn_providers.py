@@ -19,9 +19,8 @@ from swim_kernels.flash_noun_attention.providers import (
     Provider,
     deterministic,
     from_flash,
-    half_on_cuda,
     lse_from_flash,
-    no_mask,
+    refusal_on_cuda,
     to_flash,
 )
 
@@ -32,11 +31,9 @@ class _FlashAttn(Provider):
     names: tuple[str, str]  # of its forward and backward
 
     def refusal(self, query, key, value, call):
-        reason = half_on_cuda(query) or no_mask(call)
+        reason = refusal_on_cuda(query, call)
         if reason:
             return reason
-        if query.shape[3] % 8 or query.shape[3] > 256:
-            return f"its head_dim must be a multiple of 8 up to 256, not {query.shape[3]}"
         try:
             self._functions()
         except (ImportError, AttributeError) as error:

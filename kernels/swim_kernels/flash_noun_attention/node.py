@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swim_kernels.exact import add_at, no_autocast
 from swim_kernels.flash_noun_attention.flash_attn_providers import FlashAttn2, FlashAttn3, FlashAttn4
 from swim_kernels.flash_noun_attention.providers import Call, Provider, TorchCpu, TorchCuda
 from swim_kernels.noun_attention.dispatch import check_arguments, choose_backend
 from swim_kernels.noun_attention.queries import NounQueries
-from swim_kernels.noun_attention.recompute import no_autocast
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider for provider in (TorchCpu(), TorchCuda(), FlashAttn2(), FlashAttn3(), FlashAttn4())
@@ -159,8 +159,8 @@ def _grad_lse(deltas: Tensor, lse: Tensor, queries: NounQueries) -> Tensor:
     """−δ [R, Hq] at the rows' tokens of a zero [B, Hq, L]; the rows of one token add up."""
     batch, num_heads, length = lse.shape
     token = queries.sequence.long() * length + queries.position
-    # sorted by index where it matters for repeatability: see `_add_at` in noun_attention/recompute.py
-    grad = lse.new_zeros(batch * length, num_heads).index_put_((token,), -deltas, accumulate=True)
+    grad = lse.new_zeros(batch * length, num_heads)
+    add_at(grad, token, -deltas)
     return grad.view(batch, length, num_heads).transpose(1, 2).contiguous()
 
 

@@ -118,11 +118,9 @@ class TorchCuda(Provider):
     name = "torch_cuda"
 
     def refusal(self, query, key, value, call):
-        reason = half_on_cuda(query) or no_mask(call)
+        reason = refusal_on_cuda(query, call)
         if reason:
             return reason
-        if query.shape[3] % 8 or query.shape[3] > 256:
-            return f"its head_dim must be a multiple of 8 up to 256, not {query.shape[3]}"
         parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, True)
         if not torch.backends.cuda.can_use_flash_attention(parameters):
             return "torch.backends.cuda.can_use_flash_attention says no"
@@ -168,8 +166,13 @@ def half_on_cuda(query: Tensor) -> str | None:
     return None
 
 
-def no_mask(call: Call) -> str | None:
-    return None if call.mask is None else "it takes no mask"
+def refusal_on_cuda(query: Tensor, call: Call) -> str | None:
+    """What the flash attentions on CUDA have in common."""
+    if call.mask is not None:
+        return half_on_cuda(query) or "it takes no mask"
+    if query.shape[3] % 8 or query.shape[3] > 256:
+        return half_on_cuda(query) or f"its head_dim must be a multiple of 8 up to 256, not {query.shape[3]}"
+    return half_on_cuda(query)
 
 
 def to_flash(x: Tensor, call: Call) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from swim_kernels import backends
+from swim_kernels.exact import no_autocast
 from swim_kernels.frame_prediction.recompute import frame_prediction_torch
 from swim_kernels.frame_prediction.reference import FUSIONS, frame_prediction_eager
 from swim_kernels.grid_pairs import FIELDS, GridPairs
-from swim_kernels.noun_attention.recompute import no_autocast
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swim_kernels.exact import add_at, no_autocast
 from swim_kernels.frame_prediction.reference import (
     compute_dtype,
     floor_of,
@@ -30,7 +31,6 @@ from swim_kernels.frame_prediction.reference import (
     num_predictions,
 )
 from swim_kernels.grid_pairs import GridPairs
-from swim_kernels.noun_attention.recompute import _add_at, no_autocast
 
 
 def frame_prediction_torch(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
@@ -98,7 +98,7 @@ def scatter_cells(values: Tensor, maps: Sequence[Tensor], pairs: GridPairs) -> l
     index = rows * num_columns + columns
     sums = values.new_zeros(len(maps), num_rows * num_columns)
     for total, cells in zip(sums, values, strict=True):
-        _add_at(total, index, cells)
+        add_at(total, index, cells)
     return [total.view(num_rows, num_columns).to(maps[0].dtype) for total in sums]
 
 

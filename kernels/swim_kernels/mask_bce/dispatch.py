@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from swim_kernels import backends, grid_pairs
+from swim_kernels.exact import no_autocast
 from swim_kernels.grid_pairs import GridPairs
 from swim_kernels.mask_bce.chunked import mask_bce_torch
 from swim_kernels.mask_bce.reference import mask_bce_eager
-from swim_kernels.noun_attention.recompute import no_autocast
 from swim_kernels.packed_masks import PackedMasks
 
 NUMERICS = ("stable", "paper")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from swim_kernels import backends
+from swim_kernels.exact import no_autocast
 from swim_kernels.noun_attention.configurations import MAX_GROUP, MAX_HEAD_DIM
 from swim_kernels.noun_attention.queries import NounQueries
-from swim_kernels.noun_attention.recompute import no_autocast, noun_attention_torch
+from swim_kernels.noun_attention.recompute import noun_attention_torch
 from swim_kernels.noun_attention.reference import noun_attention_eager
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -14,7 +14,6 @@ columns add to one place they do so in a fixed order.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swim_kernels.exact import add_at, no_autocast
 from swim_kernels.noun_attention.queries import NounQueries
 
 # Scores computed at a time (Hq × rows × keys): about what a core's cache holds; a GPU wants fewer, longer launches.
@@ -38,13 +38,6 @@ def noun_attention_torch(
     empty softmax range gives zeros.
     """
     return _NounAttention.apply(query, key, queries, scale, lse)
-
-
-def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Computes as written: under autocast float32 products would become bf16 ones, in a forward or a backward."""
-    if not torch.amp.is_autocast_available(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 class _NounAttention(torch.autograd.Function):
@@ -343,7 +336,7 @@ def _scatter_columns(values: Tensor, queries: NounQueries, length: int) -> Tenso
     somewhere = torch.arange(num_columns, device=keys.device) % length
     keys = torch.where(keys < 0, somewhere, keys) + length * torch.arange(num_rows, device=keys.device)[:, None]
     dense = values.new_zeros(num_rows * length)
-    _add_at(dense, keys.flatten(), values.flatten())
+    add_at(dense, keys.flatten(), values.flatten())
     return dense.view(num_rows, length)
 
 
@@ -356,15 +349,7 @@ def _add_rows(grad_query: Tensor, queries: NounQueries, grad_rows: Tensor) -> No
     order = torch.arange(len(queries), device=queries.device)
     first = torch.where(same, order, len(queries)).amin(dim=1)  # [R] the first row of the same token
     total = torch.zeros_like(grad_rows)
-    _add_at(total, first, grad_rows)
+    add_at(total, first, grad_rows)
     # Rows of one token write the same bits, in whatever order.
     total = grad_query[sequence, :, position] + total.index_select(0, first)
     grad_query[sequence, :, position] = total.to(grad_query.dtype)
-
-
-def _add_at(out: Tensor, index: Tensor, values: Tensor) -> None:
-    """out[index] += values along dimension 0, repeated indices in a fixed order."""
-    if out.device.type == "cpu":
-        out.index_add_(0, index, values)  # one after the other; index_put_ would go parallel with atomics
-    else:
-        out.index_put_((index,), values, accumulate=True)  # sorts the indices; index_add_ would use atomics
