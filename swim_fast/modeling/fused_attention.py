@@ -53,7 +53,7 @@ def choose(
         return f"there is no provider for the attention {attention!r}"
     if kwargs.get("dropout"):
         return "the attention has dropout"
-    if not kwargs.get("is_causal", True):
+    if kwargs.get("is_causal") is False:  # None: as the module says, which a decoder's says
         return "the attention is not causal"
     changed = [name for name in _OTHER_SOFTMAX if kwargs.get(name) is not None]
     if changed:

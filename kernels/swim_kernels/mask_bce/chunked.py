@@ -13,6 +13,7 @@ in a core's cache. Deterministic: chunks depend on shapes only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -75,12 +76,15 @@ def losses_and_gradient(
         return cells.new_empty(num_sets, len(pairs)), cells.new_empty(cells.shape) if want else None
     numbers, frames = pairs.mask_numbers, by_pair(cells, pairs)
     losses, gradients = [cells] * len(pairs), [cells] * len(pairs)
+    weights = functools.cache(functools.partial(interpolation, like=cells))
     for (number, grid), members in grouped(pairs, lambda pair: (numbers[pair], pairs.sizes[pair])).items():
-        together = max(1, _most_frames(grid, masks.sizes[number]) // num_sets)
+        size = masks.sizes[number]
+        together = max(1, _most_frames(grid, size) // num_sets)
         for first in range(0, len(members), together):
             some = members[first : first + together]
             stacked = torch.stack([frames[pair] for pair in some]).view(-1, *grid)  # [n · K, h, w]
-            loss, grad = _frames(stacked, masks, number, numerics, want)
+            upsampling = _Upsampling(stacked, weights(size[0], grid[0]), weights(size[1], grid[1]), want)
+            loss, grad = _frames(upsampling, masks, number, numerics, want)
             for pair, part in zip(some, loss.view(len(some), num_sets).unbind(), strict=True):
                 losses[pair] = part
             if want:
@@ -89,33 +93,41 @@ def losses_and_gradient(
     return torch.stack(losses, dim=1), torch.cat(gradients, dim=1) if want else None
 
 
-def _frames(cells: Tensor, masks: PackedMasks, number: int, numerics: str, want: bool) -> tuple[Tensor, Tensor | None]:
-    """Frames [n, h, w] against one mask: losses [n] and, if wanted, gradients [n, h, w]."""
+def _frames(
+    upsampling: _Upsampling, masks: PackedMasks, number: int, numerics: str, want: bool
+) -> tuple[Tensor, Tensor | None]:
+    """n frames [h, w] against one mask: losses [n] and, if wanted, gradients [n, h, w]."""
     height, width = masks.sizes[number]
     prepare, compare = (_prepare_stable, _stable) if numerics == "stable" else (_prepare_paper, _paper)
-    upsampling = _Upsampling(cells, height, width, want)
-    losses = cells.new_zeros(len(cells))
-    num_rows, num_frames = _chunk(len(cells), height, width, cells.device)
-    block = num_rows * max(1, _LOGARITHMS // (len(cells) * num_rows * width))
-    space = cells.new_empty(len(cells), min(block, height), width)
+    across = upsampling.across
+    num_frames = len(across)
+    rows, frames = _chunk(num_frames, height, width, across.device)
+    block = rows * max(1, _LOGARITHMS // (num_frames * rows * width))
+    losses, space = across.new_zeros(num_frames), across.new_empty(num_frames, min(block, height), width)
     for top in range(0, height, block):
         arguments = space[:, : height - top]  # of the logarithms
-        for first in range(top, top + arguments.shape[1], num_rows):
-            end = min(first + num_rows, height)
-            mask = prepare(masks.rows(number, first, end), cells.dtype)
-            for frame in range(0, len(cells), num_frames):
-                some = slice(frame, frame + num_frames)
+        for first in range(top, top + arguments.shape[1], rows):
+            end = min(first + rows, height)
+            mask = prepare(masks.rows(number, first, end), across.dtype)
+            for frame in range(0, num_frames, frames):
+                some = slice(frame, frame + frames)
                 p = arguments[some, first - top : end - top]
                 upsampling.rows(some, first, end, out=p)
                 slope, lost = compare(p, *mask, want)
                 losses[some] -= lost
                 if want:
                     upsampling.add_slopes(some, first, end, slope)
-        arguments.log_()
-        if numerics == "paper":
-            arguments.clamp_min_(LOWEST_LOG)
-        losses -= arguments.sum((-2, -1))
+        losses -= _sums(arguments.log_(), rows, frames, LOWEST_LOG if numerics == "paper" else None)
     return losses / (height * width), upsampling.gradient() if want else None
+
+
+def _sums(logarithms: Tensor, rows: int, frames: int, lowest: float | None) -> Tensor:
+    """[n] of [n, y, x], in chunks and from a least value on."""
+
+    def total(chunk: Tensor) -> Tensor:
+        return (chunk if lowest is None else chunk.clamp_min_(lowest)).sum((-2, -1))
+
+    return torch.cat([sum(map(total, some.split(rows, dim=1))) for some in logarithms.split(frames)])
 
 
 def _most_frames(grid: tuple[int, int], mask: tuple[int, int]) -> int:
@@ -134,10 +146,10 @@ def _chunk(num_frames: int, height: int, width: int, device: torch.device) -> tu
 class _Upsampling:
     """Frames [n, h, w] upsampled to [n, H, W] and slopes brought back to the cells, some pixel rows at a time."""
 
-    def __init__(self, cells: Tensor, height: int, width: int, want_gradient: bool) -> None:
-        self.down = interpolation(height, cells.shape[1], cells)  # [H, h]
-        self.columns = interpolation(width, cells.shape[2], cells)  # [W, w]
-        self.across = exact_product(cells, self.columns.t())  # [n, h, W]
+    def __init__(self, cells: Tensor, down: Tensor, columns: Tensor, want_gradient: bool) -> None:
+        """Weights down [H, h] and columns [W, w], see `interpolation`."""
+        self.down, self.columns = down, columns
+        self.across = exact_product(cells, columns.t())  # [n, h, W]
         self.grad_across = torch.zeros_like(self.across) if want_gradient else None
 
     def rows(self, some: slice, first: int, end: int, out: Tensor) -> None:
