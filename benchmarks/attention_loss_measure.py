@@ -27,6 +27,7 @@ from benchmarks.attention_loss_cases import (
     make_step,
     run_step,
     supervision,
+    this_project,
 )
 from benchmarks.memory import count_allocations, watch_saved
 from swim_kernels.flash_noun_attention.providers import TorchCpu
@@ -121,13 +122,34 @@ def measured_layers(step: Step, case: MethodCase, budget: int) -> int:
     layers = case.num_layers(geometry)
     if not case.every_layer:
         return layers
-    size = step.grad_output.element_size()
-    attention = geometry.text * geometry.num_heads * step.length * (4 + size)  # the softmax in fp32, and rounded
-    repeated = geometry.num_heads * step.length * geometry.head_dim * size
-    pixels = geometry.mask_size[0] * geometry.mask_size[1] * 4
-    loss = pixels * (len(step.targets) + len(step.masks))
-    fitting = [n for n in (layers, layers // 4) if n * (attention + repeated) + loss <= budget]
+    fitting = [n for n in (layers, layers // 4) if n * _kept_by_layer(step, case) + _pixels(step) <= budget]
     return max([*fitting, geometry.supervised])
+
+
+def missing_memory(step: Step, case: MethodCase, layers: int) -> str | None:
+    """That a method in plain operations does not fit into this machine's memory; None if it does, as far as known."""
+    path = Path("/proc/meminfo")
+    if case.run is this_project or not path.exists():
+        return None
+    available = next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("MemAvailable"))
+    # backward of one layer takes three times what the layer keeps; of the loss as much as is kept
+    needed = (layers + 3) * _kept_by_layer(step, case) + 2 * _pixels(step)
+    if needed <= available * 1024:
+        return None
+    return f"{step.length:,} tokens: needs about {needed / 2**30:.0f} GiB, {available / 2**20:.0f} GiB are available"
+
+
+def _kept_by_layer(step: Step, case: MethodCase) -> int:
+    """Bytes: the softmax in fp32, what it is rounded to, and of the published method the repeated keys."""
+    geometry, size = step.geometry, step.grad_output.element_size()
+    rows = geometry.text if case.every_layer else len(step.queries)
+    repeated = geometry.head_dim * size if case.every_layer else 0
+    return geometry.num_heads * step.length * (rows * (4 + size) + repeated)
+
+
+def _pixels(step: Step) -> int:
+    """Bytes of the upsampled predictions and the masks in fp32."""
+    return math.prod(step.geometry.mask_size) * 4 * (len(step.targets) + len(step.masks))
 
 
 class Run:

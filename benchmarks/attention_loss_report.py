@@ -23,13 +23,14 @@ GEOMETRY = Geometry()
 
 
 def write(records: Sequence[Record], folder: Path) -> None:
-    """The three files."""
+    """Puts records into the CSV, in the place of those of the same length, rows and method."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{NAME}.csv").open("w", newline="") as file:
+    path = folder / f"{NAME}.csv"
+    kept = {(r.length, r.rows, r.method): r for r in (*(read(path) if path.exists() else ()), *records)}
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Record)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(record.row() for record in records)
-    draw(folder)
+        writer.writerows(kept[key].row() for key in sorted(kept))
 
 
 def draw(folder: Path) -> None:

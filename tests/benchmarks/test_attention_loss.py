@@ -193,8 +193,12 @@ def some_records():
 
 def test_files(tmp_path):
     records = some_records()
-    report.write(records, tmp_path)
-    assert report.read(tmp_path / "attention_loss.csv") == records
+    report.write(records[:2], tmp_path)
+    report.write([replace(records[0], seconds=1e3), *records[2:]], tmp_path)
+    report.write(records[:1], tmp_path)  # in the place of what was measured before
+    report.draw(tmp_path)
+    ordered = sorted(records, key=lambda record: (record.length, record.rows, record.method))
+    assert report.read(tmp_path / "attention_loss.csv") == ordered
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".md", ".png"}
     text = (tmp_path / "attention_loss.md").read_text()
     assert "| 16,384 | 3 x 4 | 8 | all text rows | 16,384,000 s |" in text
