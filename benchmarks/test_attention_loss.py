@@ -67,8 +67,8 @@ def test_attention_loss(benchmark, setting, num_rows, method, keep, request):
 @pytest.mark.parametrize("name", [LOSS_OURS, LOSS_PLAIN])
 def test_mask_loss(benchmark, name, keep, request):
     """The mask loss by itself, at the length and the number of rows of the targets."""
-    if AT[0] not in request.config.getoption("lengths"):
-        pytest.skip(f"measured at {AT[0]:,} tokens")
+    if any(at not in request.config.getoption(option) for at, option in zip(AT, ("lengths", "rows"), strict=True)):
+        pytest.skip(f"measured at {AT[0]:,} tokens and {AT[1]} rows")
     losses = {LOSS_OURS: our_mask_loss, LOSS_PLAIN: partial(plain_mask_loss, numerics="stable")}
     keep(measure(benchmark, name, LossRun(make_step(*AT), losses[name]), rounds=3))
 
