@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
 from swim_kernels.frame_prediction import frame_prediction
+from tests.kernels import budget
 from tests.kernels.test_grid_pairs import make_pairs
-from tests.kernels.test_noun_attention import rms
 
 BACKENDS = ("eager", "torch")
 FUSIONS = ("product", "mean", "none")
@@ -135,18 +136,7 @@ def measures(result, layers):
     return p, grad, grad.double() * torch.stack(layers).double()
 
 
-def assert_within_budget(samples) -> None:
-    """Error against float64 ≤ 2 × the error of eager in the same precision + one rounding; root mean squares.
-
-    samples: [(actual, eager, exact)], each (p, ∂a, a·∂a).
-    """
-    for i, name in enumerate(("p", "∂a", "a·∂a")):
-        actual, eager, exact = ([values[i] for values in column] for column in zip(*samples, strict=True))
-        assert all(a.dtype == e.dtype and a.shape == e.shape for a, e in zip(actual, eager, strict=True))
-        error = rms([a.double() - x for a, x in zip(actual, exact, strict=True)])
-        allowed = rms([e.double() - x for e, x in zip(eager, exact, strict=True)])
-        budget = 2 * allowed + torch.finfo(actual[0].dtype).eps * rms(exact)
-        assert error <= budget, f"{name}: error {error:.3e} above the budget {budget:.3e}"
+assert_within_budget = functools.partial(budget.assert_within_budget, names=("p", "∂a", "a·∂a"))
 
 
 def sample(backend, case, fusion, dtype, seed):

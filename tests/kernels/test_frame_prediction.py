@@ -9,6 +9,7 @@ import torch
 
 from swim_kernels.frame_prediction import frame_prediction
 from swim_kernels.grid_pairs import GridPairs
+from tests.kernels.budget import rms
 from tests.kernels.frame_prediction_cases import (
     BACKENDS,
     CASES,
@@ -26,7 +27,6 @@ from tests.kernels.frame_prediction_cases import (
     sample,
 )
 from tests.kernels.test_grid_pairs import make_pairs
-from tests.kernels.test_noun_attention import rms
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 
 import pytest
 import torch
@@ -128,26 +127,6 @@ def test_auto_on_cuda_falls_back_with_the_reason(monkeypatch, fresh_choice):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed" in dispatch._triton_missing("cuda", torch.float32)
     assert dispatch.choose_backend("auto", "cuda") == "torch"
-
-
-@pytest.mark.parametrize(
-    "backend, device_type, chosen, level, why",
-    [
-        ("eager", "cpu", "eager", logging.INFO, "asked for"),
-        ("torch", "cuda", "torch", logging.INFO, "asked for"),
-        ("auto", "cpu", "torch", logging.INFO, "auto, triton needs CUDA"),
-        ("auto", "cuda", "torch", logging.WARNING, "auto, slower than triton, which is not available: "),
-    ],
-)
-def test_choice_is_said_once(backend, device_type, chosen, level, why, caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_missing", lambda *_: "no reason")
-    backends.say_once.cache_clear()
-    caplog.set_level(logging.DEBUG, logger=backends.__name__)
-    for _ in range(3):
-        assert dispatch.choose_backend(backend, device_type) == chosen
-    (record,) = [record for record in caplog.records if record.name == backends.__name__]
-    assert record.levelno == level
-    assert record.getMessage().startswith(f"frame prediction on {device_type}: backend {chosen} ({why}")
 
 
 def test_every_available_backend_is_reached(monkeypatch):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import logging
 import math
 
 import pytest
@@ -13,6 +13,7 @@ from benchmarks.memory import count_allocations
 from swim_kernels import backends
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.packed_masks import PackedMasks
+from tests.kernels import budget
 from tests.kernels.mask_bce_cases import (
     BACKENDS,
     CASES,
@@ -25,23 +26,11 @@ from tests.kernels.mask_bce_cases import (
     make_pairs,
     run,
 )
-from tests.kernels.test_noun_attention import rms
 
 MANY = "grids and masks of many sizes, one unused"
 
 
-def assert_within_budget(samples):
-    """Error against float64 ≤ 2 × the error of eager in the same precision + one rounding; root mean squares.
-
-    samples: [(actual, eager, exact)], each (losses, ∂cells).
-    """
-    for i, name in enumerate(("losses", "∂cells")):
-        actual, eager, exact = ([values[i] for values in column] for column in zip(*samples, strict=True))
-        assert all(a.dtype == e.dtype and a.shape == e.shape for a, e in zip(actual, eager, strict=True))
-        error = rms([a.double() - x for a, x in zip(actual, exact, strict=True)])
-        allowed = rms([e.double() - x for e, x in zip(eager, exact, strict=True)])
-        budget = 2 * allowed + torch.finfo(actual[0].dtype).eps * rms(exact)
-        assert error <= budget, f"{name}: error {error:.3e} above the budget {budget:.3e}"
+assert_within_budget = functools.partial(budget.assert_within_budget, names=("losses", "∂cells"))
 
 
 @pytest.fixture(autouse=True)
@@ -211,12 +200,9 @@ def test_what_gets_no_gradient_passes_none_on():
     assert gradient[0, :24].all() and gradient[0, 36:].all()
 
 
-@pytest.mark.parametrize("num_sets", [0, 3])
-@pytest.mark.parametrize("num_pairs", [0, 2])
+@pytest.mark.parametrize("num_pairs, num_sets", [(0, 0), (0, 3), (2, 0)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_compare(backend, num_pairs, num_sets):
-    if num_sets and num_pairs:
-        pytest.skip("there is something")
     masks = make_masks([(5, 6)] if num_pairs else [])
     pairs = make_pairs([(2, 3)] * num_pairs, [0] * num_pairs)
     cells = torch.rand(num_sets, pairs.num_cells, dtype=torch.bfloat16, requires_grad=True)
@@ -383,25 +369,6 @@ def test_auto(monkeypatch, fresh_choice):
     backends.triton_missing.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert dispatch.choose_backend("auto", "cuda") == "torch"
-
-
-@pytest.mark.parametrize(
-    "backend, device_type, chosen, level, why",
-    [
-        ("eager", "cpu", "eager", logging.INFO, "asked for"),
-        ("auto", "cpu", "torch", logging.INFO, "auto, triton needs CUDA"),
-        ("auto", "cuda", "torch", logging.WARNING, "auto, slower than triton, which is not available: "),
-    ],
-)
-def test_choice_is_said_once(backend, device_type, chosen, level, why, caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_missing", lambda *_: "no reason")
-    backends.say_once.cache_clear()
-    caplog.set_level(logging.DEBUG, logger=backends.__name__)
-    for _ in range(3):
-        assert dispatch.choose_backend(backend, device_type) == chosen
-    (record,) = [record for record in caplog.records if record.name == backends.__name__]
-    assert record.levelno == level
-    assert record.getMessage().startswith(f"mask BCE on {device_type}: backend {chosen} ({why}")
 
 
 def test_every_available_backend_is_reached(monkeypatch):

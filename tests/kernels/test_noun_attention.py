@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swim_kernels import noun_attention
+from tests.kernels.budget import assert_within_budget
 from tests.kernels.noun_attention_cases import (
     BACKENDS,
     CASES,
@@ -19,24 +20,6 @@ from tests.kernels.noun_attention_cases import (
     reference,
     run,
 )
-
-
-def rms(tensors):
-    return torch.cat([t.double().flatten() for t in tensors]).square().mean().sqrt().item()
-
-
-def assert_within_budget(samples):
-    """Error against float64 ≤ 2 × the error of eager in the same precision + one rounding; root mean squares.
-
-    samples: [(actual, eager, exact)], each (maps, ∂query, ∂key). Several, as eager is lucky on some small inputs.
-    """
-    for i, name in enumerate(("maps", "∂query", "∂key")):
-        actual, eager, exact = ([values[i] for values in column] for column in zip(*samples, strict=True))
-        assert all(a.dtype == e.dtype and a.shape == e.shape for a, e in zip(actual, eager, strict=True))
-        error = rms([a.double() - x for a, x in zip(actual, exact, strict=True)])
-        allowed = rms([e.double() - x for e, x in zip(eager, exact, strict=True)])
-        budget = 2 * allowed + torch.finfo(actual[0].dtype).eps * rms(exact)
-        assert error <= budget, f"{name}: error {error:.3e} above the budget {budget:.3e}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
 import subprocess
 import sys
@@ -170,25 +169,6 @@ def test_auto_on_cuda_takes_triton_for_what_it_can(monkeypatch, fresh_choice):
     assert dispatch.choose_backend("auto", "cuda", torch.float64, 7, 128) == "torch"
     assert dispatch.choose_backend("auto", "cuda", torch.bfloat16, 17, 128) == "torch"
     assert dispatch.choose_backend("auto", "cuda", torch.bfloat16, 7, 257) == "torch"
-
-
-@pytest.mark.parametrize(
-    "backend, device_type, chosen, level, why",
-    [
-        ("eager", "cpu", "eager", logging.INFO, "asked for"),
-        ("torch", "cuda", "torch", logging.INFO, "asked for"),
-        ("auto", "cpu", "torch", logging.INFO, "auto, triton needs CUDA"),
-        ("auto", "cuda", "torch", logging.WARNING, "auto, slower than triton, which is not available: "),
-    ],
-)
-def test_choice_is_said_once(backend, device_type, chosen, level, why, caplog):
-    backends.say_once.cache_clear()
-    caplog.set_level(logging.DEBUG, logger=backends.__name__)
-    for _ in range(3):
-        assert dispatch.choose_backend(backend, device_type) == chosen
-    (record,) = [record for record in caplog.records if record.name == backends.__name__]
-    assert record.levelno == level
-    assert record.getMessage().startswith(f"noun attention on {device_type}: backend {chosen} ({why}")
 
 
 def test_auto_on_cuda_takes_triton_where_there_is_one(monkeypatch):

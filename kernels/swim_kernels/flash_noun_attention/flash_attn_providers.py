@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
 
 import torch
 
 from swim_kernels.flash_noun_attention.providers import (
+    Call,
     Provider,
     deterministic,
     from_flash,
     lse_from_flash,
+    lse_to_flash,
     refusal_on_cuda,
     to_flash,
 )
@@ -60,7 +61,7 @@ class FlashAttn2(_FlashAttn):
     def forward(self, query, key, value, call):
         forward, _ = self._functions_for(call)
         output, lse, _, random_state = forward(
-            *(to_flash(x, call) for x in (query, key, value)), return_softmax=False, **self._common(query, call)
+            *(to_flash(x, call) for x in (query, key, value)), return_softmax=False, **self._common(call)
         )
         return from_flash(output, call), lse_from_flash(lse, call), random_state
 
@@ -70,9 +71,9 @@ class FlashAttn2(_FlashAttn):
         _, backward = self._functions_for(call)
         backward(
             *(to_flash(x, call) for x in (grad_output, query, key, value, output)),
-            lse if call.cu_seqlens is None else lse[0],
+            lse_to_flash(lse, call),
             **gradients,
-            **self._common(query, call),
+            **self._common(call),
             deterministic=deterministic(),
             rng_state=random_state,
         )
@@ -85,12 +86,8 @@ class FlashAttn2(_FlashAttn):
         return tuple(getattr(module, name) for name in self.packed_names)
 
     @staticmethod
-    def _common(query, call) -> dict[str, object]:
-        packed = {}
-        if call.cu_seqlens is not None:
-            packed = {name: call.cu_seqlens for name in ("cu_seqlens_q", "cu_seqlens_k")}
-            packed |= {name: call.max_length for name in ("max_seqlen_q", "max_seqlen_k")}
-        return packed | {
+    def _common(call) -> dict[str, object]:
+        return _packed(call) | {
             "dropout_p": 0.0,
             "softmax_scale": call.scale,
             "causal": True,
@@ -120,7 +117,7 @@ class FlashAttn3(_FlashAttn):
         _, backward = self._functions()
         backward(
             *(to_flash(x, call) for x in (grad_output, query, key, value, output)),
-            lse if call.cu_seqlens is None else lse[0],
+            lse_to_flash(lse, call),
             **gradients,
             **_known(backward, self._common(call) | {"deterministic": deterministic()}, given),
         )
@@ -130,7 +127,7 @@ class FlashAttn3(_FlashAttn):
     def _common(call) -> dict[str, object]:
         """Under every name that a release has had; `_known` picks those of the one at hand."""
         left, right = (-1, -1) if call.window is None else (call.window - 1, 0)
-        common = {
+        return _packed(call) | {
             "softmax_scale": call.scale,
             "causal": True,
             "is_causal": True,
@@ -138,10 +135,6 @@ class FlashAttn3(_FlashAttn):
             "window_size_left": left,
             "window_size_right": right,
         }
-        if call.cu_seqlens is not None:
-            common |= {name: call.cu_seqlens for name in ("cu_seqlens_q", "cu_seqlens_k")}
-            common |= {name: call.max_length for name in ("max_seqlen_q", "max_seqlen_k")}
-        return common
 
 
 class FlashAttn4(_FlashAttn):
@@ -161,31 +154,34 @@ class FlashAttn4(_FlashAttn):
 
     def backward(self, grad_output, query, key, value, forward, call, grad_lse=None):
         output, lse = forward
-        lse, grad_lse = (x if x is None or call.cu_seqlens is None else x[0] for x in (lse, grad_lse))
         _, backward = self._functions()
         gradients = self._gradients(query, key, value, call)
         backward(
             *(to_flash(x, call) for x in (query, key, value, output, grad_output)),
-            lse,
+            lse_to_flash(lse, call),
             **gradients,
             **self._common(call),
             deterministic=deterministic(),
-            dlse=grad_lse,
+            dlse=None if grad_lse is None else lse_to_flash(grad_lse, call),
         )
         return tuple(from_flash(gradient, call) for gradient in gradients.values())
 
     @staticmethod
     def _common(call) -> dict[str, object]:
-        common = {
+        return _packed(call) | {
             "softmax_scale": call.scale,
             "causal": True,
             "window_size_left": None if call.window is None else call.window - 1,
             "window_size_right": None if call.window is None else 0,
         }
-        if call.cu_seqlens is not None:
-            common |= {name: call.cu_seqlens for name in ("cu_seqlens_q", "cu_seqlens_k")}
-            common |= {name: call.max_length for name in ("max_seqlen_q", "max_seqlen_k")}
-        return common
+
+
+def _packed(call: Call) -> dict[str, object]:
+    """Where packed sequences start and end; nothing for a dense call."""
+    if call.cu_seqlens is None:
+        return {}
+    lengths = dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), call.max_length)
+    return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), call.cu_seqlens) | lengths
 
 
 def _known(function: Callable, arguments: dict[str, object], given: tuple[str, ...]) -> dict[str, object]:

@@ -144,7 +144,7 @@ class TorchCuda(Provider):
         output, lse, *random_state = forward
         gradients = _flash_attention_backward(
             *(to_flash(x, call) for x in (grad_output, query, key, value, output)),
-            lse if call.cu_seqlens is None else lse[0],
+            lse_to_flash(lse, call),
             call.cu_seqlens,
             call.cu_seqlens,
             *_lengths(query, call),
@@ -189,6 +189,11 @@ def from_flash(x: Tensor, call: Call) -> Tensor:
 def lse_from_flash(lse: Tensor, call: Call) -> Tensor:
     """[B, H, L], packed [H, T] → [B, H, L]"""
     return lse if call.cu_seqlens is None else lse[None]
+
+
+def lse_to_flash(lse: Tensor, call: Call) -> Tensor:
+    """The way back of `lse_from_flash`."""
+    return lse if call.cu_seqlens is None else lse[0]
 
 
 def deterministic() -> bool:

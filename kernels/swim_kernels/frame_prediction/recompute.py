@@ -51,8 +51,8 @@ class FramePrediction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, predict: Callable, gradients: Callable, pairs: GridPairs, fusion: str, *maps: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(pairs.table, *maps)
-        ctx.gradients, ctx.sizes, ctx.disjoint, ctx.fusion = gradients, pairs.sizes, pairs.disjoint, fusion
+        ctx.save_for_backward(pairs.table, *maps)  # the table too, so that a change to it is noticed
+        ctx.gradients, ctx.pairs, ctx.fusion = gradients, pairs, fusion
         return predict(maps, pairs, fusion)
 
     @staticmethod
@@ -60,9 +60,9 @@ class FramePrediction(torch.autograd.Function):
     def backward(ctx, grad_p):
         if grad_p is None:
             return (None,) * len(ctx.needs_input_grad)
-        table, *maps = ctx.saved_tensors
-        with no_autocast(table.device.type):
-            grad_maps = ctx.gradients(grad_p, maps, GridPairs(table, ctx.sizes, ctx.disjoint), ctx.fusion)
+        _, *maps = ctx.saved_tensors
+        with no_autocast(grad_p.device.type):
+            grad_maps = ctx.gradients(grad_p, maps, ctx.pairs, ctx.fusion)
         return None, None, None, None, *grad_maps
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from swim_kernels import noun_attention
+from tests.kernels.budget import assert_within_budget
 from tests.kernels.noun_attention_cases import CASES, log_sum_exp, make_inputs, make_queries, run
-from tests.kernels.test_noun_attention import assert_within_budget
 from tests.kernels.triton_interpreter.cases import backend, random_inputs, random_queries
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -1,0 +1,32 @@
+"""The choice of a backend, the same for every op."""
+
+import importlib
+import logging
+
+import pytest
+
+from swim_kernels import backends
+
+OPS = {"noun attention": "noun_attention", "frame prediction": "frame_prediction", "mask BCE": "mask_bce"}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "backend, device_type, chosen, level, why",
+    [
+        ("eager", "cpu", "eager", logging.INFO, "asked for"),
+        ("torch", "cuda", "torch", logging.INFO, "asked for"),
+        ("auto", "cpu", "torch", logging.INFO, "auto, triton needs CUDA"),
+        ("auto", "cuda", "torch", logging.WARNING, "auto, slower than triton, which is not available: "),
+    ],
+)
+def test_choice_is_said_once(op, backend, device_type, chosen, level, why, caplog, monkeypatch):
+    dispatch = importlib.import_module(f"swim_kernels.{OPS[op]}.dispatch")
+    monkeypatch.setattr(dispatch, "_triton_missing", lambda *_: "no reason")
+    backends.say_once.cache_clear()
+    caplog.set_level(logging.DEBUG, logger=backends.__name__)
+    for _ in range(3):
+        assert dispatch.choose_backend(backend, device_type) == chosen
+    (record,) = [record for record in caplog.records if record.name == backends.__name__]
+    assert record.levelno == level
+    assert record.getMessage().startswith(f"{op} on {device_type}: backend {chosen} ({why}")
