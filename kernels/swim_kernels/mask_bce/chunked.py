@@ -14,7 +14,9 @@ in a core's cache. Deterministic: chunks depend on shapes only.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +30,9 @@ from swim_kernels.packed_masks import PackedMasks
 # on this scale costs more than it gives (and very much where the cores are busy). A GPU wants fewer, longer launches.
 _CHUNK_PIXELS_CPU = 2**15 - 1
 _CHUNK_PIXELS_ACCELERATOR = 2**24
-_LOGARITHMS = 2**20  # taken at a time: they are always divided among threads
-_FEW_ROWS = 4  # of cells: up to so many are added one by one, since matrix products are divided among threads
+_LOGARITHMS = 2**18  # taken at a time: they are always divided among threads
+_MULTIPLIED = 4  # arguments of the "stable" logarithms, each at least 1e-6, so that fp32 holds the product
+_FEW_ROWS = 4  # of pixels for each row of cells: for fewer a matrix product is less work
 _MOST_VALUES = 2**21  # of frames that share an unpacked chunk of their mask
 
 
@@ -77,6 +80,7 @@ def losses_and_gradient(
     numbers, frames = pairs.mask_numbers, by_pair(cells, pairs)
     losses, gradients = [cells] * len(pairs), [cells] * len(pairs)
     weights = functools.cache(functools.partial(interpolation, like=cells))
+    rows = functools.cache(lambda size, grid, frames: _rows(weights(size[0], grid[0]), size[1], frames))
     for (number, grid), members in grouped(pairs, lambda pair: (numbers[pair], pairs.sizes[pair])).items():
         size = masks.sizes[number]
         together = max(1, _most_frames(grid, size) // num_sets)
@@ -84,7 +88,7 @@ def losses_and_gradient(
             some = members[first : first + together]
             stacked = torch.stack([frames[pair] for pair in some]).view(-1, *grid)  # [n · K, h, w]
             upsampling = _Upsampling(stacked, weights(size[0], grid[0]), weights(size[1], grid[1]), want)
-            loss, grad = _frames(upsampling, masks, number, numerics, want)
+            loss, grad = _frames(upsampling, rows(size, grid, len(stacked)), masks, number, numerics, want)
             for pair, part in zip(some, loss.view(len(some), num_sets).unbind(), strict=True):
                 losses[pair] = part
             if want:
@@ -94,40 +98,45 @@ def losses_and_gradient(
 
 
 def _frames(
-    upsampling: _Upsampling, masks: PackedMasks, number: int, numerics: str, want: bool
+    upsampling: _Upsampling, chunks: list[_Rows], masks: PackedMasks, number: int, numerics: str, want: bool
 ) -> tuple[Tensor, Tensor | None]:
     """n frames [h, w] against one mask: losses [n] and, if wanted, gradients [n, h, w]."""
     height, width = masks.sizes[number]
-    prepare, compare = (_prepare_stable, _stable) if numerics == "stable" else (_prepare_paper, _paper)
+    stable = numerics == "stable"
+    prepare, compare = (_prepare_stable, _stable) if stable else (_prepare_paper, _paper)
+    multiplied = _MULTIPLIED if stable else 1  # paper: every logarithm has its own end
     across = upsampling.across
-    num_frames = len(across)
-    rows, frames = _chunk(num_frames, height, width, across.device)
-    block = rows * max(1, _LOGARITHMS // (num_frames * rows * width))
-    losses, space = across.new_zeros(num_frames), across.new_empty(num_frames, min(block, height), width)
-    for top in range(0, height, block):
-        arguments = space[:, : height - top]  # of the logarithms
-        for first in range(top, top + arguments.shape[1], rows):
-            end = min(first + rows, height)
-            mask = prepare(masks.rows(number, first, end), across.dtype)
-            for frame in range(0, num_frames, frames):
-                some = slice(frame, frame + frames)
-                p = arguments[some, first - top : end - top]
-                upsampling.rows(some, first, end, out=p)
-                slope, lost = compare(p, *mask, want)
-                losses[some] -= lost
+    num_frames, num_rows = len(across), max(rows.end - rows.first for rows in chunks)
+    frames = max(1, _CHUNK_PIXELS_CPU // (num_rows * width)) if across.device.type == "cpu" else num_frames
+    slots = min(-(-len(chunks) // multiplied), max(1, _LOGARITHMS // (num_frames * num_rows * width)))
+    together = slots * multiplied  # chunks whose masks are prepared and whose logarithms are taken at once
+    losses, arguments = across.new_zeros(num_frames), across.new_empty(slots, num_frames, num_rows, width)
+    parts = list(zip(upsampling.split(frames), losses.split(frames), strict=True))
+    places = [slot.split(frames) for slot in arguments]
+    for start in range(0, len(chunks), together):
+        some = chunks[start : start + together]
+        masked = prepare(masks.rows(number, some[0].first, some[-1].end), across.dtype)
+        masked = zip(*(part.split([rows.end - rows.first for rows in some]) for part in masked), strict=True)
+        arguments.fill_(1)
+        for k, (rows, mask) in enumerate(zip(some, masked, strict=True)):
+            for (part, loss), place in zip(parts, places[k // multiplied], strict=True):
+                argument, slope, lost = compare(part.upsampled(rows), *mask, want)
+                place[:, : rows.end - rows.first] *= argument
+                if lost is not None:
+                    loss -= lost
                 if want:
-                    upsampling.add_slopes(some, first, end, slope)
-        losses -= _sums(arguments.log_(), rows, frames, LOWEST_LOG if numerics == "paper" else None)
+                    part.add_slopes(rows, slope)
+        losses -= _sums(arguments.log_(), frames, None if stable else LOWEST_LOG)
     return losses / (height * width), upsampling.gradient() if want else None
 
 
-def _sums(logarithms: Tensor, rows: int, frames: int, lowest: float | None) -> Tensor:
-    """[n] of [n, y, x], in chunks and from a least value on."""
+def _sums(logarithms: Tensor, frames: int, lowest: float | None) -> Tensor:
+    """[n] of [slots, n, y, x], in chunks and from a least value on."""
 
     def total(chunk: Tensor) -> Tensor:
         return (chunk if lowest is None else chunk.clamp_min_(lowest)).sum((-2, -1))
 
-    return torch.cat([sum(map(total, some.split(rows, dim=1))) for some in logarithms.split(frames)])
+    return sum(torch.cat([total(some) for some in slot.split(frames)]) for slot in logarithms)
 
 
 def _most_frames(grid: tuple[int, int], mask: tuple[int, int]) -> int:
@@ -135,12 +144,38 @@ def _most_frames(grid: tuple[int, int], mask: tuple[int, int]) -> int:
     return _MOST_VALUES // max(grid[0] * mask[1], min(mask[0] * mask[1], _CHUNK_PIXELS_CPU))
 
 
-def _chunk(num_frames: int, height: int, width: int, device: torch.device) -> tuple[int, int]:
-    """How many pixel rows, and of how many frames, at a time."""
-    if device.type != "cpu":
-        return min(height, max(1, _CHUNK_PIXELS_ACCELERATOR // (num_frames * width))), num_frames
-    num_rows = min(height, max(1, _CHUNK_PIXELS_CPU // width))
-    return num_rows, max(1, _CHUNK_PIXELS_CPU // (num_rows * width))
+class _Rows(NamedTuple):
+    """The pixel rows [first, end), the rows of cells [low, high) they are interpolated from (at least two, if there
+    are), the weights [end - first, high - low] and their columns."""
+
+    first: int
+    end: int
+    low: int
+    high: int
+    weights: Tensor
+    columns: tuple[Tensor, ...]
+
+
+def _rows(down: Tensor, width: int, num_frames: int) -> list[_Rows]:
+    """What is computed at a time, given the weights down [H, h]. On the CPU two rows of cells are enough for each, if
+    there are several rows of pixels for a row of cells."""
+    pixels, cells = down.shape
+    if down.device.type == "cpu":
+        most, edges = max(1, _CHUNK_PIXELS_CPU // width), [0, pixels]
+        if pixels >= _FEW_ROWS * cells:  # where the next row of cells comes into play
+            edges[1:1] = [-(-(pixels * (2 * k + 1) - cells) // (2 * cells)) for k in range(1, cells - 1)]
+    else:
+        most, edges = max(1, _CHUNK_PIXELS_ACCELERATOR // (num_frames * width)), [0, pixels]
+    chunks = []
+    for begin, stop in itertools.pairwise(edges):
+        parts = -(-(stop - begin) // most)
+        cuts = [begin + (stop - begin) * part // parts for part in range(parts + 1)]
+        for first, end in itertools.pairwise(cuts):
+            low, high = (max(0, (2 * y + 1) * cells - pixels) // (2 * pixels) for y in (first, end - 1))
+            low, high = max(0, min(low, cells - 2)), min(high + 2, cells)
+            weights = down[first:end, low:high]
+            chunks.append(_Rows(first, end, low, high, weights, weights.split(1, dim=1)))
+    return chunks
 
 
 class _Upsampling:
@@ -152,36 +187,39 @@ class _Upsampling:
         self.across = exact_product(cells, columns.t())  # [n, h, W]
         self.grad_across = torch.zeros_like(self.across) if want_gradient else None
 
-    def rows(self, some: slice, first: int, end: int, out: Tensor) -> None:
-        """Of some frames the pixel rows [first, end), into [frames, end - first, W]."""
-        used = self._used(first, end)
-        weights, across = self.down[first:end, used], self.across[some, used]
-        if weights.shape[1] > _FEW_ROWS:
-            out.copy_(exact_product(weights, across))
-            return
-        torch.mul(weights[:, :1], across[:, :1], out=out)
-        for k in range(1, weights.shape[1]):
-            out.addcmul_(weights[:, k : k + 1], across[:, k : k + 1])
-
-    def add_slopes(self, some: slice, first: int, end: int, slope: Tensor) -> None:
-        """d loss / d pixel [frames, end - first, W] of the same."""
-        used = self._used(first, end)
-        weights, total = self.down[first:end, used], self.grad_across[some, used]
-        if weights.shape[1] > _FEW_ROWS:
-            total += exact_product(weights.mT, slope)
-            return
-        for k in range(weights.shape[1]):
-            total[:, k] += (weights[:, k : k + 1] * slope).sum(1)
+    def split(self, frames: int) -> list[_Frames]:
+        """So many frames at a time."""
+        grads = [None] * len(self.across) if self.grad_across is None else self.grad_across.split(frames)
+        return [_Frames(across, grad) for across, grad in zip(self.across.split(frames), grads, strict=False)]
 
     def gradient(self) -> Tensor:
         """[n, h, w], of the mean over the pixels."""
         return exact_product(self.grad_across, self.columns).div_(len(self.down) * len(self.columns))
 
-    def _used(self, first: int, end: int) -> slice:
-        """The cell rows that have weights in the pixel rows [first, end)."""
-        pixels, cells = self.down.shape
-        low, high = (max(0, (2 * y + 1) * cells - pixels) // (2 * pixels) for y in (first, end - 1))
-        return slice(min(low, cells - 1), min(high + 2, cells))
+
+class _Frames:
+    """Some of the frames of an `_Upsampling`, with views made once of every row of cells."""
+
+    def __init__(self, across: Tensor, grad_across: Tensor | None) -> None:
+        self._across, self._grad = across, grad_across
+        self._cells = across[:, :, None].unbind(1)  # [n, 1, W] each
+        self._grads = () if grad_across is None else grad_across.unbind(1)  # [n, W] each
+
+    def upsampled(self, rows: _Rows) -> Tensor:
+        """[n, y, W]"""
+        if len(rows.columns) == 2:
+            before, after = rows.columns
+            return torch.mul(before, self._cells[rows.low]).addcmul_(after, self._cells[rows.low + 1])
+        return exact_product(rows.weights, self._across[:, rows.low : rows.high])
+
+    def add_slopes(self, rows: _Rows, slope: Tensor) -> None:
+        """d loss / d pixel [n, y, W]; it is used up."""
+        if len(rows.columns) == 2:
+            before, after = rows.columns
+            self._grads[rows.low].add_((before * slope).sum(1))
+            self._grads[rows.low + 1].add_(slope.mul_(after).sum(1))
+        else:
+            self._grad[:, rows.low : rows.high] += exact_product(rows.weights.mT, slope)
 
 
 def interpolation(pixels: int, cells: int, like: Tensor) -> Tensor:
@@ -203,11 +241,11 @@ def _prepare_stable(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return unset, (2 * unset).sub_(1).mul_(1 - 2 * MARGIN)
 
 
-def _stable(p: Tensor, unset: Tensor, slope: Tensor, want: bool) -> tuple[Tensor | None, float]:
-    """Makes the arguments of the logarithms of p [n, y, x], in place; slopes, if wanted, and what to add to the sum of
-    the logarithms."""
-    torch.sub(unset, p, out=p).mul_(slope).add_(MARGIN)
-    return slope / p if want else None, 0.0
+def _stable(p: Tensor, unset: Tensor, slope: Tensor, want: bool) -> tuple[Tensor, Tensor | None, None]:
+    """Of p [n, y, x], which is used up: arguments of the logarithms; slopes, if wanted; what to add to the sum of the
+    logarithms."""
+    argument = torch.sub(unset, p, out=p).mul_(slope).add_(MARGIN)
+    return argument, slope / argument if want else None, None
 
 
 def _prepare_paper(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -215,15 +253,14 @@ def _prepare_paper(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return mask.to(dtype), (~mask).to(dtype)
 
 
-def _paper(p: Tensor, target: Tensor, unset: Tensor, want: bool) -> tuple[Tensor | None, Tensor]:
+def _paper(p: Tensor, target: Tensor, unset: Tensor, want: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `_stable`."""
     rest = 1 - p
     argument = (target * p).addcmul_(unset, rest)
     # log(1 - p) with the digits that 1 - p has lost; they are none at p = 1
     lost = (1 - rest).sub_(p).mul_(unset).div_(argument.clamp_min(1e-30)).sum((-2, -1))
     slope = (p - target).div_(rest.mul_(p).clamp_min_(LEAST_VARIANCE)) if want else None
-    p.copy_(argument)
-    return slope, lost
+    return argument, slope, lost
 
 
 def exact_product(a: Tensor, b: Tensor) -> Tensor:
