@@ -31,10 +31,11 @@ lint: $(STAMP)
 # Time and memory of the attention loss beside flash attention, by three methods: half an hour on two cores. A process
 # for each part, since the largest take all of 24 GiB.
 bench: $(STAMP)
-	rm -f benchmarks/attention_loss.csv
+	rm -rf benchmarks/attention_loss.csv runs/bench
 	for length in 4096 8192 16384 32768; do for rows in 8 64; do \
-		$(BIN)/pytest benchmarks --lengths $$length --rows $$rows $(ARGS) || exit 1; \
+		$(BIN)/pytest benchmarks --lengths $$length --rows $$rows --attention runs/bench $(ARGS) || exit 1; \
 	done; done
+	rm -r runs/bench
 
 # Ahead-of-time builds of every kernel configuration and bytes counted in the interpreter: an hour on two cores.
 kernel-report: $(STAMP)

@@ -95,19 +95,39 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 class Setting:
-    """A step of one length, whose attention is computed once and replayed."""
+    """A step of one length, whose attention is computed once and replayed.
 
-    def __init__(self, length: int, geometry: Geometry | None = None, dtype: torch.dtype = torch.bfloat16):
+    With a folder, it is kept there for the processes to come.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        geometry: Geometry | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        folder: Path | None = None,
+    ):
         self._step = make_step(length, 1, geometry, dtype=dtype)
-        self._attention: Replayed | None = None
+        self._file = folder and folder / f"attention-{length}.pt"
+        found = self._file is not None and self._file.exists()
+        self._attention: Replayed | None = torch.load(self._file, weights_only=False) if found else None
 
     @property
     def length(self) -> int:
         return self._step.length
 
+    @property
+    def has_attention(self) -> bool:
+        return self._attention is not None
+
     def compute_attention(self) -> None:
         """Forward and backward of the flash attention of one layer."""
         self._attention = Replayed(TorchCpu(), self._step)
+
+    def keep_attention(self) -> None:
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self._attention, self._file)
 
     def step(self, num_rows: int) -> Step:
         if self._attention is None:

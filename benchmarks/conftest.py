@@ -17,6 +17,7 @@ def pytest_addoption(parser):
     group.addoption("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the sequence")
     group.addoption("--rows", type=int, nargs="+", default=ROWS, help="noun tokens")
     group.addoption("--memory-gib", type=float, default=8, help="if a method keeps more, fewer layers are measured")
+    group.addoption("--attention", type=Path, help="folder where the attention is kept for other processes")
     group.addoption("--output", type=Path, default=HERE, help="folder of the results")
 
 

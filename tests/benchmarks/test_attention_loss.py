@@ -213,7 +213,7 @@ def test_targets_are_printed_met_or_not():
     found = {target.what: target for target in report.targets(report.Figures(records))}
     assert found["time, of all text rows"].met  # 1/1000
     assert found["peak, of all text rows"].met
-    assert found["32,768 over 16,384 tokens, 8 rows: time"].ratio == 2
+    assert found["linear growth: 32,768 over 16,384 tokens, 8 rows: time"].ratio == 2
     assert not found["mask loss alone: peak, of a plain one"].met  # 1/10
     assert found["mask loss alone: time, of a plain one"].met
     assert not found["time, of the flash attention of six layers"].met  # 1 / 0.6
