@@ -28,7 +28,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Time and memory of the attention loss beside flash attention, by three methods: half an hour on two cores. A process
+# Time and memory of the attention loss beside flash attention, by three methods: twenty minutes on two cores. A process
 # for each part, since the largest take all of 24 GiB.
 bench: $(STAMP)
 	rm -rf benchmarks/attention_loss.csv runs/bench

@@ -174,6 +174,15 @@ def _table(figures: Figures) -> list[str]:
                 record = figures.get(length, rows, method)
                 if record is not None:
                     lines.append(_row(record, attention))
+    missing = [
+        f"{method} with {rows} rows at {length:,} tokens"
+        for method in COLORS
+        for rows in figures.rows
+        for length in figures.lengths
+        if figures.get(length, rows, method) is None
+    ]
+    if missing:
+        lines += ["", f"Not measured, because it does not fit into this machine's memory: {'; '.join(missing)}."]
     return lines
 
 
@@ -252,7 +261,12 @@ def _lines(axes, figures: Figures, figure_of, yardstick: Sequence[tuple[int, flo
             points = [(record.length, figure_of(record)) for record in figures.line(rows, method)]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=4)
-                labels.append((points[-1][1], f"{method}, {rows}", color))
+                x, y = points[-1]
+                if x == figures.lengths[-1]:
+                    labels.append((y, f"{method}, {rows}", color))
+                else:  # the longer ones do not fit into memory
+                    where = {"textcoords": "offset points", "ha": "left", "fontsize": 8}
+                    axes.annotate(f"{method}, {rows}", (x, y), (0, 7), color=color, **where)
     if yardstick:
         axes.plot(*zip(*yardstick, strict=True), color="0.5", linewidth=1, marker=".")
         labels.append((yardstick[-1][1], f"flash attention, {GEOMETRY.supervised} layers", "0.4"))
