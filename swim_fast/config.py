@@ -1,6 +1,6 @@
 """One YAML file describes a run; every key is typed, checked, and refused if nothing reads it.
 
-Sections: `model`, `data`, `attention_loss`, and `training`, which takes any field of transformers' `TrainingArguments`
+Sections: `model`, `data`, `attention_loss`, `optimization`, and `training`, which takes any field of transformers' `TrainingArguments`
 by its own name. `key.sub=value` on the command line replaces single values.
 """
 
@@ -24,11 +24,25 @@ class ConfigError(ValueError):
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters through peft (LoRA, arXiv 2106.09685; quantised, QLoRA, arXiv 2305.14314)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] | None = None  # names of linear layers; None: all of the language model, its head not
+    quantize: Literal["nf4", "int8"] | None = None  # the frozen weights, by bitsandbytes
+
+
+@dataclass
 class ModelConfig:
     path: str  # folder or hub name of a Hugging Face checkpoint
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: str | None = None  # sdpa, eager, flash_attention_2, …; None: transformers' choice
     freeze: list[Literal["vision_tower", "merger", "language_model"]] = field(default_factory=lambda: ["vision_tower"])
+    liger: bool = True  # Liger's RMSNorm, SwiGLU, rotary embedding and fused cross-entropy, where they can run (CUDA)
+    activation_offload: bool = False  # what backward needs of the decoder layers waits in the host's memory
+    lora: LoraConfig | None = None  # train adapters instead of the weights
 
 
 @dataclass
@@ -37,10 +51,14 @@ class DataConfig:
     eval: dict[str, SourceOptions] = field(default_factory=dict)  # name -> file; each is scored under its name
     reader: Literal["decord", "torchcodec", "pyav"] = "decord"
     decode_timeout: float = 60.0  # seconds for one clip
+    fps: float | None = None  # frames per second of the clip, up to max_frames; None: max_frames, whatever its length
     max_frames: int = 32
     min_pixels: int | None = None  # per frame; None: the processor's own
     max_pixels: int | None = None
+    total_pixels: int | None = None  # of all frames of a clip together
     max_tokens: int | None = None  # longest sample; a longer one gets fewer frames
+    max_tokens_per_batch: int | None = None  # pack samples up to so many tokens into a batch without padding
+    pack_look_ahead: int = 1024  # samples that are packed together
 
 
 @dataclass
@@ -67,10 +85,21 @@ class AttentionLossConfig:
 
 
 @dataclass
+class OptimizationConfig:
+    """What `TrainingArguments` has no field for."""
+
+    # of parts: vision_tower, merger, language_model; the others take training.learning_rate
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    early_stopping_patience: int | None = None  # evaluations without a better training.metric_for_best_model
+    on_nan: Literal["stop", "skip"] = "stop"  # at a loss that is NaN or infinite
+
+
+@dataclass
 class RunConfig:
     model: ModelConfig
     data: DataConfig
     attention_loss: AttentionLossConfig = field(default_factory=AttentionLossConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     training: dict[str, Any] = field(default_factory=dict)  # TrainingArguments by their own names
 
     def __post_init__(self):
