@@ -56,9 +56,20 @@ class DataConfig:
     min_pixels: int | None = None  # per frame; None: the processor's own
     max_pixels: int | None = None
     total_pixels: int | None = None  # of all frames of a clip together
-    max_tokens: int | None = None  # longest sample; a longer one gets fewer frames
+    max_tokens: int | None = None  # longest sample; a longer one gets fewer frames; None: max_tokens_per_batch
     max_tokens_per_batch: int | None = None  # pack samples up to so many tokens into a batch without padding
     pack_look_ahead: int = 1024  # samples that are packed together
+
+    def __post_init__(self):
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ConfigError(f"data.max_tokens_per_batch is {self.max_tokens_per_batch}; it must be positive")
+        if self.pack_look_ahead < 1:
+            raise ConfigError(f"data.pack_look_ahead is {self.pack_look_ahead}; it must be positive")
+        if self.max_tokens_per_batch is not None and (self.max_tokens or 0) > self.max_tokens_per_batch:
+            raise ConfigError(
+                f"data.max_tokens {self.max_tokens} is above data.max_tokens_per_batch {self.max_tokens_per_batch}: "
+                "a sample must fit into a batch; lower the first or raise the second"
+            )
 
 
 @dataclass
@@ -112,7 +123,7 @@ class RunConfig:
             max_frames=data.max_frames,
             min_pixels=data.min_pixels,
             max_pixels=data.max_pixels,
-            max_tokens=data.max_tokens,
+            max_tokens=data.max_tokens_per_batch if data.max_tokens is None else data.max_tokens,
             query_position=loss.query_position,
             softmax=loss.softmax,
             read_out="all" if loss.numerics == "paper" else "supervised",
@@ -141,6 +152,12 @@ class RunConfig:
         for key, needed in _FIXED.items():
             if values.setdefault(key, needed) != needed:
                 raise ConfigError(f"training.{key} must be {needed}: batches are dictionaries of this project's own")
+        if self.data.max_tokens_per_batch is not None:
+            if values.setdefault("per_device_train_batch_size", 1) != 1:
+                raise ConfigError(
+                    "training.per_device_train_batch_size counts samples, but data.max_tokens_per_batch packs as many "
+                    "as fit: remove it"
+                )
         values.setdefault("output_dir", "runs/swim")
         try:
             return TrainingArguments(**values)

@@ -1,7 +1,8 @@
-"""Samples become one batch: padded tokens, concatenated pixels, one set of noun queries and mask targets."""
+"""Samples become one batch: padded or packed tokens, concatenated pixels, one set of noun queries and mask targets."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from swim_fast.alignment import MaskTargets
 from swim_fast.data.encoding import IGNORED_LABEL
 from swim_fast.data.errors import DataError
+from swim_fast.data.positions import PositionIds
 from swim_fast.data.samples import Sample
 from swim_kernels import NounQueries, PackedMasks
 
@@ -21,13 +23,16 @@ class Collator:
 
     Args:
         processor: the model's processor; its tokenizer says what to pad with.
+        positions: packs the samples of a batch one behind the other into one sequence without padding, in which these
+            position ids say where each begins; None pads them.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any, positions: PositionIds | None = None):
         tokenizer = processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._padding = {"input_ids": pad, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
         self._end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else pad
+        self._positions = positions
 
     def __call__(self, items: Sequence[Sample | DataError]) -> dict[str, Any]:
         """Collate samples; errors among them are listed and left out.
@@ -39,18 +44,33 @@ class Collator:
             items: B samples and any number of errors.
 
         Returns:
-            What the model's forward takes, padded on the right: ``input_ids``, ``attention_mask``,
-            ``mm_token_type_ids``, ``labels`` [B, L] int64, and the visual tensors that occur in the batch,
-            concatenated (``second_per_grid_ts`` as a list of numbers); and beside it
+            What the model's forward takes: ``input_ids``, ``mm_token_type_ids``, ``labels`` [B, L] int64, padded on the
+            right, with ``attention_mask`` [B, L]; or, of packed samples of T tokens in all,
+
+            - the same three as [1, T], without a mask; no label of a sample's first token, which nothing predicts;
+            - ``position_ids`` [4, 1, T] int64: the place in the sample, as transformers tells packed sequences apart
+              by, and the model's own three (time, height, width);
+            - ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [B + 1] and ``max_length_q``, ``max_length_k``, numbers, for
+              flash attention of the language model, see `swim_fast.modeling.packed`.
+
+            The visual tensors that occur in the batch, concatenated (``second_per_grid_ts`` as a list of numbers); and
+            beside it
 
             - ``noun_queries``: `NounQueries`, ``mask_targets``: `MaskTargets`, their rows in the order of the samples;
             - ``samples``: names of the samples, ``problems``: text of each error, ``notes``: ``name: note`` of each
               note; lists of strings.
         """
         samples = [item for item in items if isinstance(item, Sample)]
+        inputs = [sample.inputs for sample in samples] or [self._placeholder()]
+        if self._positions is None:
+            tokens, places = self._padded(inputs), [(sequence, 0) for sequence in range(len(samples))]
+        else:
+            tokens = self._packed(inputs)
+            places = [(0, start) for start in tokens["cu_seq_lens_q"].tolist()[: len(samples)]]
         return {
-            **self._inputs([sample.inputs for sample in samples] or [self._placeholder()]),
-            "noun_queries": _noun_queries(samples),
+            **tokens,
+            **self._visual(inputs),
+            "noun_queries": _noun_queries(samples, places),
             "mask_targets": _mask_targets(samples),
             "samples": [sample.name for sample in samples],
             "problems": [str(item) for item in items if isinstance(item, DataError)],
@@ -61,27 +81,40 @@ class Collator:
         values = {"input_ids": self._end, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
         return {key: torch.tensor([value]) for key, value in values.items()}
 
-    def _inputs(self, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _padded(self, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         batch = {
             key: pad_sequence([sample[key] for sample in inputs], batch_first=True, padding_value=value)
             for key, value in self._padding.items()
         }
         lengths = torch.tensor([len(sample["input_ids"]) for sample in inputs])
         batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-        visual = dict.fromkeys(key for sample in inputs for key in sample if key not in self._padding)
-        for key in visual:
-            batch[key] = torch.cat([sample[key] for sample in inputs if key in sample])
+        return batch
+
+    def _packed(self, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
+        batch = {key: torch.cat([sample[key] for sample in inputs])[None] for key in self._padding}
+        lengths = [len(sample["input_ids"]) for sample in inputs]
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        batch["labels"][0, ends[:-1].long()] = IGNORED_LABEL
+        batch["position_ids"] = torch.cat([self._positions(sample) for sample in inputs], dim=1)[:, None]
+        varlen = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        return batch | varlen | dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
+
+    def _visual(self, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
+        keys = dict.fromkeys(key for sample in inputs for key in sample if key not in self._padding)
+        batch: dict[str, Any] = {key: torch.cat([sample[key] for sample in inputs if key in sample]) for key in keys}
         if "second_per_grid_ts" in batch:
             # Numbers, not a tensor: DeepSpeed's trainer casts those to bf16, and 1.999 s would become 2 s.
             batch["second_per_grid_ts"] = batch["second_per_grid_ts"].tolist()
         return batch
 
 
-def _noun_queries(samples: Sequence[Sample]) -> NounQueries:
+def _noun_queries(samples: Sequence[Sample], places: Sequence[tuple[int, int]]) -> NounQueries:
+    """The rows of all samples, each of which lies in a sequence of the batch, from a token on."""
     rows, key_sets = [], []
-    for sequence, sample in enumerate(samples):
-        rows += [(sequence, *row[:3], len(key_sets) + row[3]) for row in sample.rows]
-        key_sets += sample.key_sets
+    for sample, (sequence, first) in zip(samples, places, strict=True):
+        for position, key_start, key_end, key_set in sample.rows:
+            rows.append((sequence, first + position, first + key_start, first + key_end, len(key_sets) + key_set))
+        key_sets += [first + keys for keys in sample.key_sets]
     sequence, position, key_start, key_end, key_set = _columns(rows, 5)
     padded = pad_sequence(key_sets, batch_first=True, padding_value=-1) if key_sets else torch.empty(0, 0).long()
     return NounQueries(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from swim_fast.data.errors import DataError
@@ -104,11 +105,15 @@ class MixtureSampler(Sampler[int]):
     Args:
         dataset: the sources' dataset.
         seed: any integer.
+
+    Attributes:
+        num_samples: those of the dataset, from which the items of an epoch are taken.
     """
 
     def __init__(self, dataset: SwimDataset, seed: int):
         self.seed = seed
         self.epoch = 0
+        self.num_samples = len(dataset)
         self._sources = []  # first item, number of records, number of items per epoch
         first = 0
         for source, length in zip(dataset.sources, dataset.lengths, strict=True):
@@ -123,14 +128,22 @@ class MixtureSampler(Sampler[int]):
         return sum(count for _, _, count in self._sources)
 
     def __iter__(self) -> Iterator[int]:
+        yield from self.items(self.epoch).tolist()
+
+    def generator(self, epoch: int) -> torch.Generator:
+        """Random numbers of an epoch."""
         # The two numbers are mixed by the generator of the first draw: seed + epoch would make epoch 1 of seed 0 the
         # same as epoch 0 of seed 1.
         generator = torch.Generator().manual_seed(self.seed)
-        generator.manual_seed(int(torch.randint(2**62, (self.epoch + 1,), generator=generator)[-1]))
+        return generator.manual_seed(int(torch.randint(2**62, (epoch + 1,), generator=generator)[-1]))
+
+    def items(self, epoch: int) -> Tensor:
+        """What an epoch goes through, int64 [items]."""
+        generator = self.generator(epoch)
         items = []
         for first, length, count in self._sources:
             passes, rest = divmod(count, length) if length else (0, 0)
             items += [torch.arange(first, first + length)] * passes
             items.append(first + torch.randperm(length, generator=generator)[:rest])
         items = torch.cat(items)
-        yield from items[torch.randperm(len(items), generator=generator)].tolist()
+        return items[torch.randperm(len(items), generator=generator)]

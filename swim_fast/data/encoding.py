@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,38 @@ class Encoder:
             # Left at None it makes transformers warn that the default will change; today None means False.
             self._video_kwargs["cap_pixels_per_frame"] = bool(processor.video_processor.cap_pixels_per_frame)
 
+    def text_length(self, conversation: Conversation) -> int:
+        """Number of tokens of the text, in which the placeholder of a video or image is one."""
+        return len(self.processor.tokenizer(conversation.text, add_special_tokens=False)["input_ids"])
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Number of visual tokens of an image of this many pixels.
+
+        Raises:
+            DataError: if the processor refuses the image.
+        """
+        processor = self.processor.image_processor
+        with _refusals():
+            patches = processor.get_number_of_image_patches(height, width, self._image_kwargs)
+        return patches // processor.merge_size**2
+
+    def video_tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Number of visual tokens of so many frames, as many as fill whole temporal patches, of this many pixels.
+
+        Raises:
+            DataError: if the processor refuses the video.
+        """
+        processor, limits = self.processor.video_processor, dict(self._video_kwargs)
+        if limits.pop("cap_pixels_per_frame", False):  # the processor's count of patches does not know this limit
+            lowest = limits.get("min_pixels") or processor.size["shortest_edge"]
+            highest = limits.get("max_pixels") or processor.size["longest_edge"]
+            all_frames = int(processor.max_video_tokens * (processor.patch_size * processor.merge_size) ** 2 * 0.9)
+            share = all_frames * self.temporal_patch_size // num_frames
+            limits = {"min_pixels": lowest, "max_pixels": max(min(highest, share), int(lowest * 1.05))}
+        with _refusals():
+            patches = processor.get_num_of_video_patches(num_frames, height, width, limits)
+        return patches // processor.merge_size**2
+
     def text(self, conversation: Conversation) -> Encoding:
         """Encode the text alone; a placeholder for video or image stays one token."""
         return self._encode(conversation)
@@ -133,10 +166,8 @@ class Encoder:
             "return_mm_token_type_ids": True,
             "return_text_replacement_offsets": True,
         }
-        try:
+        with _refusals():
             outputs = self.processor(text=[conversation.text], return_tensors="pt", text_kwargs=text_kwargs, **media)
-        except ValueError as error:  # such as an aspect ratio that the model does not take
-            raise DataError(f"the model's processor refuses the record: {error}") from error
         inputs = dict(outputs)
         del inputs["attention_mask"]
         offsets = inputs.pop("offset_mapping")[0]
@@ -156,6 +187,15 @@ class Encoder:
                 merge_size = getattr(self.processor, part).merge_size
                 return height // merge_size, width // merge_size
         return None
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the processor does not take, such as an extreme aspect ratio, is the record's fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"the model's processor refuses the record: {error}") from error
 
 
 def seconds_per_patch(frames: Sequence[int], fps: float, temporal_patch_size: int) -> float:

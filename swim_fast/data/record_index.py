@@ -8,18 +8,17 @@ its own and renames it into place.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import mmap
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from swim_fast.data.cache import cache_folder, file_key, load_array, save_array
 from swim_fast.data.errors import DataError
 
 CACHE_FROM_BYTES = 32 << 20
@@ -42,45 +41,34 @@ def record_offsets(path: Path) -> np.ndarray:
         DataError: the file is missing, empty, or neither a JSON list nor JSON lines.
     """
     try:
-        stat = path.stat()
+        size = path.stat().st_size
+        file_id, version = file_key(path)
     except OSError as error:
         raise DataError(f"cannot be opened: {error.strerror}", source=str(path)) from None
-    if stat.st_size < CACHE_FROM_BYTES:
+    if size < CACHE_FROM_BYTES:
         return _scan(path)
-    folder = Path(os.environ.get("SWIM_FAST_CACHE") or Path.home() / ".cache" / "swim_fast") / "records"
-    file_id = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:20]
-    cached = folder / f"{file_id}-{stat.st_size}-{stat.st_mtime_ns}-v{FORMAT}.npy"
-    offsets = _load(cached, stat.st_size)
+    folder = cache_folder("records")
+    cached = folder / f"{file_id}-{version}-v{FORMAT}.npy"
+    offsets = _load(cached, size)
     if offsets is not None:
         return offsets
     offsets = _scan(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, offsets)
-            os.replace(temporary, cached)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        save_array(cached, offsets)
         for outdated in folder.glob(f"{file_id}-*.npy"):
             if outdated != cached:
                 outdated.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("the index of %s is not kept (%s); set SWIM_FAST_CACHE to a writable folder", path, error)
         return offsets
-    loaded = _load(cached, stat.st_size)
+    loaded = _load(cached, size)
     return offsets if loaded is None else loaded
 
 
 def _load(cached: Path, size: int) -> np.ndarray | None:
     """The stored index, or None where there is none or it is damaged."""
-    try:
-        offsets = np.load(cached, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
-    sound = offsets.dtype == np.int64 and offsets.ndim == 2 and offsets.shape[1] == 2
+    offsets = load_array(cached, mmap_mode="r")
+    sound = offsets is not None and offsets.dtype == np.int64 and offsets.ndim == 2 and offsets.shape[1] == 2
     return offsets if sound and (not len(offsets) or 0 <= offsets[0, 0] < offsets[-1, 1] <= size) else None
 
 

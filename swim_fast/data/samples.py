@@ -100,6 +100,17 @@ class Sample:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What of a record is used. ``length`` is the number of tokens; without video or image there is no ``info``."""
+
+    conversation: Conversation
+    length: int
+    info: MediaInfo | None = None
+    frames: Sequence[int] = ()
+    notes: Sequence[str] = ()
+
+
 class MediaReader:
     """Reads the video or image of records; picklable, in each process a decoder of its own.
 
@@ -140,6 +151,15 @@ def _at(key: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise error.within(key=key) from error
+
+
+@contextmanager
+def _in_record(record: Record) -> Iterator[None]:
+    """Say in which record the block's errors are."""
+    try:
+        yield
+    except DataError as error:
+        raise error.within(source=record.source, record=record.number, name=record.name) from error
 
 
 def check_frame_number(record: Record, number: int, frame: int, num_frames: int) -> None:
@@ -206,65 +226,77 @@ class SampleBuilder:
         Raises:
             DataError: for whatever is wrong with the record, its clip or its masks, naming file, record and place.
         """
-        try:
+        with _in_record(record):
             return self._build(record)
-        except DataError as error:
-            raise error.within(source=record.source, record=record.number, name=record.name) from error
 
-    def _build(self, record: Record) -> Sample:
+    def length(self, record: Record) -> int:
+        """Number of tokens that the sample of a record has; no frame is decoded for it but the clip's first.
+
+        Raises:
+            DataError: for whatever keeps the record from becoming a sample, as far as it shows without its frames and
+                masks.
+        """
+        with _in_record(record):
+            return self._plan(record).length
+
+    def _plan(self, record: Record) -> _Plan:
+        """Decide what of a record is used: which frames, and how many tokens that gives."""
         conversation = self.render(record)
         if not conversation.answers and not record.objects:
             raise DataError("no assistant turn and no tagged noun: nothing to train on", key="conversations")
-        sample = Sample(f"{record.source}:{record.number}" + (f" ({record.name})" if record.name else ""), {})
+        length = self.encode.text_length(conversation)
         if record.media is None:
-            encoding = self.encode.text(conversation)
-            self._check_length(len(encoding), "shorten the text or raise max_tokens")
-            sample.inputs = encoding.inputs
-            return sample
-
+            self._check_length(length, "shorten the text or raise max_tokens")
+            return _Plan(conversation, length)
         info = self.reader.info(record)
         annotated = annotated_frames(record, info.num_frames)
-        if record.kind == "image":
-            sample.frames = [0]
-            encoding = self.encode.image(conversation, self.reader.frames(record, [0])[0])
-            self._check_length(len(encoding), "lower max_pixels or raise max_tokens")
-        else:
-            encoding = self._encode_video(record, conversation, info, annotated, sample)
-        sample.inputs = encoding.inputs
-        for number in range(len(record.objects)):
-            self._add_noun(sample, record, number, info, encoding)
-        if sample.rows:
-            self._add_key_set(sample, encoding)
-        return sample
+        text = length - 1  # the placeholder makes room for the visual tokens
+        if record.kind == "video":
+            return self._plan_video(conversation, text, info, annotated)
+        length = text + self.encode.image_tokens(info.height, info.width)
+        self._check_length(length, "lower max_pixels or raise max_tokens")
+        return _Plan(conversation, length, info, [0])
 
-    def _encode_video(
-        self, record: Record, conversation: Conversation, info: MediaInfo, annotated: Sequence[int], sample: Sample
-    ) -> Encoding:
-        """Encode a video, with fewer and fewer frames until max_tokens is kept; sets the sample's frames and notes."""
+    def _plan_video(self, conversation: Conversation, text: int, info: MediaInfo, annotated: Sequence[int]) -> _Plan:
+        """Choose the frames of a video, fewer and fewer until max_tokens is kept, beside ``text`` other tokens."""
         patch, limit = self.encode.temporal_patch_size, self.options.max_tokens
         max_frames, first = self.options.max_frames, None
         while True:
             frames = choose_frames(info.num_frames, annotated, max_frames)
-            pixels = self.reader.frames(record, frames)
-            encoding = self.encode.video(conversation, pixels, frames, info)
-            first = first or (len(frames), len(encoding))
-            if limit is None or len(encoding) <= limit:
+            visual = self.encode.video_tokens(len(frames), info.height, info.width)
+            length = text + visual
+            first = first or (len(frames), length)
+            if limit is None or length <= limit:
                 break
             # The text stays; what it leaves of max_tokens is shared out among temporal patches of the present size.
-            visual = len(encoding.visual())
-            room = (limit - len(encoding) + visual) // (visual // (len(frames) // patch))
+            room = (limit - text) // (visual // (len(frames) // patch))
             max_frames = min(patch * room, len(frames) - patch)
             if max_frames < patch:
                 raise DataError(
-                    f"too long: {len(encoding):,} tokens with {len(frames)} frames, and even {patch} frames do not fit "
+                    f"too long: {length:,} tokens with {len(frames)} frames, and even {patch} frames do not fit "
                     f"into max_tokens {limit:,}; lower max_pixels, shorten the text or raise max_tokens"
                 )
-        sample.frames = list(frames)
+        notes = []
         if len(frames) < first[0]:
-            sample.notes.append(
-                f"thinned from {first[0]} to {len(frames)} frames: {first[1]:,} tokens > max_tokens {limit:,}"
-            )
-        return encoding
+            notes.append(f"thinned from {first[0]} to {len(frames)} frames: {first[1]:,} tokens > max_tokens {limit:,}")
+        return _Plan(conversation, length, info, frames, notes)
+
+    def _build(self, record: Record) -> Sample:
+        plan = self._plan(record)
+        name = f"{record.source}:{record.number}" + (f" ({record.name})" if record.name else "")
+        if record.media is None:
+            return Sample(name, self.encode.text(plan.conversation).inputs)
+        pixels = self.reader.frames(record, plan.frames)
+        if record.kind == "image":
+            encoding = self.encode.image(plan.conversation, pixels[0])
+        else:
+            encoding = self.encode.video(plan.conversation, pixels, plan.frames, plan.info)
+        sample = Sample(name, encoding.inputs, frames=list(plan.frames), notes=list(plan.notes))
+        for number in range(len(record.objects)):
+            self._add_noun(sample, record, number, plan.info, encoding)
+        if sample.rows:
+            self._add_key_set(sample, encoding)
+        return sample
 
     def _add_noun(self, sample: Sample, record: Record, number: int, info: MediaInfo, encoding: Encoding) -> None:
         """Append the rows of one tagged noun, its masks, and the pairs of each row with each mask."""

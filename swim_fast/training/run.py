@@ -3,8 +3,9 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
-from swim_fast.config import ConfigError, RunConfig
+from swim_fast.config import ConfigError, DataConfig, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ def load_model(config: RunConfig):
 
     from swim_fast.modeling.attach import attach_noun_attention, attached_layers
     from swim_fast.modeling.freezing import freeze
+    from swim_fast.modeling.packed import accept_packed_batches
 
     options = config.model
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -36,6 +38,8 @@ def load_model(config: RunConfig):
         attach_noun_attention(model, loss.layers, loss.backend, loss.fused)
         loss.layers = attached_layers(model)  # so that the saved configuration names them
     freeze(model, options.freeze)
+    if config.data.max_tokens_per_batch is not None:
+        accept_packed_batches(model)
     return model, processor
 
 
@@ -57,11 +61,16 @@ def build_trainer(config: RunConfig):
     model, processor = load_model(config)
     builder = SampleBuilder(processor, config.sample_options())
 
+    train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
+    packing = {}
+    if train_dataset is not None and config.data.max_tokens_per_batch is not None:
+        packing = _packing(config.data, train_dataset, model, processor, args)
     trainer = SwimTrainer(
         model=model,
         args=args,
         loss=config.attention_loss,
-        train_dataset=SwimDataset(config.data.train, builder) if config.data.train else None,
+        train_dataset=train_dataset,
+        **packing,
         eval_dataset={name: SwimDataset([source], builder) for name, source in config.data.eval.items()} or None,
         data_collator=Collator(processor),
         processing_class=processor,
@@ -69,6 +78,26 @@ def build_trainer(config: RunConfig):
     if args.world_size > 1:
         keep_visual_in_step(model)
     return trainer
+
+
+def _packing(data: DataConfig, dataset, model, processor, args) -> dict[str, Any]:
+    """What the trainer needs to train on packed batches; finds out the lengths of all samples."""
+    from swim_fast.data.collation import Collator
+    from swim_fast.data.dataset import MixtureSampler
+    from swim_fast.data.lengths import sample_lengths
+    from swim_fast.data.packing import PackingSampler
+    from swim_fast.data.positions import PositionIds
+    from swim_fast.training.trainer import data_seed
+
+    sampler = PackingSampler(
+        MixtureSampler(dataset, data_seed(args)),
+        sample_lengths(dataset),
+        data.max_tokens_per_batch,
+        data.pack_look_ahead,
+        args.process_index,
+        args.world_size,
+    )
+    return {"batch_sampler": sampler, "train_collator": Collator(processor, PositionIds(model.config))}
 
 
 def train(config: RunConfig, resume: bool = False) -> dict[str, float]:

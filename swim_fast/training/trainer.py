@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from swim_fast.alignment import pair_losses
 from swim_fast.config import AttentionLossConfig
+from swim_fast.data.collation import Collator
 from swim_fast.data.dataset import MixtureSampler
+from swim_fast.data.packing import PackingSampler
 from swim_fast.grounding.metrics import METRICS, grounding_sums
 from swim_fast.modeling.text_loss import count_labels, label_positions, text_loss_sum
 from swim_fast.training.callbacks import EpochOfSampler, StopOnSignal
@@ -22,9 +25,14 @@ from swim_fast.training.callbacks import EpochOfSampler, StopOnSignal
 logger = logging.getLogger(__name__)
 
 # What batches add up. All are sums, so that micro-batches, ranks and logging intervals simply add.
-SUMS = ("text_loss", "mask_loss", *METRICS, "grounded_pairs", "labels", "pairs", "tokens", "skipped")
+SUMS = ("text_loss", "mask_loss", *METRICS, "grounded_pairs", "labels", "pairs", "tokens", "places", "skipped")
 
 NOTES_LOGGED = 20  # such as "thinned from 32 to 18 frames"; a long-video run has one for every sample
+
+
+def data_seed(args: TrainingArguments) -> int:
+    """Seed of the order of the samples."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 class SwimTrainer(Trainer):
@@ -35,11 +43,21 @@ class SwimTrainer(Trainer):
 
     Args:
         loss: weights and choices of the mask loss.
+        batch_sampler: batches of packed samples to train on, with `train_collator`, which packs them; None: batches of
+            `per_device_train_batch_size` samples, of `data_collator`, as for evaluation.
         kwargs: as of `transformers.Trainer`; `data_collator([])` must give a batch that counts nothing.
     """
 
-    def __init__(self, *, loss: AttentionLossConfig, **kwargs):
+    def __init__(
+        self,
+        *,
+        loss: AttentionLossConfig,
+        batch_sampler: PackingSampler | None = None,
+        train_collator: Collator | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
+        self.batch_sampler, self.train_collator = batch_sampler, train_collator
         self.loss_options = loss
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of the global step itself
         self.add_callback(StopOnSignal(self.accelerator))
@@ -100,7 +118,9 @@ class SwimTrainer(Trainer):
                 f"the mask loss is on (mask_weight {options.mask_weight}) and this batch has {len(targets)} targets, "
                 "but the model answered no map: call attach_noun_attention(model) before training"
             )
-        counts = (count_labels(labels), len(targets), batch["attention_mask"].sum(), len(problems))
+        places = batch["input_ids"].numel()
+        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else places  # a packed batch has no padding
+        counts = (count_labels(labels), len(targets), tokens, places, len(problems))
         sums = [text, mask, *grounding, *(torch.as_tensor(count, device=text.device) for count in counts)]
         return text, mask, torch.stack([value.detach().double() for value in sums]), outputs
 
@@ -126,10 +146,41 @@ class SwimTrainer(Trainer):
     # data
 
     def _get_train_sampler(self, train_dataset=None):
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = MixtureSampler(self.train_dataset, seed)
+        sampler = MixtureSampler(self.train_dataset, data_seed(self.args))
         self.add_callback(EpochOfSampler(sampler))
         return sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers makes it; for packed batches one that accelerate leaves alone, since the sampler has dealt
+        them to the ranks already."""
+        if self.batch_sampler is None:
+            return super().get_train_dataloader()
+        args, sampler = self.args, self.batch_sampler
+        if args.max_steps > 0:
+            sampler.set_steps(args.max_steps * args.gradient_accumulation_steps)
+        else:
+            sampler.epochs = math.ceil(args.num_train_epochs)
+        self.add_callback(EpochOfSampler(sampler))
+        logger.info(
+            "packing: %d batches of up to %d tokens per rank and epoch, %.1f %% full",
+            len(sampler),
+            sampler.max_tokens,
+            100 * sampler.efficiency(),
+        )
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.train_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+    def _prepare_inputs(self, inputs):
+        # transformers moves tensors only, and leaves the rest to accelerate's loaders.
+        return super()._prepare_inputs(send_to_device(inputs, self.args.device))
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Every rank's own share of an evaluation set, each sample exactly once."""
@@ -173,7 +224,7 @@ class SwimTrainer(Trainer):
         batches = iter(dataloader)
         for _ in range(steps):
             batch = next(batches, None) or self.data_collator([])
-            batch = self._prepare_inputs(send_to_device(batch, self.args.device))
+            batch = self._prepare_inputs(batch)
             self._report(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 sums += self._forward(model, batch)[2]
@@ -207,8 +258,9 @@ class SwimTrainer(Trainer):
             since, step = self._since
             averages = self._averages(self._sums)
             averages["pairs_per_step"] = averages.pop("pairs") / max(self.state.global_step - step, 1)
-            tokens = self._sums[SUMS.index("tokens")]
-            tokens = self.accelerator.reduce(tokens, "sum") if self.args.world_size > 1 else tokens
-            logs |= averages | {"tokens_per_second": round(tokens.item() / (time.perf_counter() - since), 1)}
+            used = self._sums[[SUMS.index("tokens"), SUMS.index("places")]]
+            tokens, places = (self.accelerator.reduce(used, "sum") if self.args.world_size > 1 else used).tolist()
+            logs |= averages | {"tokens_per_second": round(tokens / (time.perf_counter() - since), 1)}
+            logs["padding_share"] = round(1 - tokens / max(places, 1), 4)
             self._start_interval()
         super().log(logs, start_time)

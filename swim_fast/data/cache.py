@@ -1,0 +1,52 @@
+"""Arrays that took long to find, kept on disk in ``$SWIM_FAST_CACHE``, by default ``~/.cache/swim_fast``."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+
+def cache_folder(kind: str) -> Path:
+    """Folder for arrays of one kind; it need not exist yet."""
+    return Path(os.environ.get("SWIM_FAST_CACHE") or Path.home() / ".cache" / "swim_fast") / kind
+
+
+def file_key(path: Path) -> tuple[str, str]:
+    """What names a file and what changes with it: two parts of a file name.
+
+    Raises:
+        OSError: if there is no such file.
+    """
+    stat = path.stat()
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:20], f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array so that other processes see all of it or none; any number may do so at the same time.
+
+    Raises:
+        OSError: if the folder cannot be made or written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, array)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray | None:
+    """The array, or None where there is none or it is damaged."""
+    try:
+        return np.load(path, mmap_mode=mmap_mode)
+    except (OSError, ValueError, EOFError):
+        return None

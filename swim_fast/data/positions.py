@@ -1,0 +1,46 @@
+"""Position ids of a sample as its model numbers them, without the model's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PositionIds:
+    """Position ids of one sample; picklable, so that it can work in worker processes.
+
+    They are computed by the model class's own ``get_rope_index``: whatever the installed transformers makes of an
+    unpacked sample is what a packed one gets. (transformers 5.17 cuts ``second_per_grid_ts`` to whole seconds, later
+    releases do not.)
+
+    Args:
+        config: the model's configuration.
+
+    Raises:
+        ValueError: if the model does not number its tokens in this way.
+    """
+
+    def __init__(self, config: Any):
+        from transformers import MODEL_MAPPING
+
+        model_class = MODEL_MAPPING[type(config)]
+        if not hasattr(model_class, "get_rope_index"):
+            raise ValueError(f"{model_class.__name__} has no get_rope_index, so its samples cannot be packed")
+        # Only the configuration: the method reads nothing else, and workers should carry no weights.
+        self._model = model_class.__new__(model_class)
+        nn.Module.__init__(self._model)
+        self._model.config = config
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return int64 [4, L]: the place in the text, as sequences are told apart by, and time, height and width.
+
+        Args:
+            inputs: of one sample of L tokens: ``input_ids`` and ``mm_token_type_ids`` [L], and the processor's tensors.
+        """
+        ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
+        about = {key: value.tolist() if key == "second_per_grid_ts" else value for key, value in inputs.items()}
+        visual = {key: about[key] for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if key in about}
+        positions, _ = self._model.get_rope_index(ids[None], types[None], **visual)
+        return torch.cat((torch.arange(len(ids))[None], positions[:, 0]))
