@@ -161,12 +161,9 @@ class SwimTrainer(Trainer):
         else:
             sampler.epochs = math.ceil(args.num_train_epochs)
         self.add_callback(EpochOfSampler(sampler))
-        logger.info(
-            "packing: %d batches of up to %d tokens per rank and epoch, %.1f %% full",
-            len(sampler),
-            sampler.max_tokens,
-            100 * sampler.efficiency(),
-        )
+        if self.is_world_process_zero():
+            text = "packing: %d batches of up to %d tokens per rank and epoch, %.1f %% full"
+            logger.info(text, len(sampler), sampler.max_tokens, 100 * sampler.efficiency())
         return DataLoader(
             self.train_dataset,
             batch_sampler=sampler,

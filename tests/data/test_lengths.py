@@ -196,3 +196,29 @@ def test_worker_processes(dataset, entries, monkeypatch):
     data = dataset(entries)
     assert sample_lengths(data, workers=2).tolist() == expected
     assert saved == [3, 6, 9, 12, 15, 16, 16]
+
+
+def test_one_rank_measures_for_all(dataset, entries, monkeypatch):
+    """The others wait, and are told every minute that there is more to wait for."""
+    expected = sample_lengths(dataset(entries)).tolist()
+    monkeypatch.setenv("SWIM_FAST_CACHE", os.environ["SWIM_FAST_CACHE"] + "2")
+    monkeypatch.setattr(lengths, "CHUNK", 5)
+    monkeypatch.setattr(lengths, "SAVE_SECONDS", 0.0)
+    sent, rank = [], 0
+
+    def broadcast(objects):
+        if rank == 0:
+            sent.append(list(objects))
+        else:
+            objects[:] = sent.pop(0)
+
+    distributed = lengths.torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(distributed, "broadcast_object_list", broadcast)
+    assert sample_lengths(dataset(entries), workers=0).tolist() == expected
+    assert len(sent) == 5 and sent[:4] == [[None]] * 4
+    rank = 1
+    monkeypatch.setattr(lengths, "_lengths", None)  # whoever measured here would fail
+    assert sample_lengths(dataset(entries)).tolist() == expected and not sent

@@ -80,7 +80,7 @@ def test_same_losses_and_gradients_as_padded(write_config, mixed, checkpointing,
 
     sums = dict(zip(SUMS, packed_sums.tolist(), strict=True))
     expected = dict(zip(SUMS, padded_sums.tolist(), strict=True))
-    assert one == 1 and sums["tokens"] == sums["places"] == length == expected["tokens"] < shape.numel() / 1.5
+    assert one == 1 and sums["tokens"] == sums["places"] == length == expected["tokens"] < shape.numel() / 1.2
     assert expected.pop("places") == shape.numel()
     assert sums["text_loss"] > 10 and sums["mask_loss"] > 1 and sums["pairs"] > 10 and sums["skipped"] == 1
     for name, value in expected.items():
@@ -141,32 +141,34 @@ def test_a_packed_run(write_config, mixed, caplog):
 
     start_again_from(folder, 3)
     run_here(config, resume=True)
-    assert logged(folder) == losses
+    assert [entry["loss"] for entry in logged(folder)] == [entry["loss"] for entry in losses]
     assert all(torch.equal(value, weights(folder)[name]) for name, value in trained.items())
 
 
+@pytest.mark.slow
 def test_two_ranks_stopped_and_resumed(write_config, mixed):
     """The same losses as uninterrupted, and per step those of one rank with twice the accumulation."""
     sgd = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
     training = {
         **sgd,
         "per_device_train_batch_size": 1,
-        "max_steps": 5,
+        "max_steps": 8,  # of which 6 are an epoch
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": 4,
         "dataloader_num_workers": 2,
     }
     data = {"train": [{"path": str(mixed)}], "max_tokens_per_batch": 120}
     config = write_config("two", data=data, training=training)
     output = run("train", config, ranks=2)
-    assert output.count("packing: ") == 1
+    assert output.count("packing: ") == output.count("have no length") == 1  # one rank measures, one says so
     folder = config.with_suffix("")
     losses = logged(folder)
     skipped = [path.read_text() for path in folder.glob("skipped-rank*.jsonl")]
     assert len("".join(skipped).splitlines()) == sum(entry["skipped"] or 0 for entry in losses) >= 1
-    start_again_from(folder, 2)
+    start_again_from(folder, 4)
     run("train", config, "--resume", ranks=2)
-    assert logged(folder) == losses and len({entry["loss"] for entry in losses}) == 5
+    assert [entry["loss"] for entry in logged(folder)] == [entry["loss"] for entry in losses]
+    assert len({entry["loss"] for entry in losses}) == 8
 
     one = write_config("one", data=data, training={**training, "gradient_accumulation_steps": 2, "max_steps": 2})
     run_here(one)
