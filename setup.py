@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "deepspeed>=0.19,<0.20", "av>=14", "torchcodec>=0.10"]
+LORA = ["peft>=0.21", "bitsandbytes>=0.50"]
+TEST = [*LORA, "pytest>=8", "pytest-timeout>=2.3", "deepspeed>=0.19,<0.20", "av>=14", "torchcodec>=0.10"]
 
 setup(
     name="swim-fast",
@@ -36,6 +37,7 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.8"],
         "deepspeed": ["deepspeed>=0.19,<0.20"],
+        "lora": LORA,
         "pyav": ["av>=14"],
         "torchcodec": ["torchcodec>=0.10"],
         "demo": ["av>=14"],  # writes the demo's H.264 clips

@@ -33,6 +33,14 @@ class LoraConfig:
     targets: list[str] | None = None  # names of linear layers; None: all of the language model, its head not
     quantize: Literal["nf4", "int8"] | None = None  # the frozen weights, by bitsandbytes
 
+    def __post_init__(self):
+        if self.rank < 1 or self.alpha <= 0:
+            raise ConfigError(f"model.lora.rank is {self.rank} and alpha {self.alpha:g}; both must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.lora.dropout is {self.dropout:g}; it must be at least 0 and below 1")
+        if self.targets == []:
+            raise ConfigError("model.lora.targets is empty: name linear layers, or leave it out for all of the decoder")
+
 
 @dataclass
 class ModelConfig:
@@ -158,6 +166,9 @@ class RunConfig:
                     "training.per_device_train_batch_size counts samples, but data.max_tokens_per_batch packs as many "
                     "as fit: remove it"
                 )
+        if values.get("gradient_checkpointing"):  # the reentrant kind drops the gradient of the noun maps
+            given = values.get("gradient_checkpointing_kwargs") or {}
+            values["gradient_checkpointing_kwargs"] = {"use_reentrant": False} | given
         values.setdefault("output_dir", "runs/swim")
         try:
             return TrainingArguments(**values)

@@ -47,6 +47,9 @@ def test_yaml_1_1_does_not_turn_numbers_into_text_nor_no_into_false(write):
         ("data={min_pixels: 200, max_pixels: 100}", "min_pixels 200 is above max_pixels 100"),
         ("data.train=[{path: a.jsonl, weight: 0}]", "weight of a.jsonl is 0"),
         ("data.train=[{pth: a.jsonl}]", "unknown key 'data.train[0].pth'; did you mean 'path'"),
+        ("model.lora={rank: 0}", "model.lora.rank is 0"),
+        ("model.lora={dropout: 1.0}", "model.lora.dropout is 1"),
+        ("model.lora={targets: []}", "model.lora.targets is empty"),
         ("attention_loss.layers=[]", "attention_loss.layers is empty"),
         ("attention_loss.layers=[1, x]", r"attention_loss.layers[1] is 'x'; expected int"),
         ("attention_loss", "not of the form key.sub=value"),
@@ -71,6 +74,17 @@ def test_training_arguments_are_checked_by_name(write, key, message):
     with pytest.raises(ConfigError) as error:
         load_config(write(training={key: True})).training_arguments()
     assert message in str(error.value)
+
+
+def test_checkpointing_is_not_reentrant_unless_asked_for(write):
+    def keywords(**training):
+        return load_config(write(training=training)).training_arguments().gradient_checkpointing_kwargs
+
+    assert keywords(gradient_checkpointing=True) == {"use_reentrant": False}
+    given = {"every_n_layers": 2}
+    assert keywords(gradient_checkpointing=True, gradient_checkpointing_kwargs=given) == {"use_reentrant": False} | given
+    asked = {"use_reentrant": True}
+    assert keywords(gradient_checkpointing=True, gradient_checkpointing_kwargs=asked) == asked
 
 
 def test_missing_key_file_and_broken_yaml(write, tmp_path):

@@ -8,8 +8,21 @@ from swim_fast.modeling.families import family_of
 PARTS = ("vision_tower", "merger", "language_model")
 
 
+def parameters_of_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each part: `vision_tower` (without its merger), `merger`, `language_model` (with its head)."""
+    family = family_of(model)
+    merger = list(model.get_submodule(family.merger).parameters())
+    inside = {id(p) for p in merger}
+    text = (*model.get_submodule(family.language_model).parameters(), *model.get_submodule(family.head).parameters())
+    return {
+        "vision_tower": [p for p in model.get_submodule(family.visual).parameters() if id(p) not in inside],
+        "merger": merger,
+        "language_model": list(text),
+    }
+
+
 def freeze(model: nn.Module, parts: list[str]) -> None:
-    """Freeze parts of a model: `vision_tower` (without its merger), `merger`, `language_model` (with its head).
+    """Freeze parts of a model, see `parameters_of_parts`.
 
     A visual module that is frozen as a whole runs under `no_grad`, so that activation checkpointing does not recompute
     it either.
@@ -17,17 +30,8 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
     Raises:
         ValueError: an unknown part, or nothing left to train.
     """
-    family = family_of(model)
-    visual = model.get_submodule(family.visual)
-    merger = {id(p) for p in model.get_submodule(family.merger).parameters()}
-    of_part = {
-        "vision_tower": [p for p in visual.parameters() if id(p) not in merger],
-        "merger": list(model.get_submodule(family.merger).parameters()),
-        "language_model": [
-            *model.get_submodule(family.language_model).parameters(),
-            *model.get_submodule(family.head).parameters(),
-        ],
-    }
+    visual = model.get_submodule(family_of(model).visual)
+    of_part = parameters_of_parts(model)
     for part in parts:
         if part not in of_part:
             raise ValueError(f"cannot freeze {part!r}: the parts are {', '.join(PARTS)}")

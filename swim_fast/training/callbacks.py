@@ -19,6 +19,18 @@ class EpochOfSampler(TrainerCallback):
         self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
+class BackwardWhereTrained(TrainerCallback):
+    """Keeps activation checkpointing from sending gradients through frozen parts.
+
+    transformers lets the embeddings of words and of patches require gradients, whether they are trained or not. Only
+    reentrant checkpointing needs that; otherwise backward would recompute a frozen vision tower for nothing.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False):
+            model.disable_input_require_grads()
+
+
 class StopOnSignal(TrainerCallback):
     """Ctrl-C and SIGTERM (preemption) end the run after the current step, with a checkpoint to resume from.
 

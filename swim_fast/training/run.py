@@ -19,15 +19,20 @@ def load_model(config: RunConfig):
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from swim_fast.modeling.adapters import add_adapters, quantization_config
     from swim_fast.modeling.attach import attach_noun_attention, attached_layers
     from swim_fast.modeling.freezing import freeze
     from swim_fast.modeling.packed import accept_packed_batches
 
     options = config.model
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    quantized = {}
+    if options.lora and options.lora.quantize:
+        compute = torch.bfloat16 if dtype == "auto" else dtype
+        quantized = {"quantization_config": quantization_config(options.lora.quantize, compute)}
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            options.path, dtype=dtype, attn_implementation=options.attention
+            options.path, dtype=dtype, attn_implementation=options.attention, **quantized
         )
         processor = AutoProcessor.from_pretrained(options.path)
     except OSError as error:
@@ -37,6 +42,8 @@ def load_model(config: RunConfig):
         loss = config.attention_loss
         attach_noun_attention(model, loss.layers, loss.backend, loss.fused)
         loss.layers = attached_layers(model)  # so that the saved configuration names them
+    if options.lora:
+        add_adapters(model, options.lora, options.freeze, seed=config.training.get("seed", 0))
     freeze(model, options.freeze)
     if config.data.max_tokens_per_batch is not None:
         accept_packed_batches(model)
@@ -103,6 +110,8 @@ def _packing(data: DataConfig, dataset, model, processor, args) -> dict[str, Any
 def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     """Train, evaluate, and leave a plain Hugging Face checkpoint in `training.output_dir`.
 
+    With `model.lora` that is the base with the adapters merged into it; the adapters alone are in `adapter/` below it.
+
     Args:
         config: the run; its effective form is printed and saved as `config.yaml` in the output folder.
         resume: go on from the last checkpoint in the output folder, if there is one.
@@ -113,7 +122,10 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     Raises:
         ConfigError: no training data, or an output folder that holds another run's checkpoints while `resume` is off.
     """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.trainer_utils import get_last_checkpoint
+
+    from swim_fast.modeling.adapters import merge_adapters
 
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one file, e.g. data.train: [{path: train.jsonl}]")
@@ -138,10 +150,14 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     if stopped:
         logger.warning("stopped at step %d of %d; go on with --resume", result.global_step, trainer.state.max_steps)
         return result.metrics
-    trainer.save_model()
+    adapter = output / "adapter" if config.model.lora else None
+    trainer.save_model(adapter and str(adapter))
     trainer.save_state()
     metrics = result.metrics | _last_evaluation(trainer)
     trainer.save_metrics("all", metrics)
+    if adapter and trainer.is_world_process_zero():
+        unset_hf_deepspeed_config()  # or ZeRO-3 would wait for the other ranks to load their parts
+        merge_adapters(config.model.path, adapter, output, config.model.dtype)
     return metrics
 
 

@@ -19,8 +19,9 @@ from swim_fast.data.collation import Collator
 from swim_fast.data.dataset import MixtureSampler
 from swim_fast.data.packing import PackingSampler
 from swim_fast.grounding.metrics import METRICS, grounding_sums
+from swim_fast.modeling.adapters import has_adapters, load_adapters
 from swim_fast.modeling.text_loss import count_labels, label_positions, text_loss_sum
-from swim_fast.training.callbacks import EpochOfSampler, StopOnSignal
+from swim_fast.training.callbacks import BackwardWhereTrained, EpochOfSampler, StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class SwimTrainer(Trainer):
         self.loss_options = loss
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of the global step itself
         self.add_callback(StopOnSignal(self.accelerator))
+        self.add_callback(BackwardWhereTrained())
         self._skipped = Path(self.args.output_dir) / f"skipped-rank{self.args.process_index}.jsonl"
         self._notes = 0
         self._start_interval()
@@ -131,9 +133,13 @@ class SwimTrainer(Trainer):
 
         transformers 5.17 hands the file's tensors to `load_state_dict` under the names they have in the file. Those of
         Qwen2.5-VL are the published ones and not the module's, so that nothing would be loaded, with a warning only.
-        (With DeepSpeed the engine restores the weights and this is not called.)
+        (With DeepSpeed the engine restores the weights and this is not called.) Where adapters are trained, they alone
+        are saved and loaded.
         """
         model = self.accelerator.unwrap_model(self.model if model is None else model)
+        if has_adapters(model):
+            load_adapters(model, resume_from_checkpoint)
+            return
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
