@@ -129,8 +129,10 @@ class RunConfig:
         data, loss = self.data, self.attention_loss
         return SampleOptions(
             max_frames=data.max_frames,
+            fps=data.fps,
             min_pixels=data.min_pixels,
             max_pixels=data.max_pixels,
+            total_pixels=data.total_pixels,
             max_tokens=data.max_tokens_per_batch if data.max_tokens is None else data.max_tokens,
             query_position=loss.query_position,
             softmax=loss.softmax,

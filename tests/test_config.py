@@ -45,6 +45,8 @@ def test_yaml_1_1_does_not_turn_numbers_into_text_nor_no_into_false(write):
         ("data.max_frames=true", "data.max_frames is True; expected int"),
         ("data.max_frames=1", "two frames make one temporal patch"),
         ("data={min_pixels: 200, max_pixels: 100}", "min_pixels 200 is above max_pixels 100"),
+        ("data.fps=0", "fps is 0.0; it must be positive"),
+        ("data={min_pixels: 200, total_pixels: 300}", "total_pixels 300 is below two frames of min_pixels 200"),
         ("data.train=[{path: a.jsonl, weight: 0}]", "weight of a.jsonl is 0"),
         ("data.train=[{pth: a.jsonl}]", "unknown key 'data.train[0].pth'; did you mean 'path'"),
         ("model.lora={rank: 0}", "model.lora.rank is 0"),
@@ -81,10 +83,9 @@ def test_checkpointing_is_not_reentrant_unless_asked_for(write):
         return load_config(write(training=training)).training_arguments().gradient_checkpointing_kwargs
 
     assert keywords(gradient_checkpointing=True) == {"use_reentrant": False}
-    given = {"every_n_layers": 2}
-    assert keywords(gradient_checkpointing=True, gradient_checkpointing_kwargs=given) == {"use_reentrant": False} | given
-    asked = {"use_reentrant": True}
-    assert keywords(gradient_checkpointing=True, gradient_checkpointing_kwargs=asked) == asked
+    for given in ({"every_n_layers": 2}, {"use_reentrant": True}):
+        found = keywords(gradient_checkpointing=True, gradient_checkpointing_kwargs=given)
+        assert found == {"use_reentrant": False} | given
 
 
 def test_missing_key_file_and_broken_yaml(write, tmp_path):
@@ -108,3 +109,12 @@ def test_effective_configuration_reads_back(write, tmp_path):
 def test_maps_are_read_out_where_the_numerics_need_them(numerics, read_out):
     loss = AttentionLossConfig(numerics=numerics)
     assert RunConfig(ModelConfig("m"), DataConfig(), loss).sample_options().read_out == read_out
+
+
+def test_every_option_of_samples_that_data_names_reaches_them(write):
+    config = load_config(
+        write(), ["data={fps: 2, max_frames: 64, min_pixels: 100, max_pixels: 200, total_pixels: 900}"]
+    )
+    options = config.sample_options()
+    found = (options.fps, options.max_frames, options.min_pixels, options.max_pixels, options.total_pixels)
+    assert found == (2.0, 64, 100, 200, 900)

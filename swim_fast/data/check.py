@@ -15,7 +15,7 @@ from swim_fast.data.conversation import Conversation
 from swim_fast.data.errors import DataError
 from swim_fast.data.records import Record, RecordFile
 from swim_fast.data.samples import MediaReader, SampleBuilder, SampleOptions, check_frame_number, decode_mask
-from swim_fast.data.sampling import choose_frames
+from swim_fast.data.sampling import choose_frames, count_frames
 from swim_fast.data.tags import strip_tags
 
 
@@ -80,7 +80,7 @@ class CheckReport:
         if self.tokens:
             lines.append("  tokens per sample: {fewest:,.0f} to {most:,.0f}, mean {mean:,.0f}".format(**self.tokens))
             if self.tokens["thinned"]:
-                lines[-1] += f"; {self.tokens['thinned']:,.0f} with fewer frames to keep max_tokens"
+                lines[-1] += f"; {self.tokens['thinned']:,.0f} with fewer or smaller frames to fit"
         if not self.problems:
             return "\n".join([*lines, "  no problems"])
         kinds = ", ".join(f"{count:,} in {kind}" for kind, count in self.by_kind().items())
@@ -231,7 +231,9 @@ class _RecordChecks(Dataset):
         if self.builder is None or finding.problems:  # else the builder is about to decode them
             frames = [0]
             if record.kind == "video":
-                frames = choose_frames(info.num_frames, sorted(annotated), self.options.max_frames)
+                options = self.options
+                count = count_frames(info.num_frames, info.fps, len(annotated), options.max_frames, options.fps)
+                frames = choose_frames(info.num_frames, sorted(annotated), count)
             self.reader.frames(record, frames)
 
     def _check_unopened(self, record: Record, conversation: Conversation | None, finding: _Finding) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swim_fast.data.conversation import Conversation, Span
 from swim_fast.data.errors import DataError
+from swim_fast.data.sampling import PixelLimits
 from swim_fast.data.tags import tokens_of_span
 from swim_fast.data.video import MediaInfo
 
@@ -95,13 +96,15 @@ class Encoder:
             patches = processor.get_number_of_image_patches(height, width, self._image_kwargs)
         return patches // processor.merge_size**2
 
-    def video_tokens(self, num_frames: int, height: int, width: int) -> int:
+    def video_tokens(self, num_frames: int, height: int, width: int, max_pixels: int | None = None) -> int:
         """Number of visual tokens of so many frames, as many as fill whole temporal patches, of this many pixels.
+
+        ``max_pixels`` as in `video`.
 
         Raises:
             DataError: if the processor refuses the video.
         """
-        processor, limits = self.processor.video_processor, dict(self._video_kwargs)
+        processor, limits = self.processor.video_processor, self._limits(max_pixels)
         if limits.pop("cap_pixels_per_frame", False):  # the processor's count of patches does not know this limit
             lowest = limits.get("min_pixels") or processor.size["shortest_edge"]
             highest = limits.get("max_pixels") or processor.size["longest_edge"]
@@ -128,8 +131,34 @@ class Encoder:
             images_kwargs={**self._image_kwargs, "input_data_format": "channels_first"},
         )
 
-    def video(self, conversation: Conversation, pixels: np.ndarray, frames: Sequence[int], info: MediaInfo) -> Encoding:
+    @property
+    def frame_limits(self) -> PixelLimits:
+        """How the frames of a video are sized."""
+        processor, size = self.processor.video_processor, self.processor.video_processor.size
+        lowest, highest = self._video_kwargs.get("min_pixels"), self._video_kwargs.get("max_pixels")
+        return PixelLimits(
+            processor.patch_size * processor.merge_size,
+            size["shortest_edge"] if lowest is None else lowest,
+            size["longest_edge"] if highest is None else highest,
+        )
+
+    def _limits(self, max_pixels: int | None) -> dict[str, Any]:
+        """What the video processor is told of the size of frames."""
+        if max_pixels is None:
+            return dict(self._video_kwargs)
+        return {**self._video_kwargs, "min_pixels": self.frame_limits.lowest, "max_pixels": max_pixels}
+
+    def video(
+        self,
+        conversation: Conversation,
+        pixels: np.ndarray,
+        frames: Sequence[int],
+        info: MediaInfo,
+        max_pixels: int | None = None,
+    ) -> Encoding:
         """Encode with frames of a video, uint8 [T, H, W, 3] RGB, which have the numbers ``frames`` in the source.
+
+        ``max_pixels`` lowers the limit of `frame_limits` for this video.
 
         Raises:
             DataError: if the processor refuses the video.
@@ -148,7 +177,7 @@ class Encoder:
             conversation,
             videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)],
             videos_kwargs={
-                **self._video_kwargs,
+                **self._limits(max_pixels),
                 "input_data_format": "channels_first",
                 "do_sample_frames": False,  # the frames are already chosen
                 "video_metadata": [metadata],

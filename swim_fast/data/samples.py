@@ -16,7 +16,7 @@ from swim_fast.data.encoding import Encoder, Encoding
 from swim_fast.data.errors import DataError
 from swim_fast.data.masks import decode_segmentation
 from swim_fast.data.records import Record
-from swim_fast.data.sampling import choose_frames, supervised_patches
+from swim_fast.data.sampling import choose_frames, plan_frames, supervised_patches
 from swim_fast.data.video import READERS, FrameReader, MediaInfo
 
 QUERY_POSITIONS = ("noun", "predictor")
@@ -30,8 +30,12 @@ class SampleOptions:
 
     Attributes:
         max_frames: most frames taken from a video, at least 2.
+        fps: frames per second of the video to take, rounded up to an even number; there are never fewer than are
+            annotated, nor more than max_frames. None takes max_frames of a video of any length.
         min_pixels, max_pixels: size of a frame or image after the processor's resizing, in pixels; None keeps the
             processor's own.
+        total_pixels: pixels of all frames of a video together, after resizing: its frames are made smaller, down to
+            min_pixels, then fewer. None sets no limit.
         max_tokens: longest sequence; a longer sample gets fewer frames. None sets no limit.
         query_position: "noun", the rows of the noun's own tokens; "predictor", the rows that predict them.
         softmax: "causal", the model's own softmax; "full", over all tokens of the sequence.
@@ -45,8 +49,10 @@ class SampleOptions:
     """
 
     max_frames: int = 32
+    fps: float | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    total_pixels: int | None = None
     max_tokens: int | None = None
     query_position: str = "noun"
     softmax: str = "causal"
@@ -59,7 +65,8 @@ class SampleOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        for name in ("max_frames", "min_pixels", "max_pixels", "max_tokens", "decode_timeout"):
+        positive = ("max_frames", "fps", "min_pixels", "max_pixels", "total_pixels", "max_tokens", "decode_timeout")
+        for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
@@ -67,6 +74,8 @@ class SampleOptions:
             raise ValueError(f"max_frames is {self.max_frames}; two frames make one temporal patch")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        if self.min_pixels and self.total_pixels and 2 * self.min_pixels > self.total_pixels:
+            raise ValueError(f"total_pixels {self.total_pixels} is below two frames of min_pixels {self.min_pixels}")
 
 
 @dataclass
@@ -109,6 +118,7 @@ class _Plan:
     info: MediaInfo | None = None
     frames: Sequence[int] = ()
     notes: Sequence[str] = ()
+    max_pixels: int | None = None  # of a frame of this video, below the processor's own limit
 
 
 class MediaReader:
@@ -259,11 +269,20 @@ class SampleBuilder:
 
     def _plan_video(self, conversation: Conversation, text: int, info: MediaInfo, annotated: Sequence[int]) -> _Plan:
         """Choose the frames of a video, fewer and fewer until max_tokens is kept, beside ``text`` other tokens."""
-        patch, limit = self.encode.temporal_patch_size, self.options.max_tokens
-        max_frames, first = self.options.max_frames, None
+        patch, options, first = self.encode.temporal_patch_size, self.options, None
+        limit = options.max_tokens
+        with _at("video"):
+            choice = plan_frames(
+                info,
+                annotated,
+                self.encode.frame_limits,
+                max_frames=options.max_frames,
+                fps=options.fps,
+                total_pixels=options.total_pixels,
+            )
+        frames = choice.frames
         while True:
-            frames = choose_frames(info.num_frames, annotated, max_frames)
-            visual = self.encode.video_tokens(len(frames), info.height, info.width)
+            visual = self.encode.video_tokens(len(frames), info.height, info.width, choice.max_pixels)
             length = text + visual
             first = first or (len(frames), length)
             if limit is None or length <= limit:
@@ -276,10 +295,11 @@ class SampleBuilder:
                     f"too long: {length:,} tokens with {len(frames)} frames, and even {patch} frames do not fit "
                     f"into max_tokens {limit:,}; lower max_pixels, shorten the text or raise max_tokens"
                 )
-        notes = []
+            frames = choose_frames(info.num_frames, annotated, max_frames)
+        notes = list(choice.notes)
         if len(frames) < first[0]:
             notes.append(f"thinned from {first[0]} to {len(frames)} frames: {first[1]:,} tokens > max_tokens {limit:,}")
-        return _Plan(conversation, length, info, frames, notes)
+        return _Plan(conversation, length, info, frames, notes, choice.max_pixels)
 
     def _build(self, record: Record) -> Sample:
         plan = self._plan(record)
@@ -290,7 +310,7 @@ class SampleBuilder:
         if record.kind == "image":
             encoding = self.encode.image(plan.conversation, pixels[0])
         else:
-            encoding = self.encode.video(plan.conversation, pixels, plan.frames, plan.info)
+            encoding = self.encode.video(plan.conversation, pixels, plan.frames, plan.info, plan.max_pixels)
         sample = Sample(name, encoding.inputs, frames=list(plan.frames), notes=list(plan.notes))
         for number in range(len(record.objects)):
             self._add_noun(sample, record, number, plan.info, encoding)

@@ -131,7 +131,7 @@ def test_tokens_and_thinning(tmp_path, clip, processor):
     options = SampleOptions(max_tokens=int(free.tokens["most"]) - 10)
     report = check_file(str(tmp_path / "a.json"), options, processor, workers=0, progress=False)
     assert report.tokens["thinned"] == 1
-    assert "; 1 with fewer frames to keep max_tokens" in str(report)
+    assert "; 1 with fewer or smaller frames to fit" in str(report)
     options = SampleOptions(max_tokens=int(free.tokens["fewest"]))
     report = check_file(str(tmp_path / "a.json"), options, processor, workers=0, progress=False)
     assert [problem.reason.split(":")[0] for problem in report.problems] == ["too long"]

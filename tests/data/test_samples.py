@@ -416,3 +416,42 @@ def test_builder_is_picklable_after_use(processor, video):
     copy = pickle.loads(pickle.dumps(builder))(record)
     assert copy.rows == sample.rows
     assert torch.equal(copy.inputs["pixel_values_videos"], sample.inputs["pixel_values_videos"])
+
+
+def test_frames_per_second_of_a_clip(build, video):
+    """Twelve frames at four per second."""
+    record = video("The <ins>dog</ins>", "ja", objects=({7: rle(mask())},))
+    sample = build(record, fps=1.0)
+    assert len(sample.frames) == 4 and 7 in sample.frames and shown_numbers(sample) == sample.frames
+    assert sample.inputs["video_grid_thw"].tolist() == [[2, 4, 6]]
+    assert len(build(record, fps=1.0, max_frames=2).frames) == 2
+    many = video("The <ins>dog</ins>", "ja", objects=({frame: rle(mask()) for frame in range(7)},))
+    assert set(range(7)) <= set(build(many, fps=1.0).frames)
+    assert build(record, fps=100.0).frames == list(range(12))
+
+
+def test_total_pixels_make_frames_smaller_then_fewer(build, video):
+    record = video("The <ins>dog</ins>", "ja", objects=({7: rle(mask())},))
+    one = 28 * 28
+    whole = build(record, max_frames=8, total_pixels=8 * TOKENS * one)
+    assert whole.inputs["video_grid_thw"].tolist() == [[4, 4, 6]] and whole.notes == []
+    sample = build(record, max_frames=8, total_pixels=8 * 3 * one)
+    assert sample.frames == whole.frames and sample.inputs["video_grid_thw"].tolist() == [[4, 2, 4]]
+    assert sample.notes == ["8 frames of 56 × 84 pixels became 8 of 28 × 56 to keep total_pixels 18,816"]
+    height, width = sample.pairs[0][2:4]
+    assert (height, width) == (1, 2) and len(sample.key_sets[0]) == 4 * 2
+    sample = build(record, max_frames=8, min_pixels=TOKENS * one, total_pixels=5 * TOKENS * one)
+    assert len(sample.frames) == 4 and 7 in sample.frames and shown_numbers(sample) == sample.frames
+    assert sample.inputs["video_grid_thw"].tolist() == [[2, 4, 6]]
+    with pytest.raises(DataError) as caught:
+        build(record, total_pixels=one)
+    assert "file.jsonl, record 3 (name), video: two frames of 28 × 28 pixels" in str(caught.value)
+
+
+def test_max_tokens_thin_what_total_pixels_have_left(build, video):
+    record = video("The <ins>dog</ins>", "ja", objects=({7: rle(mask())},))
+    options = {"max_frames": 8, "total_pixels": 8 * 3 * 28 * 28}
+    whole = build(record, **options)
+    sample = build(record, **options, max_tokens=len(whole.inputs["input_ids"]) - 1)
+    assert sample.inputs["video_grid_thw"].tolist() == [[3, 2, 4]] and 7 in sample.frames
+    assert len(sample.notes) == 2 and "thinned from 8 to 6 frames" in sample.notes[1]

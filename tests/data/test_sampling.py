@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from swim_fast.data.errors import DataError
-from swim_fast.data.sampling import choose_frames, supervised_patches
+from swim_fast.data.sampling import (
+    PixelLimits,
+    choose_frames,
+    count_frames,
+    fit_pixels,
+    plan_frames,
+    supervised_patches,
+)
+from swim_fast.data.video import MediaInfo
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -107,3 +115,61 @@ def test_masks_of_different_sizes_in_one_patch():
     with pytest.raises(DataError, match="differ in size"):
         supervised_patches([0, 1], masks)
     assert list(supervised_patches([0, 0, 1, 1], masks)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "rate", "annotated", "max_frames", "fps", "expected"),
+    [
+        (1000, 25, 0, 32, None, 32),
+        (250, 25, 0, 32, 1.0, 10),
+        (251, 25, 0, 32, 1.0, 12),  # 10.04 s: eleven, and even
+        (300, 30000 / 1001, 0, 32, 30000 / 1001 / 30, 10),  # a rate that no float holds
+        (250, 25, 15, 32, 1.0, 16),  # all that are annotated
+        (250, 25, 40, 32, 1.0, 32),
+        (25 * 3600, 25, 0, 64, 2.0, 64),
+        (250, 25, 0, 7, 2.0, 7),  # choose_frames takes six of them
+        (5, 25, 0, 32, 0.1, 2),
+    ],
+)
+def test_frames_per_second(num_frames, rate, annotated, max_frames, fps, expected):
+    assert count_frames(num_frames, rate, annotated, max_frames, fps) == expected
+
+
+LIMITS = PixelLimits(28, 4 * 28 * 28, 64 * 28 * 28)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_total_pixels_hold_and_take_from_the_pixels_first(seed):
+    rng = np.random.default_rng(seed)
+    count = 2 * int(rng.integers(1, 40))
+    height, width = (int(v) for v in rng.integers(60, 1500, 2))
+    total = int(rng.integers(20, 3000)) * 28 * 28
+    fewer, highest = fit_pixels(count, height, width, LIMITS, total)
+    assert fewer * np.prod(LIMITS.size(height, width, highest)) <= total
+    assert 2 <= fewer <= count and fewer % 2 == 0 and LIMITS.lowest <= highest <= LIMITS.highest
+    if fewer < count:  # two more would not fit at any size
+        assert (fewer + 2) * np.prod(LIMITS.size(height, width, LIMITS.lowest)) > total
+    elif highest < LIMITS.highest and min(LIMITS.size(height, width, total // count)) > 28:
+        assert highest == max(total // count, LIMITS.lowest)  # no frame is smaller than need be
+
+
+def test_frames_become_smaller_then_fewer():
+    info = MediaInfo(num_frames=100, fps=10, height=448, width=448)
+    annotated = [10, 51, 90]
+
+    def plan(total):
+        return plan_frames(info, annotated, LIMITS, max_frames=10, total_pixels=total)
+
+    one = 28 * 28
+    assert plan(None) == plan(10 * 64 * one) and plan(None).max_pixels is None and not plan(None).notes
+    smaller = plan(10 * 20 * one)
+    assert smaller.frames == plan(None).frames and smaller.max_pixels == 20 * one
+    assert smaller.notes == ("10 frames of 224 × 224 pixels became 10 of 112 × 112 to keep total_pixels 156,800",)
+    fewer = plan(6 * 4 * one + 1)
+    assert len(fewer.frames) == 6 and set(annotated) <= set(fewer.frames) and fewer.max_pixels == 4 * one
+    assert "became 6 of 56 × 56" in fewer.notes[0]
+    with pytest.raises(DataError, match="two frames of 56 × 56 pixels, the least that min_pixels 3,136 allows"):
+        plan(7 * one)
+    wide = MediaInfo(num_frames=100, fps=10, height=28, width=28 * 300)
+    with pytest.raises(DataError, match="refuses frames of 28 × 8400"):
+        plan_frames(wide, [], LIMITS, max_frames=10, total_pixels=10**6)
