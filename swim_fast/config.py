@@ -6,6 +6,7 @@ by its own name. `key.sub=value` on the command line replaces single values.
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import yaml
 
 from swim_fast.data.dataset import SourceOptions
 from swim_fast.data.samples import SampleOptions
+
+Part = Literal["vision_tower", "merger", "language_model"]  # of a model
 
 
 class ConfigError(ValueError):
@@ -47,7 +50,7 @@ class ModelConfig:
     path: str  # folder or hub name of a Hugging Face checkpoint
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: str | None = None  # sdpa, eager, flash_attention_2, …; None: transformers' choice
-    freeze: list[Literal["vision_tower", "merger", "language_model"]] = field(default_factory=lambda: ["vision_tower"])
+    freeze: list[Part] = field(default_factory=lambda: ["vision_tower"])
     liger: bool = True  # Liger's RMSNorm, SwiGLU, rotary embedding and fused cross-entropy, where they can run (CUDA)
     activation_offload: bool = False  # what backward needs of the decoder layers waits in the host's memory
     lora: LoraConfig | None = None  # train adapters instead of the weights
@@ -112,6 +115,18 @@ class OptimizationConfig:
     early_stopping_patience: int | None = None  # evaluations without a better training.metric_for_best_model
     on_nan: Literal["stop", "skip"] = "stop"  # at a loss that is NaN or infinite
 
+    def __post_init__(self):
+        for part, rate in self.learning_rates.items():
+            where = f"optimization.learning_rates.{part}"
+            if part not in get_args(Part):
+                raise _unknown(where, part, get_args(Part))
+            if not 0 <= rate < float("inf"):
+                raise ConfigError(f"{where} is {rate}; it must be a number of at least 0")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ConfigError(
+                f"optimization.early_stopping_patience is {self.early_stopping_patience}; it must be at least 1"
+            )
+
 
 @dataclass
 class RunConfig:
@@ -123,6 +138,12 @@ class RunConfig:
 
     def __post_init__(self):
         self.sample_options()  # refuses values out of range now, not when the first clip is read
+        for part in self.optimization.learning_rates:
+            if part in self.model.freeze:
+                raise ConfigError(
+                    f"optimization.learning_rates names {part}, which model.freeze keeps from training: remove it from "
+                    "one of the two"
+                )
 
     def sample_options(self) -> SampleOptions:
         """What the data layer needs to know."""
@@ -171,11 +192,50 @@ class RunConfig:
         if values.get("gradient_checkpointing"):  # the reentrant kind drops the gradient of the noun maps
             given = values.get("gradient_checkpointing_kwargs") or {}
             values["gradient_checkpointing_kwargs"] = {"use_reentrant": False} | given
+        if self.optimization.early_stopping_patience is not None:  # a resumed run counts on where it was
+            values.setdefault("restore_callback_states_from_checkpoint", True)
         values.setdefault("output_dir", "runs/swim")
+        self._check_learning_rates()
         try:
-            return TrainingArguments(**values)
+            arguments = TrainingArguments(**values)
         except (TypeError, ValueError, ImportError) as error:
             raise ConfigError(f"training: {error}") from error
+        self._check_best_model(arguments)
+        return arguments
+
+    def _check_best_model(self, arguments) -> None:
+        """Early stopping and the choice of the best checkpoint need evaluations that give the metric they go by."""
+        patience, metric = self.optimization.early_stopping_patience, self.training.get("metric_for_best_model")
+        if patience is not None:
+            missing = [key for key in ("load_best_model_at_end", "metric_for_best_model") if not self.training.get(key)]
+            if arguments.eval_strategy == "no":
+                missing.append("eval_strategy (and save_strategy): steps or epoch")
+            if missing:
+                needed = ", ".join(f"training.{key}" for key in missing)
+                raise ConfigError(f"optimization.early_stopping_patience needs {needed}")
+        if patience is None and not arguments.load_best_model_at_end and arguments.save_strategy != "best":
+            return
+        from swim_fast.grounding.metrics import METRICS
+
+        keys = ("loss", "text_loss", "mask_loss", *METRICS)
+        known = [f"eval_{name}_{key}" for name in self.data.eval for key in keys]
+        if not known:
+            raise ConfigError("the best checkpoint is chosen by an evaluation, but data.eval names no file")
+        if metric is None or f"eval_{str(metric).removeprefix('eval_')}" not in known:
+            near = difflib.get_close_matches(str(metric), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
+            raise ConfigError(f"training.metric_for_best_model is {metric!r}, which no evaluation gives; {hint}")
+
+    def _check_learning_rates(self) -> None:
+        """An optimizer that DeepSpeed makes itself knows of one rate only."""
+        deepspeed = self.training.get("deepspeed")
+        if not self.optimization.learning_rates or not deepspeed:
+            return
+        if "optimizer" in (deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text())):
+            raise ConfigError(
+                "optimization.learning_rates needs the optimizer of training.optim, but training.deepspeed names one "
+                "of its own: remove its section 'optimizer'"
+            )
 
 
 _FIXED = {"remove_unused_columns": False, "label_names": ["labels"]}

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 
@@ -47,6 +49,19 @@ def test_yaml_1_1_does_not_turn_numbers_into_text_nor_no_into_false(write):
         ("data={min_pixels: 200, max_pixels: 100}", "min_pixels 200 is above max_pixels 100"),
         ("data.fps=0", "fps is 0.0; it must be positive"),
         ("data={min_pixels: 200, total_pixels: 300}", "total_pixels 300 is below two frames of min_pixels 200"),
+        (
+            "optimization.learning_rates={visual_tower: 1}",
+            "'optimization.learning_rates.visual_tower'; did you mean 'vision_",
+        ),
+        (
+            "optimization.learning_rates={merger: -1}",
+            "learning_rates.merger is -1.0; it must be a number of at least 0",
+        ),
+        (
+            "optimization.learning_rates={vision_tower: 1}",
+            "learning_rates names vision_tower, which model.freeze keeps",
+        ),
+        ("optimization.early_stopping_patience=0", "early_stopping_patience is 0; it must be at least 1"),
         ("data.train=[{path: a.jsonl, weight: 0}]", "weight of a.jsonl is 0"),
         ("data.train=[{pth: a.jsonl}]", "unknown key 'data.train[0].pth'; did you mean 'path'"),
         ("model.lora={rank: 0}", "model.lora.rank is 0"),
@@ -76,6 +91,54 @@ def test_training_arguments_are_checked_by_name(write, key, message):
     with pytest.raises(ConfigError) as error:
         load_config(write(training={key: True})).training_arguments()
     assert message in str(error.value)
+
+
+BEST = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "heldout_pointing_accuracy",
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "eval_steps": 5,
+    "save_steps": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            dict.fromkeys(BEST),
+            "needs training.load_best_model_at_end, training.metric_for_best_model, training.eval_str",
+        ),
+        ({"load_best_model_at_end": False}, "early_stopping_patience needs training.load_best_model_at_end"),
+        ({"metric_for_best_model": "eval_heldout_pointing"}, "did you mean 'eval_heldout_pointing_accuracy'"),
+        ({"metric_for_best_model": "eval_loss"}, "is 'eval_loss', which no evaluation gives"),
+        ({"save_steps": 7}, "a round multiple"),
+    ],
+)
+def test_early_stopping_says_what_it_needs(write, changed, message):
+    eval_ = {"eval": {"heldout": {"path": "heldout.jsonl"}}}
+    training = {key: value for key, value in (BEST | changed).items() if value is not None}
+    sections = {"data": MINIMAL["data"] | eval_, "optimization": {"early_stopping_patience": 3}}
+    config = load_config(write(**sections, training=training))
+    with pytest.raises(ConfigError) as error:
+        config.training_arguments()
+    assert message in str(error.value)
+    good = load_config(write(**sections, training=BEST)).training_arguments()
+    assert good.greater_is_better and good.restore_callback_states_from_checkpoint
+
+
+def test_the_best_checkpoint_needs_an_evaluation(write):
+    with pytest.raises(ConfigError, match="data.eval names no file"):
+        load_config(write(training=BEST)).training_arguments()
+
+
+def test_learning_rates_and_an_optimizer_of_deepspeed_exclude_each_other(write, tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"optimizer": {"type": "Adam"}, "train_micro_batch_size_per_gpu": "auto"}))
+    config = load_config(write(training={"deepspeed": str(path)}, optimization={"learning_rates": {"merger": 1}}))
+    with pytest.raises(ConfigError, match="remove its section 'optimizer'"):
+        config.training_arguments()
 
 
 def test_checkpointing_is_not_reentrant_unless_asked_for(write):

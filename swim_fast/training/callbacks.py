@@ -4,7 +4,7 @@ import logging
 import signal
 
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,22 @@ class BackwardWhereTrained(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False):
             model.disable_input_require_grads()
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Ends the run after so many evaluations without a better `metric_for_best_model`.
+
+    Each evaluation set is reported by itself: those that do not give the metric say nothing about it.
+    """
+
+    @property
+    def patience_lost(self) -> bool:
+        """Whether it has ended the run."""
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 class StopOnSignal(TrainerCallback):

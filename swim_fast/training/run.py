@@ -63,6 +63,7 @@ def build_trainer(config: RunConfig):
     from swim_fast.data.dataset import SwimDataset
     from swim_fast.data.samples import SampleBuilder
     from swim_fast.modeling.freezing import keep_visual_in_step
+    from swim_fast.training.callbacks import EarlyStopping
     from swim_fast.training.trainer import SwimTrainer
 
     model, processor = load_model(config)
@@ -72,10 +73,13 @@ def build_trainer(config: RunConfig):
     packing = {}
     if train_dataset is not None and config.data.max_tokens_per_batch is not None:
         packing = _packing(config.data, train_dataset, model, processor, args)
+    patience = config.optimization.early_stopping_patience
     trainer = SwimTrainer(
         model=model,
         args=args,
         loss=config.attention_loss,
+        learning_rates=config.optimization.learning_rates,
+        callbacks=None if patience is None else [EarlyStopping(patience)],
         train_dataset=train_dataset,
         **packing,
         eval_dataset={name: SwimDataset([source], builder) for name, source in config.data.eval.items()} or None,
@@ -146,7 +150,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
         if checkpoint:
             print(f"resuming from {checkpoint}", flush=True)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    stopped = trainer.state.global_step < trainer.state.max_steps
+    stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.stopped_early
     if stopped:
         logger.warning("stopped at step %d of %d; go on with --resume", result.global_step, trainer.state.max_steps)
         return result.metrics
@@ -162,10 +166,12 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
 
 
 def _last_evaluation(trainer) -> dict[str, float]:
-    """Metrics of the final weights; not computed again if the run has just done it."""
+    """Metrics of the final weights, which may be those of the best checkpoint; not computed again if the run did it."""
     if not trainer.eval_dataset:
         return {}
-    logs = [log for log in trainer.state.log_history if log["step"] == trainer.state.global_step]
+    best = trainer.args.load_best_model_at_end and trainer.state.best_global_step
+    step = best or trainer.state.global_step
+    logs = [log for log in trainer.state.log_history if log["step"] == step]
     found = {key: value for log in logs for key, value in log.items() if key.startswith("eval_")}
     return found or trainer.evaluate()
 

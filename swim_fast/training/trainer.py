@@ -20,8 +20,10 @@ from swim_fast.data.dataset import MixtureSampler
 from swim_fast.data.packing import PackingSampler
 from swim_fast.grounding.metrics import METRICS, grounding_sums
 from swim_fast.modeling.adapters import has_adapters, load_adapters
+from swim_fast.modeling.freezing import parameters_of_parts
 from swim_fast.modeling.text_loss import count_labels, label_positions, text_loss_sum
-from swim_fast.training.callbacks import BackwardWhereTrained, EpochOfSampler, StopOnSignal
+from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, EpochOfSampler, StopOnSignal
+from swim_fast.training.parameter_groups import divide_groups
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class SwimTrainer(Trainer):
 
     Args:
         loss: weights and choices of the mask loss.
+        learning_rates: of parts of the model, see `parameters_of_parts`; the others have `args.learning_rate`.
         batch_sampler: batches of packed samples to train on, with `train_collator`, which packs them; None: batches of
             `per_device_train_batch_size` samples, of `data_collator`, as for evaluation.
         kwargs: as of `transformers.Trainer`; `data_collator([])` must give a batch that counts nothing.
@@ -53,6 +56,7 @@ class SwimTrainer(Trainer):
         self,
         *,
         loss: AttentionLossConfig,
+        learning_rates: dict[str, float] | None = None,
         batch_sampler: PackingSampler | None = None,
         train_collator: Collator | None = None,
         **kwargs,
@@ -60,12 +64,34 @@ class SwimTrainer(Trainer):
         super().__init__(**kwargs)
         self.batch_sampler, self.train_collator = batch_sampler, train_collator
         self.loss_options = loss
+        self.learning_rates = learning_rates or {}
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of the global step itself
         self.add_callback(StopOnSignal(self.accelerator))
         self.add_callback(BackwardWhereTrained())
         self._skipped = Path(self.args.output_dir) / f"skipped-rank{self.args.process_index}.jsonl"
         self._notes = 0
         self._start_interval()
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether evaluations without progress have ended the run."""
+        return any(isinstance(c, EarlyStopping) and c.patience_lost for c in self.callback_handler.callbacks)
+
+    # optimizer
+
+    def create_optimizer(self, model=None):
+        """transformers' optimizer, its groups divided where parts of the model have learning rates of their own."""
+        there_was_one = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not there_was_one and self.learning_rates:
+            divide_groups(optimizer, parameters_of_parts(self.model), self.learning_rates)
+        return optimizer
+
+    def _get_learning_rate(self) -> float:
+        """That of the parts without one of their own, for the log; the others' are kept for `log`."""
+        rates = {group.get("part"): group["lr"] for group in self.optimizer.param_groups}
+        self._rates_of_parts = {f"learning_rate_{part}": float(rates[part]) for part in self.learning_rates}
+        return super()._get_learning_rate()
 
     # one step
 
@@ -263,6 +289,7 @@ class SwimTrainer(Trainer):
             averages["pairs_per_step"] = averages.pop("pairs") / max(self.state.global_step - step, 1)
             used = self._sums[[SUMS.index("tokens"), SUMS.index("places")]]
             tokens, places = (self.accelerator.reduce(used, "sum") if self.args.world_size > 1 else used).tolist()
+            logs |= self._rates_of_parts
             logs |= averages | {"tokens_per_second": round(tokens / (time.perf_counter() - since), 1)}
             logs["padding_share"] = round(1 - tokens / max(places, 1), 4)
             self._start_interval()
