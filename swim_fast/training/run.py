@@ -23,6 +23,7 @@ def load_model(config: RunConfig):
     from swim_fast.modeling.attach import attach_noun_attention, attached_layers
     from swim_fast.modeling.freezing import freeze
     from swim_fast.modeling.packed import accept_packed_batches
+    from swim_fast.modeling.offload import offload_activations
 
     options = config.model
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -47,6 +48,8 @@ def load_model(config: RunConfig):
     freeze(model, options.freeze)
     if config.data.max_tokens_per_batch is not None:
         accept_packed_batches(model)
+    if options.activation_offload:
+        offload_activations(model)
     return model, processor
 
 

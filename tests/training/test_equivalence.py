@@ -70,3 +70,19 @@ def test_resume_continues_exactly(write_config):
     assert len({entry["loss"] for entry in losses}) == 6
     for name, value in whole.items():
         assert torch.equal(value, weights(folder)[name]), name
+
+
+def test_activations_on_the_host_give_the_same_weights(write_config, monkeypatch):
+    from swim_fast.modeling import offload
+
+    training = {"gradient_checkpointing": True}
+    run_here(write_config("device", training=training))
+    gone = []
+    to_host = offload.to_host
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    monkeypatch.setattr(offload, "to_host", lambda tensor: gone.append(to_host(tensor)) or gone[-1])
+    host = write_config("host", training=training, model={"activation_offload": True})
+    run_here(host)
+    assert sum(isinstance(kept, offload.OnHost) for kept in gone) >= 2 * 2  # of each layer, in each step
+    found = weights(host.with_suffix(""))
+    assert all(torch.equal(value, found[name]) for name, value in weights(host.with_name("device")).items())
