@@ -1,7 +1,7 @@
 """One YAML file describes a run; every key is typed, checked, and refused if nothing reads it.
 
-Sections: `model`, `data`, `attention_loss`, `optimization`, and `training`, which takes any field of transformers' `TrainingArguments`
-by its own name. `key.sub=value` on the command line replaces single values.
+Sections: `model`, `data`, `attention_loss`, `optimization`, and `training`, which takes any field of transformers'
+`TrainingArguments` by its own name. `key.sub=value` on the command line replaces single values.
 """
 
 import dataclasses

@@ -22,8 +22,8 @@ def load_model(config: RunConfig):
     from swim_fast.modeling.adapters import add_adapters, quantization_config
     from swim_fast.modeling.attach import attach_noun_attention, attached_layers
     from swim_fast.modeling.freezing import freeze
-    from swim_fast.modeling.packed import accept_packed_batches
     from swim_fast.modeling.offload import offload_activations
+    from swim_fast.modeling.packed import accept_packed_batches
 
     options = config.model
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
