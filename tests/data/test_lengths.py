@@ -77,6 +77,8 @@ def dataset(processor, tmp_path):
         {"max_pixels": 5000},
         {"min_pixels": 20000},
         {"min_pixels": 3000, "max_pixels": 9000, "reader": "pyav", "softmax": "full"},
+        {"fps": 1.5},
+        {"fps": 8, "total_pixels": 40_000},
     ],
     ids=str,
 )
