@@ -38,8 +38,9 @@ class PackingSampler(Sampler[list[int]]):
 
     The samples come in the order of a `MixtureSampler`, ``look_ahead`` of them at a time. They are packed
     first-fit-decreasing; the emptiest batch of a window is packed again with the next; the batches of a window are
-    shuffled and dealt to the ranks in turn. The order depends on seed and epoch alone, so that a run that is resumed,
-    which skips the batches it has seen, goes on with those it has not.
+    shuffled and dealt to the ranks in turn. The order depends on the arguments and the epoch alone, so that a run that
+    is resumed, which skips the batches it has seen, goes on with those it has not. (Resumed with another number of
+    epochs, ranks or tokens it goes on at about the same place.)
 
     Every rank has the same number of batches, and every epoch too, as trainers count on that: the number that the
     fullest of the run's epochs needs. Where there are fewer, the batches with most samples are split, and at last

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from swim_fast.config import ConfigError, load_config
+from swim_fast.training.trainer import SUMS
+from swim_kernels.flash_noun_attention.node import _FlashNounAttention
 from tests.data.conftest import box
 from tests.training.conftest import history, record, run, run_here, square_clip, text_record, weights, write_records
 
@@ -51,7 +53,9 @@ def trainer_of(config, *overrides):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("softmax", ["causal", "full"])
-def test_same_losses_and_gradients_as_padded(write_config, mixed, checkpointing, softmax):
+def test_same_losses_and_gradients_as_padded(write_config, mixed, checkpointing, softmax, monkeypatch):
+    nodes, apply = [], _FlashNounAttention.apply
+    monkeypatch.setattr(_FlashNounAttention, "apply", lambda *args: (nodes.append(args[5].name), apply(*args))[1])
     config = write_config(
         data={"train": [{"path": str(mixed)}], "max_tokens_per_batch": 2000, "max_frames": 6},
         attention_loss={"softmax": softmax},
@@ -75,9 +79,9 @@ def test_same_losses_and_gradients_as_padded(write_config, mixed, checkpointing,
         trainer.compute_loss(trainer.model, batch).backward()
         gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
         found.append((trainer._sums.clone(), gradients, batch["input_ids"].shape))
+    # forward of both, and again where checkpointing repeats it; a full softmax is not the attention's own
+    assert nodes == ["torch_cpu"] * (softmax == "causal") * 2 * 2 * (1 + checkpointing)
     (padded_sums, padded, shape), (packed_sums, packed, (one, length)) = found
-    from swim_fast.training.trainer import SUMS
-
     sums = dict(zip(SUMS, packed_sums.tolist(), strict=True))
     expected = dict(zip(SUMS, padded_sums.tolist(), strict=True))
     assert one == 1 and sums["tokens"] == sums["places"] == length == expected["tokens"] < shape.numel() / 1.2
