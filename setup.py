@@ -4,8 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Bounded above since swim_fast/modeling calls the functions behind Liger's modules, whose arguments are not its public
+# interface: they were checked for 0.8, and other versions are refused.
+LIGER = "liger-kernel>=0.8.5,<0.9"
 LORA = ["peft>=0.21", "bitsandbytes>=0.50"]
-TEST = [*LORA, "pytest>=8", "pytest-timeout>=2.3", "deepspeed>=0.19,<0.20", "av>=14", "torchcodec>=0.10"]
+TEST = [*LORA, LIGER, "pytest>=8", "pytest-timeout>=2.3", "deepspeed>=0.19,<0.20", "av>=14", "torchcodec>=0.10"]
 
 setup(
     name="swim-fast",
@@ -35,7 +38,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "cuda": ["flash-attn>=2.8"],
+        "cuda": ["flash-attn>=2.8", LIGER],
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "lora": LORA,
         "pyav": ["av>=14"],

@@ -14,7 +14,8 @@ def load_model(config: RunConfig):
     """Model and processor of a configuration: attached, frozen as told.
 
     Returns:
-        `(model, processor)`; the model's dtype and attention are those of the configuration.
+        `(model, processor)`; the model's dtype and attention are those of the configuration, and it answers the text
+        loss (`attach_label_loss`).
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -22,8 +23,10 @@ def load_model(config: RunConfig):
     from swim_fast.modeling.adapters import add_adapters, quantization_config
     from swim_fast.modeling.attach import attach_noun_attention, attached_layers
     from swim_fast.modeling.freezing import freeze
+    from swim_fast.modeling.liger import apply_liger
     from swim_fast.modeling.offload import offload_activations
     from swim_fast.modeling.packed import accept_packed_batches
+    from swim_fast.modeling.text_loss import attach_label_loss
 
     options = config.model
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -43,7 +46,10 @@ def load_model(config: RunConfig):
         loss = config.attention_loss
         attach_noun_attention(model, loss.layers, loss.backend, loss.fused)
         loss.layers = attached_layers(model)  # so that the saved configuration names them
-    if options.lora:
+    attach_label_loss(model, options.liger)
+    if options.liger:
+        apply_liger(model, "cuda" if torch.cuda.is_available() and not config.training.get("use_cpu") else "cpu")
+    if options.lora:  # after Liger, which looks for plain modules
         add_adapters(model, options.lora, options.freeze, seed=config.training.get("seed", 0))
     freeze(model, options.freeze)
     if config.data.max_tokens_per_batch is not None:

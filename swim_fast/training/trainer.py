@@ -21,7 +21,7 @@ from swim_fast.data.packing import PackingSampler
 from swim_fast.grounding.metrics import METRICS, grounding_sums
 from swim_fast.modeling.adapters import has_adapters, load_adapters
 from swim_fast.modeling.freezing import parameters_of_parts
-from swim_fast.modeling.text_loss import count_labels, label_positions, text_loss_sum
+from swim_fast.modeling.text_loss import count_labels
 from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, EpochOfSampler, StopOnSignal
 from swim_fast.training.parameter_groups import divide_groups
 
@@ -121,12 +121,13 @@ class SwimTrainer(Trainer):
         """Sums over one batch: text loss and mask loss (with graph), all `SUMS` (detached), and the model's outputs."""
         about = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes")
         labels, queries, targets, _, problems, _ = (batch[key] for key in about)
-        positions = label_positions(labels)
         inputs = {key: value for key, value in batch.items() if key not in about}
         if self.loss_options.layers != []:  # else the model is a stock one
             inputs["noun_queries"] = queries
-        outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
-        text = text_loss_sum(outputs.logits, labels, positions)
+        outputs = model(**inputs, text_labels=labels, use_cache=False)
+        text = outputs.logits  # the sum over the labels: see attach_label_loss
+        if text.ndim:
+            raise RuntimeError("the model answered logits, no text loss: call attach_label_loss(model) before training")
         mask, grounding = text.new_zeros(()), text.new_zeros(len(METRICS) + 1)
         options = self.loss_options
         if outputs.attentions:

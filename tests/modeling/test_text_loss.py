@@ -1,33 +1,420 @@
+"""The text loss in the head's place, on a tiny stock Qwen2.5-VL."""
+
+import copy
+import inspect
+import logging
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from swim_fast.modeling.text_loss import count_labels, label_positions, text_loss_sum
+from benchmarks.memory import count_allocations, watch_saved
+from swim_fast.demo.checkpoint import build_model, train_tokenizer
+from swim_fast.modeling import liger, text_loss
+from swim_fast.modeling.text_loss import attach_label_loss, count_labels, detach_label_loss
+
+LENGTH = 23
 
 
-def test_equals_the_full_loss_with_gradient():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 11, (3, 17), generator=generator)
-    labels[:, :6] = -100
-    labels[1, 9:14] = -100
-    labels[2] = -100
-    labels[0, 0] = 5  # never predicted
-    logits = torch.randn(3, 17, 11, generator=generator, requires_grad=True)
-    positions = label_positions(labels)
-    assert len(positions) < 17
-    mine = text_loss_sum(logits[:, positions], labels, positions)
-    (gradient,) = torch.autograd.grad(mine, logits)
-    theirs = ForCausalLMLoss(logits, labels, 11, num_items_in_batch=1)
-    (expected,) = torch.autograd.grad(theirs, logits)
-    assert mine.item() == pytest.approx(theirs.item(), rel=1e-6)
-    torch.testing.assert_close(gradient, expected)
+@pytest.fixture(scope="module")
+def stock():
+    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
+
+
+@pytest.fixture
+def model(stock):
+    return copy.deepcopy(stock)
+
+
+@pytest.fixture(autouse=True)
+def log(caplog):
+    text_loss._say.cache_clear()
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def untied(model, bias=True):
+    generator = torch.Generator().manual_seed(5)
+    old = model.lm_head
+    model.lm_head = nn.Linear(old.in_features, old.out_features, bias=bias)
+    with torch.no_grad():
+        for parameter in model.lm_head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+    model.config.tie_word_embeddings = False
+    return model
+
+
+def batch(kind):
+    """Two padded sequences, or two packed into one row; labels on some tokens of each."""
+    ids = torch.randint(20, 250, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :7] = -100
+    labels[0, 12:15] = -100
+    labels[1, 17:] = -100
+    if kind == "padded":
+        labels[0, 0] = ids[0, 0]  # never predicted
+        return {"input_ids": ids, "attention_mask": (torch.arange(LENGTH) < torch.tensor([[23], [17]])).long()}, labels
+    positions = torch.cat([torch.arange(LENGTH), torch.arange(17)])[None]
+    ids, labels = (torch.cat([t[0], t[1, :17]])[None] for t in (ids, labels))
+    return {"input_ids": ids, "position_ids": positions.expand(4, 1, -1)}, labels
+
+
+def gradients(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_loss(model, inputs, labels):
+    vocabulary = model.config.get_text_config().vocab_size
+    return ForCausalLMLoss(model(**inputs).logits, labels, vocabulary, num_items_in_batch=1)
+
+
+def assert_same(mine, theirs, tolerance=1e-4):
+    assert mine.keys() == theirs.keys()
+    largest = max(gradient.norm() for gradient in theirs.values())
+    for name, gradient in theirs.items():  # those of key biases are rounding alone
+        assert (mine[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("head", ["tied", "untied", "bias"])
+@pytest.mark.parametrize("size", [50, 1000, 2**25])
+def test_equals_the_loss_of_all_logits(model, kind, head, size):
+    if head != "tied":
+        untied(model, bias=head == "bias")
+    inputs, labels = batch(kind)
+    expected = plain_loss(model, inputs, labels)
+    theirs = gradients(model, expected)
+    assert ("lm_head.weight" in theirs) is (head != "tied")
+    attach_label_loss(model, block_logits=size)
+    loss = model(**inputs, text_labels=labels).logits
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(model, loss), theirs)
+
+
+def test_labels_are_counted_as_they_are_summed(model):
+    _, labels = batch("padded")
     assert count_labels(labels) == (labels[:, 1:] != -100).sum()
 
 
-def test_no_label_gives_zero_with_a_graph():
-    labels = torch.full((2, 5), -100)
-    logits = torch.randn(2, 5, 7, requires_grad=True)
-    positions = label_positions(labels)
-    loss = text_loss_sum(logits[:, positions], labels, positions)
-    loss.backward()
-    assert loss == 0 and (logits.grad == 0).all()
+@pytest.mark.parametrize("head", ["tied", "wrapped"])
+def test_no_label_gives_zero_with_a_graph(model, head):
+    if head == "wrapped":
+        model.lm_head = Adapted(model.lm_head)
+    inputs, labels = batch("padded")
+    attach_label_loss(model)
+    loss = model(**inputs, text_labels=labels.fill_(-100)).logits
+    found = gradients(model, loss)
+    assert loss == 0 and not any(gradient.any() for gradient in found.values())
+    if head == "wrapped":
+        assert found.pop("lm_head.down.weight") is not None and found.pop("lm_head.up.weight") is not None
+        found = {name.replace("lm_head.base_layer", "lm_head"): gradient for name, gradient in found.items()}
+    language = [name for name, _ in model.named_parameters() if "visual" not in name and "lm_head" not in name]
+    assert set(language) <= set(found)  # all ranks reduce the same
+
+
+class Adapted(nn.Module):
+    """What an adapter makes of a head: the head inside a module that adds to it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Linear(base_layer.in_features, 3, bias=False)
+        self.up = nn.Linear(3, base_layer.out_features, bias=False)
+
+    def forward(self, x, *args, **kwargs):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("size", [1000, 2**25])  # chunks of 3 tokens, and one
+def test_a_head_wrapped_after_attaching(model, log, size):
+    attach_label_loss(model, block_logits=size)
+    torch.manual_seed(0)
+    model.lm_head = Adapted(model.lm_head)
+    inputs, labels = batch("padded")
+    expected = plain_loss(model, inputs, labels)
+    theirs = gradients(model, expected)
+    with watch_saved(model.parameters()) as saved:
+        loss = model(**inputs, text_labels=labels).logits
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(model, loss), theirs)
+    assert "checkpointed chunks of Adapted" in log.text
+    vocabulary = model.config.get_text_config().vocab_size
+    assert not [shape for shape, _ in saved.shapes() if vocabulary in shape]
+
+
+def test_a_head_with_a_low_rank_adapter(model):
+    """peft's wrapper of the whole model, too, which calls the model inside."""
+    peft = pytest.importorskip("peft")
+    inputs, labels = batch("padded")
+    attach_label_loss(untied(model, bias=False), block_logits=1000)
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    assert type(model.lm_head) is not nn.Linear
+    expected = plain_loss(adapted, inputs, labels)
+    theirs = gradients(adapted, expected)
+    loss = adapted(**inputs, text_labels=labels).logits
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(adapted, loss), theirs)
+    assert any("lm_head.lora_B" in name for name in theirs)
+    assert adapted(**inputs).logits.ndim == 3
+
+
+def test_a_frozen_head_and_a_frozen_model(model):
+    untied(model)
+    inputs, labels = batch("padded")
+    theirs = gradients(model, plain_loss(model, inputs, labels))
+    attach_label_loss(model)
+    model.lm_head.requires_grad_(False)
+    mine = gradients(model, model(**inputs, text_labels=labels).logits)
+    assert_same(mine, {name: gradient for name, gradient in theirs.items() if "lm_head" not in name})
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    mine = gradients(model, model(**inputs, text_labels=labels).logits)
+    assert_same(mine, {name: gradient for name, gradient in theirs.items() if "lm_head" in name})
+
+
+def test_activation_checkpointing_and_autocast(model):
+    inputs, labels = batch("padded")
+    model.train()
+    attach_label_loss(model, block_logits=1000)
+    theirs = gradients(model, model(**inputs, text_labels=labels).logits)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(gradients(model, model(**inputs, text_labels=labels).logits), theirs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**inputs, text_labels=labels).logits
+        detached = detach_label_loss(copy.deepcopy(model))
+        expected = plain_loss(detached, inputs, labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_bf16(model):
+    inputs, labels = batch("padded")
+    model.bfloat16()
+    expected = plain_loss(model, inputs, labels)
+    theirs = gradients(model, expected)
+    attach_label_loss(model, block_logits=1000)
+    loss = model(**inputs, text_labels=labels).logits
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    mine = gradients(model, loss)
+    truth = torch.cat([gradient.flatten().float() for gradient in theirs.values()])
+    assert (torch.cat([mine[name].flatten().float() for name in theirs]) - truth).norm() <= 2e-2 * truth.norm()
+
+
+def test_memory_does_not_grow_with_the_length(model):
+    """What the head and the loss take; the same 20 labels among 200 or 1600 tokens."""
+    width, vocabulary, labelled, size = 128, 4000, 20, 1500
+    model.lm_head = head = nn.Linear(width, vocabulary, bias=False)
+    attach_label_loss(model, block_logits=size)
+    for length in (200, 1600):
+        labels = torch.full((1, length), -100)
+        labels[0, -labelled:] = 30
+        with torch.no_grad():  # the head's next call answers the loss
+            hidden = model.model(input_ids=torch.full((1, length), 25), text_labels=labels).last_hidden_state
+        hidden.requires_grad_()
+        with watch_saved((hidden, head.weight)) as saved, count_allocations() as counted:
+            loss = head(hidden)
+            counted.mark("forward")
+            loss.backward()
+        head.weight.grad = None
+        rows = labelled * width * 4
+        of_length = length * (width * 4 + 32)  # the hidden states' gradient; labels shifted, compared
+        assert counted.held["forward"] <= rows + labelled * 32 + 2048
+        assert saved.bytes <= rows + labelled * 32
+        assert counted.peak - of_length - head.weight.numel() * 4 <= 6 * rows + 8 * size * 4 < labelled * vocabulary * 4
+
+
+def test_without_labels_the_model_is_as_before(model, stock):
+    inputs, labels = batch("padded")
+    one = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
+    plain, words = stock(**inputs).logits, stock.generate(**one, max_new_tokens=6)
+    attach_label_loss(model)
+    assert torch.equal(model(**inputs).logits, plain)
+    model(**inputs, text_labels=labels)
+    assert torch.equal(model(**inputs).logits, plain)
+    assert torch.equal(model.generate(**one, max_new_tokens=6), words)
+    assert model(**inputs, labels=labels).loss == stock(**inputs, labels=labels).loss
+    assert model.state_dict().keys() == stock.state_dict().keys()
+
+
+def test_attach_again_detach_and_copies(model):
+    inputs, labels = batch("padded")
+    attach_label_loss(model, block_logits=1)
+    attach_label_loss(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.mul_(2)
+    mine, theirs = model(**inputs, text_labels=labels).logits, copied(**inputs, text_labels=labels).logits
+    assert theirs.item() == pytest.approx(plain_loss(copied, inputs, labels).item(), rel=1e-5)
+    assert mine.item() == pytest.approx(plain_loss(model, inputs, labels).item(), rel=1e-5) and mine != theirs
+    detach_label_loss(model)
+    detach_label_loss(model)
+    assert model(**inputs).logits.ndim == 3
+    assert not any("label_loss" in name for name in vars(model.model.language_model))
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_call_that_never_reaches_the_head_leaves_it_as_it_was(model):
+    inputs, labels = batch("padded")
+    plain = model(**inputs).logits
+    attach_label_loss(model)
+    model.model(**inputs, text_labels=labels)  # the hidden states alone
+    assert torch.equal(model(**inputs).logits, plain)
+    failing = model.model.language_model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs, text_labels=labels)
+    failing.remove()
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_a_head_with_a_forward_of_its_own_keeps_it(model):
+    """As `accelerate` gives to modules whose weights it moves about."""
+    inputs, labels = batch("padded")
+    expected = plain_loss(model, inputs, labels)
+    calls = []
+
+    def forward(hidden):
+        calls.append(hidden.shape)
+        return F.linear(hidden, model.lm_head.weight)
+
+    model.lm_head.forward = forward
+    attach_label_loss(model)
+    loss = model(**inputs, text_labels=labels).logits
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert calls == [(count_labels(labels), 128)] and model.lm_head.forward is forward
+
+
+def test_labels_must_fit_the_hidden_states(model):
+    inputs, labels = batch("padded")
+    attach_label_loss(model)
+    with pytest.raises(ValueError, match=r"text_labels are \[2, 23\].*\[2, 4\].*no logits_to_keep"):
+        model(**inputs, text_labels=labels, logits_to_keep=4)
+
+
+# Liger
+
+
+class LigerStandIn(torch.autograd.Function):
+    """Liger's function as 0.8.5 has it, in torch: gradients in the forward, which are scaled in the backward."""
+
+    calls = []
+
+    @staticmethod
+    def forward(
+        ctx,
+        _input,
+        weight,
+        target,
+        bias=None,
+        ce_weight=None,
+        ignore_index=-100,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="mean",
+        softcap=None,
+        return_z_loss=False,
+        accum_dtype=None,
+        use_token_scaling=False,
+        return_token_accuracy=False,
+        return_predicted_tokens=False,
+        ce_impl=None,
+        ce_mode=None,
+        chunk_mem_const=1,
+    ):
+        assert ce_weight is None and softcap is None and lse_square_scale == label_smoothing == 0.0
+        assert not (return_z_loss or use_token_scaling or return_token_accuracy or return_predicted_tokens)
+        LigerStandIn.calls.append((tuple(_input.shape), reduction, accum_dtype, chunk_mem_const))
+        ctx.needed = _input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+        with torch.enable_grad():
+            leaves = [None if t is None else t.detach().requires_grad_() for t in (_input, weight, bias)]
+            logits = F.linear(*leaves).float()
+            loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+            made = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
+        ctx.save_for_backward(*made)
+        return loss.detach(), None, None, None
+
+    @staticmethod
+    def backward(ctx, grad, *others):
+        assert ctx.needed[0], "Liger makes no gradient at all where the input needs none"
+        made = [gradient * grad for gradient in ctx.saved_tensors]
+        bias = made[2] if len(made) > 2 else None
+        return made[0], made[1] if ctx.needed[1] else None, None, bias, *[None] * 14
+
+
+@pytest.fixture
+def by_liger(monkeypatch):
+    import liger_kernel.ops
+
+    monkeypatch.setattr(liger, "refusal", lambda device_type: None)
+    monkeypatch.setattr(liger_kernel.ops, "LigerFusedLinearCrossEntropyFunction", LigerStandIn)
+    LigerStandIn.calls.clear()
+
+
+def test_the_stand_in_has_ligers_signature():
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
+
+    def arguments(function):
+        return [(p.name, p.default) for p in inspect.signature(function.forward).parameters.values()]
+
+    assert arguments(LigerStandIn) == arguments(Function)
+
+
+@pytest.mark.parametrize("head", ["tied", "bias"])
+def test_by_liger(model, log, by_liger, head):
+    if head == "bias":
+        untied(model)
+    inputs, labels = batch("padded")
+    expected = plain_loss(model, inputs, labels)
+    theirs = gradients(model, 3 * expected)
+    attach_label_loss(model, block_logits=7 * 300)
+    loss = model(**inputs, text_labels=labels).logits
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(model, 3 * loss), theirs)
+    ((shape, reduction, accumulated, _),) = LigerStandIn.calls
+    assert shape == (count_labels(labels), 128) and (reduction, accumulated) == ("sum", torch.float32)
+    assert "text loss on cpu: Liger's fused linear cross-entropy" in log.text
+
+
+def test_liger_is_not_asked_what_it_cannot_do(model, by_liger):
+    inputs, labels = batch("padded")
+    attach_label_loss(model)
+    none = model(**inputs, text_labels=torch.full_like(labels, -100)).logits
+    assert none == 0 and none.requires_grad
+    untied(model).requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    model(**inputs, text_labels=labels).logits.backward()  # hidden states that need no gradient
+    assert model.lm_head.weight.grad.any() and not LigerStandIn.calls
+    with torch.no_grad():
+        model(**inputs, text_labels=labels)
+    assert len(LigerStandIn.calls) == 1
+    attach_label_loss(model, use_liger=False)(**inputs, text_labels=labels)
+    assert len(LigerStandIn.calls) == 1
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(10, 1), (300, 2), (6000, 28)])
+def test_ligers_chunks_are_of_the_size_asked_for(by_liger, tokens, chunks):
+    """For the vocabulary of a 7B model; how Liger cuts, by the text of its forward."""
+    vocabulary, width = 152064, 3584
+    weight = torch.empty(1).expand(vocabulary, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LigerStandIn, "apply", lambda *arguments: [arguments[-1]])
+        constant = text_loss._by_liger(weight[:tokens], weight, torch.zeros(tokens), None, 2**25)
+    factor = -(-vocabulary // (constant * width))
+    assert factor <= chunks and factor >= 0.6 * chunks
+
+
+def test_on_the_cpu_the_log_says_why_not_liger(model, log):
+    inputs, labels = batch("padded")
+    attach_label_loss(model)
+    model(**inputs, text_labels=labels)
+    model(**inputs, text_labels=labels)
+    said = [line.getMessage() for line in log.records if "text loss on" in line.getMessage()]
+    assert said == [
+        "text loss on cpu: blocks of the vocabulary in torch (its kernels need CUDA, and the model is on cpu)"
+    ]

@@ -1,0 +1,130 @@
+"""Liger's Triton kernels in the modules of one model.
+
+Liger's own `apply_liger_kernel_to_…` functions set names in transformers' modules, which changes every model of the
+process, and its rotary embedding takes a name there that transformers 5.17 does not call. Here only the `forward` of
+this model's own modules is replaced: each reads its weights in its own call, where ZeRO-3 has them gathered; submodules
+are called as before, so that adapters go on working; the state, and what is saved, stays the same.
+"""
+
+import importlib.metadata
+import logging
+import types
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from swim_fast.modeling.families import family_of, text_layers
+
+logger = logging.getLogger(__name__)
+
+VERSIONS = ("0.8.5", "0.9")  # from, and below
+
+_ROTARY = "apply_rotary_pos_emb"  # the function that a decoder's attention calls, a global of its modeling file
+
+
+def refusal(device_type: str) -> str | None:
+    """Why Liger's kernels cannot be used on a type of device; None: they can."""
+    if device_type != "cuda":
+        return f"its kernels need CUDA, and the model is on {device_type}"
+    try:
+        version = importlib.metadata.version("liger-kernel")
+    except importlib.metadata.PackageNotFoundError:
+        return "liger-kernel is not installed: pip install 'swim-fast[cuda]'"
+    if not Version(VERSIONS[0]) <= Version(version) < Version(VERSIONS[1]):
+        return f"liger-kernel is {version}, and must be at least {VERSIONS[0]} and below {VERSIONS[1]}"
+    return None
+
+
+def apply_liger(model: nn.Module, device: torch.device | str) -> list[str]:
+    """Let Liger compute RMSNorm, SwiGLU and the rotary embedding of a model; one log line says what it computes.
+
+    In the language model all three, in the vision tower (with its merger) the first two: the tower's rotary embedding
+    works in fp32 on tensors laid out otherwise, so that Liger's would copy as much as it saves.
+
+    Args:
+        model: a stock `…ForConditionalGeneration` of a supported family, before adapters wrap parts of it.
+        device: where the model is going to run. Not CUDA, or without liger-kernel: nothing is replaced.
+
+    Returns:
+        What was replaced, as "language model: RMSNorm × 57"; empty if nothing was.
+
+    Raises:
+        ValueError: family without adapter.
+    """
+    family = family_of(model)
+    reason = refusal(torch.device(device).type)
+    if reason:
+        logger.info("Liger is not used: %s", reason)
+        return []
+    found: dict[str, int] = {}
+    for part, path in (("language model", family.language_model), ("vision tower", family.visual)):
+        for module in model.get_submodule(path).modules():
+            if _is_rms_norm(module):
+                name, module.forward = "RMSNorm", types.MethodType(_rms_norm, module)
+            elif _is_swiglu(module):
+                name, module.forward = "SwiGLU", types.MethodType(_swiglu, module)
+            else:
+                continue
+            found[f"{part}: {name}"] = found.get(f"{part}: {name}", 0) + 1
+    for module in text_layers(model):
+        forward = _with_rotary(type(module).forward)
+        if forward is not None:
+            module.forward = types.MethodType(forward, module)
+            found["language model: rotary embedding"] = found.get("language model: rotary embedding", 0) + 1
+    if "language model: rotary embedding" not in found:
+        logger.warning("Liger's rotary embedding is not used: the attention calls no %s of its own file", _ROTARY)
+    replaced = [f"{what} × {count}" for what, count in found.items()]
+    logger.info("Liger computes: %s", ", ".join(replaced))
+    return replaced
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Normalisations that multiply by the weight itself: those that multiply by 1 + weight call the other field eps."""
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def _is_swiglu(module: nn.Module) -> bool:
+    from transformers.activations import SiLUActivation
+
+    projections = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    silu = isinstance(getattr(module, "act_fn", None), (nn.SiLU, SiLUActivation))
+    return silu and all(isinstance(projection, nn.Module) for projection in projections)
+
+
+def _rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    from liger_kernel.ops import LigerRMSNormFunction
+
+    # weight · (x / rms).to(dtype) as in Llama; the gradient in a tensor of its own: the incoming one may be shared
+    return LigerRMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False, None)
+
+
+def _swiglu(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    gated = LigerSiLUMulFunction.apply(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+    return self.down_proj(gated)
+
+
+def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Of q `[B, Hq, L, D]` and k `[B, Hkv, L, D]`, cos and sin `[B, L, D]`, in which transformers has already put
+    together what belongs to time, height and width: the plain rotary embedding and not Liger's multimodal one."""
+    from liger_kernel.ops import LigerRopeFunction
+
+    return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim)
+
+
+def _with_rotary(forward: types.FunctionType) -> types.FunctionType | None:
+    """The same function with another rotary embedding, or None if it calls none by that name.
+
+    A forward finds its rotary embedding among the globals of its file. A function of the same code with globals of its
+    own finds ours there, and every other model of the process goes on with theirs.
+    """
+    if not isinstance(forward, types.FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return None
+    if _ROTARY not in forward.__globals__:
+        return None
+    names = {**forward.__globals__, _ROTARY: _rotary}
+    copied = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copied.__kwdefaults__, copied.__qualname__ = forward.__kwdefaults__, forward.__qualname__
+    return copied
