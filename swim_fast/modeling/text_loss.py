@@ -134,7 +134,8 @@ def _loss_of_head(head: nn.Module, forward: Callable, hidden: Tensor, labels: Te
     if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         _say(hidden.device.type, f"checkpointed chunks of {type(head).__name__}, which is more than a linear layer")
         vocabulary = state.model.config.get_text_config().vocab_size
-        return _through(forward, hidden, targets, max(1, state.block_logits // vocabulary))
+        in_step = any(hasattr(p, "ds_id") for p in head.parameters())  # ZeRO-3 partitioned
+        return _through(forward, hidden, targets, max(1, state.block_logits // vocabulary), in_step)
     why_not = liger.refusal(hidden.device.type) if state.use_liger else "model.liger is false"
     how = "Liger's fused linear cross-entropy" if why_not is None else f"blocks of the vocabulary in torch ({why_not})"
     _say(hidden.device.type, how)
@@ -146,15 +147,22 @@ def _loss_of_head(head: nn.Module, forward: Callable, hidden: Tensor, labels: Te
     return linear_cross_entropy_sum(*arguments)
 
 
-def _through(forward: Callable, hidden: Tensor, targets: Tensor, tokens: int) -> Tensor:
-    """Summed loss of any head, chunks of `tokens` tokens at a time; backward calls the head again."""
+def _through(forward: Callable, hidden: Tensor, targets: Tensor, tokens: int, in_step: bool) -> Tensor:
+    """Summed loss of any head, chunks of `tokens` tokens at a time; backward calls the head again.
+
+    in_step: every call gathers weights from all ranks, so that all make as many, with empty chunks at last.
+    """
 
     def loss_of(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = forward(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    chunks = zip(hidden.split(tokens), targets.split(tokens), strict=True)
+    chunks = list(zip(hidden.split(tokens), targets.split(tokens), strict=True))
+    if in_step:
+        most = torch.tensor(len(chunks), device=hidden.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        chunks += [(hidden[:0], targets[:0])] * (int(most) - len(chunks))
     return torch.stack([checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
