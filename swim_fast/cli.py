@@ -57,6 +57,7 @@ def _processor(path):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="swim-fast", description=__doc__)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # comes from the deepspeed launcher
     jobs = parser.add_subparsers(required=True, metavar="JOB")
 
     job = jobs.add_parser("train", help="fine-tune a model as a YAML file says")

@@ -43,31 +43,43 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
         visual.forward = torch.no_grad()(visual.forward)
 
 
-def keep_visual_in_step(model: nn.Module) -> None:
+def keep_visual_in_step(model: nn.Module, sharded: bool = False) -> None:
     """Let a batch without images or video pass a minimal one through the visual module, times zero.
 
     With several ranks every trainable parameter must take part in every gradient reduction (and, under ZeRO-3, every
     module in every gather), whatever the batch of this rank holds. The pass runs where the model would run it: after
     the embeddings, before the first decoder layer.
+
+    Args:
+        sharded: the parameters are gathered for each pass (ZeRO-3), so that the number of passes must be the same on
+            all ranks: a batch with both images and videos has two. Costs a reduction of one number per forward.
     """
     family = family_of(model)
     visual = model.get_submodule(family.visual)
     config = model.config.vision_config
     merge = config.spatial_merge_size
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    seen = []
+    passes = {"made": 0, "wanted": 1}
+
+    def before_model(module, args, kwargs):
+        own = sum(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        wanted = torch.tensor(max(own, 1), device=kwargs["input_ids"].device)
+        torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
+        passes["wanted"] = int(wanted)
 
     def after_visual(module, args, output):
-        seen.append(True)
+        passes["made"] += 1
 
     def before_language_model(module, args, kwargs):
         embeds = kwargs["inputs_embeds"]
-        if not seen:
+        while passes["made"] < passes["wanted"]:
             pixels = embeds.new_zeros(merge * merge, width, dtype=visual.dtype)
             features = visual(pixels, grid_thw=torch.tensor([[1, merge, merge]], device=embeds.device)).pooler_output
-            kwargs["inputs_embeds"] = embeds + features.to(embeds.dtype).sum() * 0
-        seen.clear()
-        return args, kwargs
+            embeds = embeds + features.to(embeds.dtype).sum() * 0
+        passes["made"] = 0
+        return args, kwargs | {"inputs_embeds": embeds}
 
+    if sharded:
+        model.register_forward_pre_hook(before_model, with_kwargs=True)
     visual.register_forward_hook(after_visual)
     model.get_submodule(family.language_model).register_forward_pre_hook(before_language_model, with_kwargs=True)

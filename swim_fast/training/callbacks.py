@@ -77,7 +77,8 @@ class StopOnSignal(TrainerCallback):
             stop = self.accelerator.reduce(flag, "sum").item() > 0
         if stop:
             if state.is_world_process_zero:
-                logger.warning("%s: saving a checkpoint at step %d, then stopping", self.received, state.global_step)
+                what = self.received or "a signal to another rank"
+                logger.warning("%s: saving a checkpoint at step %d, then stopping", what, state.global_step)
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -67,6 +67,11 @@ def build_trainer(config: RunConfig):
     """
     _prepare_cpu(config)
     args = config.training_arguments()  # before the model: DeepSpeed ZeRO-3 partitions it while it loads
+    if args.deepspeed and args.world_size > 1:
+        import deepspeed
+        import torch
+
+        deepspeed.init_distributed(torch.distributed.get_backend())  # else it would partition for a single rank
 
     from swim_fast.data.collation import Collator
     from swim_fast.data.dataset import SwimDataset
@@ -87,6 +92,7 @@ def build_trainer(config: RunConfig):
         model=model,
         args=args,
         loss=config.attention_loss,
+        on_nan=config.optimization.on_nan,
         learning_rates=config.optimization.learning_rates,
         callbacks=None if patience is None else [EarlyStopping(patience)],
         train_dataset=train_dataset,
@@ -96,7 +102,8 @@ def build_trainer(config: RunConfig):
         processing_class=processor,
     )
     if args.world_size > 1:
-        keep_visual_in_step(model)
+        deepspeed = getattr(args, "hf_deepspeed_config", None)
+        keep_visual_in_step(model, sharded=deepspeed is not None and deepspeed.is_zero3())
     return trainer
 
 
@@ -133,24 +140,30 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
         Metrics of the last evaluation and of the run.
 
     Raises:
-        ConfigError: no training data, or an output folder that holds another run's checkpoints while `resume` is off.
+        ConfigError: no training data, an output folder that holds another run's checkpoints while `resume` is off, or a
+            checkpoint that this number of ranks cannot go on from.
+        SaveError: a checkpoint or the trained model could not be written.
+        NonFiniteError: a loss or gradient was not finite, and `optimization.on_nan` says to stop.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-    from transformers.trainer_utils import get_last_checkpoint
 
     from swim_fast.modeling.adapters import merge_adapters
+    from swim_fast.training.checkpoints import check_resumable, last_checkpoint
+    from swim_fast.training.model_card import model_card
 
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one file, e.g. data.train: [{path: train.jsonl}]")
     trainer = build_trainer(config)
     args = trainer.args
     output = Path(args.output_dir)
-    last = get_last_checkpoint(output) if output.is_dir() else None
-    checkpoint = args.resume_from_checkpoint or (last if resume else None)
+    last = last_checkpoint(output)
+    checkpoint = args.resume_from_checkpoint or (last and str(last) if resume else None)
     if last and not checkpoint:
         raise ConfigError(
-            f"{output} already holds {Path(last).name}: go on with --resume, or choose another training.output_dir"
+            f"{output} already holds {last.name}: go on with --resume, or choose another training.output_dir"
         )
+    if checkpoint:
+        check_resumable(Path(checkpoint), args)
     if trainer.is_world_process_zero():
         text = config.as_yaml()
         print(f"effective configuration ({output / 'config.yaml'}):\n\n{text}", flush=True)
@@ -164,13 +177,16 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
         logger.warning("stopped at step %d of %d; go on with --resume", result.global_step, trainer.state.max_steps)
         return result.metrics
     adapter = output / "adapter" if config.model.lora else None
-    trainer.save_model(adapter and str(adapter))
+    trainer.save_final_model(adapter or output)
     trainer.save_state()
     metrics = result.metrics | _last_evaluation(trainer)
     trainer.save_metrics("all", metrics)
-    if adapter and trainer.is_world_process_zero():
-        unset_hf_deepspeed_config()  # or ZeRO-3 would wait for the other ranks to load their parts
-        merge_adapters(config.model.path, adapter, output, config.model.dtype)
+    if trainer.is_world_process_zero():
+        if adapter:
+            unset_hf_deepspeed_config()  # or ZeRO-3 would wait for the other ranks to load their parts
+            merge_adapters(config.model.path, adapter, output, config.model.dtype)
+        card = model_card(config, trainer.state.global_step, metrics)
+        (output / "README.md").write_text(card, encoding="utf-8")
     return metrics
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from swim_fast.alignment import pair_losses
@@ -23,6 +23,9 @@ from swim_fast.modeling.adapters import has_adapters, load_adapters
 from swim_fast.modeling.freezing import parameters_of_parts
 from swim_fast.modeling.text_loss import count_labels
 from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, EpochOfSampler, StopOnSignal
+from swim_fast.training.checkpoints import CheckpointingTrainer
+from swim_fast.training.flops import StepFlops, peak_flops
+from swim_fast.training.nonfinite import FiniteGuard
 from swim_fast.training.parameter_groups import divide_groups
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ def data_seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
-class SwimTrainer(Trainer):
+class SwimTrainer(CheckpointingTrainer):
     """Trains on the batches of `swim_fast.data`.
 
     Loss of one optimizer step, over all its micro-batches and ranks:
@@ -46,6 +49,10 @@ class SwimTrainer(Trainer):
 
     Args:
         loss: weights and choices of the mask loss.
+        on_nan: what becomes of a micro-batch whose loss, or a step whose gradient, is NaN or infinite: "stop" ends the
+            run before the optimizer; "skip" leaves it out on all ranks. Both need one small reduction among the ranks,
+            and one wait for the device, per micro-batch. With DeepSpeed the engine checks the gradient and leaves the
+            step out itself; with fp16 that is how the loss scale is found, so that gradients are not checked here.
         learning_rates: of parts of the model, see `parameters_of_parts`; the others have `args.learning_rate`.
         batch_sampler: batches of packed samples to train on, with `train_collator`, which packs them; None: batches of
             `per_device_train_batch_size` samples, of `data_collator`, as for evaluation.
@@ -56,6 +63,7 @@ class SwimTrainer(Trainer):
         self,
         *,
         loss: AttentionLossConfig,
+        on_nan: str = "stop",
         learning_rates: dict[str, float] | None = None,
         batch_sampler: PackingSampler | None = None,
         train_collator: Collator | None = None,
@@ -65,6 +73,10 @@ class SwimTrainer(Trainer):
         self.batch_sampler, self.train_collator = batch_sampler, train_collator
         self.loss_options = loss
         self.learning_rates = learning_rates or {}
+        self._guard = FiniteGuard(self.accelerator, self.args.output_dir, on_nan)
+        self._step_samples = (-1, [])  # step, and the samples it has had so far
+        self._peak = peak_flops(self.args.device)
+        self._count_flops = StepFlops(self.model)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of the global step itself
         self.add_callback(StopOnSignal(self.accelerator))
         self.add_callback(BackwardWhereTrained())
@@ -101,10 +113,46 @@ class SwimTrainer(Trainer):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         self._report(inputs)
         text, mask, sums, outputs = self._forward(model, inputs)
-        self._sums += sums
         labels, pairs = num_items_in_batch.clamp(min=1).to(text.dtype)
         loss = self.args.world_size * self._weigh(text / labels, mask / pairs)
+        if self._guard.loss_is_finite(loss):
+            self._remember_samples(inputs["samples"])
+        else:
+            self._leave_out(inputs["samples"], text / labels, mask / pairs)
+            # once more with nothing in it: what is collective, forward and backward, happens on every rank
+            inputs = self._prepare_inputs(self.data_collator([]))
+            text, mask, sums, outputs = self._forward(model, inputs)
+            loss = self._weigh(text, mask)
+        self._sums += sums
+        if self._peak:
+            self._flops += sum(self._count_flops(inputs))
         return (loss, outputs) if return_outputs else loss
+
+    def _remember_samples(self, samples: list[str]) -> None:
+        step, before = self._step_samples
+        self._step_samples = (self.state.global_step, samples if step != self.state.global_step else before + samples)
+
+    def _leave_out(self, samples: list[str], text, mask) -> None:
+        """A micro-batch whose loss is not finite on some rank: raises, or puts its samples among the skipped."""
+        what = f"the loss is not finite (text loss {text.item():.4g}, mask loss {mask.item():.4g})"
+        at_fault = not torch.isfinite(self._weigh(text, mask)).item()
+        self._skip(samples, self._guard.refuse("loss", what, self.state.global_step + 1, samples, at_fault))
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient's norm, just before the optimizer's step; a gradient that is not finite never gets there."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16 and not self._guard.gradient_is_finite(norm):
+            step, samples = self._step_samples
+            samples = samples if step == self.state.global_step else []
+            what = "the gradient is not finite (the losses are)"
+            self._skip(samples, self._guard.refuse("gradient", what, self.state.global_step + 1, samples))
+            for parameter in model.parameters():
+                parameter.grad = None  # an optimizer passes over what has none
+        return norm
+
+    def _skip(self, samples: list[str], reason: str) -> None:
+        self._sums[SUMS.index("skipped")] += len(samples)
+        self._write_skipped([f"{sample}: {reason}" for sample in samples])
 
     def _weigh(self, text, mask):
         return self.loss_options.text_weight * text + self.loss_options.mask_weight * mask
@@ -229,11 +277,14 @@ class SwimTrainer(Trainer):
         for note in batch["notes"]:
             self._notes += 1
             logger.log(logging.INFO if self._notes <= NOTES_LOGGED else logging.DEBUG, "%s", note)
-        if not batch["problems"]:
+        self._write_skipped(batch["problems"])
+
+    def _write_skipped(self, problems: list[str]) -> None:
+        if not problems:
             return
         self._skipped.parent.mkdir(parents=True, exist_ok=True)
         with self._skipped.open("a", encoding="utf-8") as file:
-            for problem in batch["problems"]:
+            for problem in problems:
                 logger.warning("skipped: %s", problem)
                 file.write(json.dumps({"step": self.state.global_step, "problem": problem}, ensure_ascii=False) + "\n")
 
@@ -280,6 +331,7 @@ class SwimTrainer(Trainer):
 
     def _start_interval(self):
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.args.device)
+        self._flops = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self._since = (time.perf_counter(), self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -288,10 +340,14 @@ class SwimTrainer(Trainer):
             since, step = self._since
             averages = self._averages(self._sums)
             averages["pairs_per_step"] = averages.pop("pairs") / max(self.state.global_step - step, 1)
-            used = self._sums[[SUMS.index("tokens"), SUMS.index("places")]]
-            tokens, places = (self.accelerator.reduce(used, "sum") if self.args.world_size > 1 else used).tolist()
+            used = torch.stack([self._sums[SUMS.index("tokens")], self._sums[SUMS.index("places")], self._flops])
+            used = self.accelerator.reduce(used, "sum") if self.args.world_size > 1 else used
+            tokens, places, flops = used.tolist()
+            seconds = time.perf_counter() - since
             logs |= self._rates_of_parts
-            logs |= averages | {"tokens_per_second": round(tokens / (time.perf_counter() - since), 1)}
+            logs |= averages | {"tokens_per_second": round(tokens / seconds, 1)}
             logs["padding_share"] = round(1 - tokens / max(places, 1), 4)
+            if self._peak:
+                logs["mfu"] = round(flops / seconds / (self.args.world_size * self._peak), 4)
             self._start_interval()
         super().log(logs, start_time)

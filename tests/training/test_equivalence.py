@@ -1,11 +1,25 @@
 """The same samples give the same gradient however they are dealt out; a resumed run is the run."""
 
+import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
 
-from tests.training.conftest import history, run, run_here, weights
+from swim_fast.data.dataset import MixtureSampler, SourceOptions, SwimDataset
+from tests.training.conftest import (
+    history,
+    record,
+    run,
+    run_here,
+    square_clip,
+    text_record,
+    weights,
+    write_records,
+)
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
 
@@ -37,7 +51,7 @@ def test_batch_accumulation_and_ranks_give_one_gradient(write_config, start):
         assert (changes(folder, start) - truth).norm() <= 1e-4 * truth.norm()
         for mine, other in zip(history(whole), history(folder), strict=True):
             for key in ("loss", "text_loss", "mask_loss", "pointing_accuracy", "pairs_per_step", "grad_norm"):
-                assert mine.get(key) == pytest.approx(other.get(key), rel=1e-4), key
+                assert mine.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4), key
 
 
 def test_deepspeed_zero2_equals_one_rank_with_twice_the_accumulation(write_config, start):
@@ -52,6 +66,62 @@ def test_deepspeed_zero2_equals_one_rank_with_twice_the_accumulation(write_confi
             assert mine[key] == pytest.approx(other[key], rel=1e-4), key
     truth = changes(one, start)
     assert (changes(two, start) - truth).norm() <= 1e-3 * truth.norm()
+
+
+@pytest.fixture
+def unlike(tmp_path):
+    """Records of every kind: with tag, without, an image, text alone, and two that give no sample."""
+    lines = []
+    for number in range(3):
+        masks = square_clip(tmp_path / f"{number}.mp4", number)
+        lines.append(record(f"{number}.mp4", masks[: 4 + 2 * number]))
+    lines[2] = json.loads(json.dumps({**lines[2], "annotation": []}).replace("<ins>", "").replace("</ins>", ""))
+    Image.fromarray(np.full((56, 84, 3), 120, np.uint8)).save(tmp_path / "still.png")
+    image = {"image": "still.png", "conversations": text_record(1)["conversations"]}
+    lines.append(json.loads(json.dumps(image).replace("What is", "<image>What is")))
+    return write_records(
+        tmp_path / "unlike.jsonl", [*lines, text_record(0), text_record(2), *[{"conversations": []}] * 2]
+    )
+
+
+KINDS = ["tag", "tag", "plain", "image", "text", "text", "nothing", "nothing"]  # of the records of `unlike`
+SEED = 104  # whose order brings every contrast between two ranks with batches of two
+
+
+def test_the_seed_brings_every_contrast(unlike):
+    sampler = MixtureSampler(SwimDataset([SourceOptions(str(unlike))], None), SEED)
+    pairs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        kinds = [KINDS[number] for number in sampler]
+        pairs += [(set(kinds[i : i + 2]), set(kinds[i + 2 : i + 4])) for i in (0, 4)]
+    pairs += [(other, mine) for mine, other in pairs]
+    assert any(mine == {"nothing"} and "tag" in other for mine, other in pairs)
+    assert any(mine == {"text"} and {"tag", "image"} == other for mine, other in pairs)
+    assert any("tag" in mine and "plain" in other and "tag" not in other for mine, other in pairs)
+
+
+@pytest.mark.parametrize("zero", ["zero3", pytest.param("zero2_offload", marks=pytest.mark.slow)])
+def test_ranks_with_unlike_batches_give_the_losses_of_one_rank(write_config, unlike, zero):
+    """Text against video and image, tag against none, nothing against something; everything is trained."""
+    data = {"train": [{"path": str(unlike)}]}
+    steps = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "seed": SEED}
+    one = write_config("one", data=data, training={**steps, "gradient_accumulation_steps": 2})
+    run_here(one)
+    deepspeed = {"deepspeed": f"configs/deepspeed/{zero}.json", "save_strategy": "steps", "save_steps": 2}
+    two = write_config("two", data=data, training={**steps, **deepspeed})
+    run("train", two, ranks=2)
+    one, two = one.with_suffix(""), two.with_suffix("")
+    for mine, other in zip(history(one), history(two), strict=True):
+        for key in ("loss", "text_loss", "mask_loss", "pairs_per_step", "skipped"):
+            assert mine.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4), key
+    # the final checkpoint is a plain one with the weights that were trained, the tied head among them
+    mine, other = (AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32) for folder in (one, two))
+    assert other.lm_head.weight is other.get_input_embeddings().weight
+    for (name, value), trained in zip(mine.named_parameters(), other.parameters(), strict=True):
+        assert (value - trained).norm() <= 1e-3 * max(value.norm().item(), 1), name
+    saved = json.loads((two / "checkpoint-2" / "layout.json").read_text())
+    assert saved == {"ranks": 2, "batch": 2, "accumulation": 1, "zero_stage": 3 if zero == "zero3" else 2}
 
 
 def test_resume_continues_exactly(write_config):

@@ -1,0 +1,213 @@
+"""Checkpoints that are whole or not there at all, and what a run may go on from.
+
+A checkpoint is written below `incomplete/` in the output folder and renamed to `checkpoint-<step>` when every rank is
+done; older ones are deleted after that. Whatever ends the run while it saves, the last `checkpoint-*` can be resumed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from swim_fast.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+STAGING = "incomplete"  # folder in the output folder; its name must not begin as those of checkpoints do
+LAYOUT = "layout.json"
+STATE = "trainer_state.json"  # transformers writes it last
+
+
+class SaveError(OSError):
+    """Something could not be saved; the message names the folder, the reason and what to go on from."""
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The complete `checkpoint-<step>` of the highest step in an output folder; None if there is none.
+
+    A folder without `trainer_state.json` was left by a run that ended while it copied or saved: it is not considered.
+    """
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    for checkpoint in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        if (checkpoint / STATE).is_file():
+            return checkpoint
+        logger.warning("%s is incomplete (no %s) and is not considered; it can be deleted", checkpoint, STATE)
+    return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the samples of an optimizer step were dealt out; saved with each checkpoint as `layout.json`.
+
+    Attributes:
+        ranks: number of processes.
+        batch: samples of one rank's micro-batch (`per_device_train_batch_size`).
+        accumulation: micro-batches of a rank per step (`gradient_accumulation_steps`).
+        zero_stage: of DeepSpeed; None without it.
+    """
+
+    ranks: int
+    batch: int
+    accumulation: int
+    zero_stage: int | None = None
+
+    @classmethod
+    def of(cls, args) -> "Layout":
+        """The layout of `transformers.TrainingArguments`."""
+        deepspeed = getattr(args, "hf_deepspeed_config", None)
+        stage = deepspeed.get_value("zero_optimization.stage", 0) if deepspeed else None
+        return cls(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps, stage)
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Layout | None":
+        """The layout a checkpoint was saved with; None if it does not say."""
+        file = checkpoint / LAYOUT
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def write(self, checkpoint: Path) -> None:
+        (checkpoint / LAYOUT).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def samples(self) -> int:
+        """Per optimizer step."""
+        return self.ranks * self.batch * self.accumulation
+
+
+def check_resumable(checkpoint: Path, args) -> None:
+    """Refuse to go on from a checkpoint in a way that would lose optimizer state, or samples.
+
+    The order of the samples depends on seed and epoch alone, and a step takes the next so many of them. As long as that
+    number stays the same, a run without DeepSpeed may go on with any number of ranks: each step sees the samples it
+    would have seen. (At the end of an epoch that does not come out even, the last step repeats samples to give every
+    rank as many; how many differs with the number of ranks.)
+
+    Args:
+        checkpoint: folder to go on from. One without `layout.json` is not checked.
+        args: `TrainingArguments` of the run that is to go on.
+
+    Raises:
+        ConfigError: naming what the checkpoint was saved with and how to go on.
+    """
+    saved, now = Layout.read(checkpoint), Layout.of(args)
+    if saved is None or saved == now:
+        return
+    was = f"{checkpoint} was saved by {saved.ranks} ranks"
+    if (saved.zero_stage is None) != (now.zero_stage is None):
+        kind = "without DeepSpeed" if saved.zero_stage is None else f"with DeepSpeed ZeRO-{saved.zero_stage}"
+        raise ConfigError(f"{was} {kind}, and its optimizer state can only be read so: set training.deepspeed likewise")
+    if saved.samples != now.samples:
+        per_rank = saved.samples // now.ranks
+        batch = now.batch if per_rank % now.batch == 0 else 1
+        remedy = f"set training.per_device_train_batch_size={batch} training.gradient_accumulation_steps="
+        remedy = f"{remedy}{per_rank // batch}" if saved.samples % now.ranks == 0 else "choose another number of ranks"
+        raise ConfigError(
+            f"{was} x {saved.batch} samples x {saved.accumulation} accumulation = {saved.samples} samples per step; "
+            f"now it would be {now.ranks} x {now.batch} x {now.accumulation} = {now.samples}, so that the place in the "
+            f"data and the learning rate's schedule would not fit: {remedy}"
+        )
+    if saved.zero_stage is not None and (saved.ranks, saved.zero_stage) != (now.ranks, now.zero_stage):
+        if args.hf_deepspeed_config.get_value("checkpoint.load_universal", False):
+            return
+        (tag,) = (checkpoint / "latest").read_text(encoding="utf-8").split()
+        raise ConfigError(
+            f"{was} with DeepSpeed ZeRO-{saved.zero_stage}, whose optimizer state is split among that many; now there "
+            f"are {now.ranks} with ZeRO-{now.zero_stage}. Go on with the same number and stage, or convert it:\n"
+            f"  python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
+            f"--input_folder {checkpoint / tag} --output_folder {checkpoint / tag}_universal\n"
+            f'and add "checkpoint": {{"load_universal": true}} to the file that training.deepspeed names'
+        )
+
+
+class CheckpointingTrainer(Trainer):
+    """A `transformers.Trainer` that saves whole checkpoints or none, and says with what layout."""
+
+    _staged: Path | None = None  # while a checkpoint is being written: where
+
+    @contextlib.contextmanager
+    def _staging(self, folder: Path, what: str):
+        """A folder to write `what` into, below `folder`; after the block every rank has written its part.
+
+        A rank that fails ends with `SaveError`, without waiting for the others, which may be in the middle of a
+        collective: the launcher ends them, or their connection to it breaks.
+        """
+        staging = folder / STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # of a run that ended while it saved
+        self.accelerator.wait_for_everyone()
+        try:
+            yield staging
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' writers have their own
+            shutil.rmtree(staging, ignore_errors=True)
+            last = last_checkpoint(self.args.output_dir)
+            rest = f"go on from {last} with --resume" if last else "start again (there is no checkpoint yet)"
+            raise SaveError(
+                f"{what} could not be saved in {folder}: {str(error) or type(error).__name__}. If the disk is full, "
+                f"free space there or lower training.save_total_limit; then {rest}"
+            ) from error
+        self.accelerator.wait_for_everyone()
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *rest) -> tuple[int, int]:
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *rest)
+        # a run that had come to its end and is resumed, say since its model could not be saved, has nothing left to do;
+        # transformers 5.17 would train one step more
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staged or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staged is None:  # else it is about to be renamed
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(super()._get_output_dir(trial))
+        final = folder / f"checkpoint-{self.state.global_step}"
+        with self._staging(folder, final.name) as staging:
+            try:
+                self._staged = staging
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staged = None
+            staged = staging / final.name
+            is_best = self.state.best_model_checkpoint == str(staged)
+            if is_best:
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                Layout.of(self.args).write(staged)
+                if is_best:
+                    self.state.save_to_json(str(staged / STATE))
+        if self.args.should_save:
+            if final.exists():
+                final.rename(staging / "replaced")
+            staged.rename(final)
+            shutil.rmtree(staging)
+            rotate_checkpoints(
+                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def save_final_model(self, folder: Path) -> None:
+        """Leave the trained model in a folder as transformers (of adapters, peft) saves it, all of its files or none.
+
+        Raises:
+            SaveError: if they could not be written.
+        """
+        with self._staging(folder, "the trained model") as staging:
+            self.save_model(str(staging))
+        if self.args.should_save:
+            for item in staging.iterdir():
+                if item.is_dir():  # of weights that DeepSpeed was told not to gather
+                    shutil.rmtree(folder / item.name, ignore_errors=True)
+                os.replace(item, folder / item.name)
+            staging.rmdir()
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,145 @@
+"""Floating-point operations that a training step needs, and the share of the device's peak that they are (MFU).
+
+Counted are the products of matrices, 2·m·n·k operations each: every weight with every token it sees, and in attention
+the scores and the weighted values. Backward, a product has one more for its input's gradient and one for its weight's,
+where there is anything to train before it and in it; attention has two for each of its two. Causal attention counts the
+pairs it looks at, about half of the square. Not counted: what activation checkpointing computes again, the noun maps,
+and everything that is not a product of matrices.
+
+This is the "model FLOPs utilization" of PaLM (arXiv 2204.02311, appendix B), except that PaLM counts the whole square
+of causal attention.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from swim_fast.modeling.families import family_of
+
+# Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets (where these give the figure with sparsity,
+# half of it). The first whose words occur in the device's name is taken.
+PEAK_TFLOPS = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("GH200", 989.4),
+    ("H200 NVL", 835.5),
+    ("H200", 989.4),
+    ("H100 NVL", 835.5),
+    ("H100 PCIe", 756.5),
+    ("H100", 989.4),  # SXM5, "NVIDIA H100 80GB HBM3"
+    ("H800", 989.4),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.05),
+    ("A40", 149.7),
+    ("A10", 125.0),
+    ("L4", 121.0),
+    ("MI300X", 1307.4),
+)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s; None for the CPU and for one that `PEAK_TFLOPS` does not know."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ")
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS if f" {name} " in f" {words} "), None)
+
+
+class Flops(NamedTuple):
+    """Operations of forward and backward, fp64 scalars on the batch's device."""
+
+    weights: Tensor  # products with weights
+    text_attention: Tensor
+    vision_attention: Tensor
+
+
+class StepFlops:
+    """Counts the operations of batches of `swim_fast.data.Collator` for one model; never waits for the device.
+
+    Args:
+        model: a model of a supported family, frozen as it will be trained, with or without adapters.
+    """
+
+    def __init__(self, model: nn.Module):
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        family = family_of(model)
+        visual, language_model = model.get_submodule(family.visual), model.get_submodule(family.language_model)
+        text, vision = model.config.get_text_config(), model.config.vision_config
+        merger = set(model.get_submodule(family.merger).modules())
+
+        # operations per token of each part, in the order in which gradients would have to go back through them
+        trained = False
+        tower = [module for module in visual.modules() if module not in merger]
+        self._per_patch, trained = _products(tower, trained)
+        heads, head_dim = vision.num_heads, vision.hidden_size // vision.num_heads
+        self._per_vision_pair = (3 if trained else 1) * 4 * heads * head_dim
+        self._per_visual_token, trained = _products(list(model.get_submodule(family.merger).modules()), trained)
+        embedding = [module for module in language_model.modules() if isinstance(module, nn.Embedding)]
+        trained = trained or any(_is_trained(module) for module in embedding)
+        self._per_token, self._per_text_pair = 0, 0
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        for layer in language_model.layers:
+            products, trained = _products(list(layer.modules()), trained)
+            self._per_token += products
+            self._per_text_pair += (3 if trained else 1) * 4 * text.num_attention_heads * head_dim
+        self._per_label, _ = _products(list(model.get_submodule(family.head).modules()), trained)
+
+        self._merge = vision.spatial_merge_size
+        self._depth = vision.depth
+        self._whole_frames = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+        self._window = getattr(vision, "window_size", vision.patch_size) // vision.patch_size
+
+    def __call__(self, batch: dict) -> Flops:
+        """Operations of one batch's forward and backward; padding is not counted."""
+        tokens, pairs = _text(batch)
+        labels = (batch["labels"][:, 1:] != -100).sum().double()
+        patches = vision_pairs = tokens.new_zeros(())
+        for key in ("image_grid_thw", "video_grid_thw"):
+            if key in batch:
+                frames, height, width = batch[key].double().unbind(1)
+                patches = patches + (frames * height * width).sum()
+                whole = (frames * (height * width) ** 2).sum()
+                windows = (frames * self._squares(height) * self._squares(width)).sum()
+                vision_pairs = vision_pairs + self._whole_frames * whole + (self._depth - self._whole_frames) * windows
+        weights = self._per_token * tokens + self._per_label * labels + self._per_patch * patches
+        weights = weights + self._per_visual_token * patches / self._merge**2
+        return Flops(weights, self._per_text_pair * pairs, self._per_vision_pair * vision_pairs)
+
+    def _squares(self, length: Tensor) -> Tensor:
+        """Sum of the squared lengths of the windows that a side of so many patches is cut into."""
+        rest = length % self._window
+        return (length - rest) * self._window + rest**2
+
+
+def _text(batch: dict) -> tuple[Tensor, Tensor]:
+    """Tokens of a batch without padding, and its (query, key) pairs; fp64 scalars."""
+    if batch.get("cu_seq_lens_q") is not None:
+        lengths = batch["cu_seq_lens_q"].diff().double()
+    elif batch.get("attention_mask") is not None and batch["attention_mask"].ndim == 2:
+        lengths = batch["attention_mask"].sum(1).double()
+    else:
+        rows, length = batch["input_ids"].shape
+        lengths = torch.full((rows,), float(length), dtype=torch.float64, device=batch["input_ids"].device)
+    return lengths.sum(), (lengths * (lengths + 1) / 2).sum()
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def _products(modules: list[nn.Module], trained: bool) -> tuple[int, bool]:
+    """Operations per token of modules in their order; `trained`: whether anything before is, returned for the next."""
+    total = 0
+    for module in modules:
+        size = 0  # from the geometry: ZeRO-3 and quantisation leave other shapes in the weights themselves
+        if isinstance(module, nn.Linear):
+            size = module.in_features * module.out_features
+        elif isinstance(module, nn.Conv3d):
+            size = module.in_channels * module.out_channels * math.prod(module.kernel_size)
+        if size:
+            total += 2 * size * (1 + trained + module.weight.requires_grad)
+        trained = trained or _is_trained(module)
+    return total, trained
