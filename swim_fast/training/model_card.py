@@ -57,7 +57,8 @@ def model_card(config: RunConfig, steps: int, metrics: dict[str, float]) -> str:
             "",
             f"# {base.rstrip('/').rpartition('/')[2]}, trained with swim_fast",
             "",
-            f"A plain checkpoint of `{base}`, fine-tuned for {steps} steps with {how}. It takes plain text and video, without tags.",
+            f"A plain checkpoint of `{base}`, fine-tuned for {steps} steps with {how}. It takes plain text and video, "
+            "without tags.",
             "",
             "## Use",
             "",
