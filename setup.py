@@ -8,7 +8,17 @@ from setuptools import find_packages, setup
 # interface: they were checked for 0.8, and other versions are refused.
 LIGER = "liger-kernel>=0.8.5,<0.9"
 LORA = ["peft>=0.21", "bitsandbytes>=0.50"]
-TEST = [*LORA, LIGER, "pytest>=8", "pytest-timeout>=2.3", "deepspeed>=0.19,<0.20", "av>=14", "torchcodec>=0.10"]
+NL_REFER = ["openai>=1.40,<4", "HanTa>=1.1,<2"]
+TEST = [
+    *LORA,
+    *NL_REFER,
+    LIGER,
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "deepspeed>=0.19,<0.20",
+    "av>=14",
+    "torchcodec>=0.10",
+]
 
 setup(
     name="swim-fast",
@@ -20,6 +30,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["swim_fast", "swim_fast.*"]), *find_packages("kernels")],
     package_dir={"swim_kernels": "kernels/swim_kernels"},
+    package_data={"swim_fast.nl_refer": ["synonyms.tsv"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",  # transformers' video processors resize with it
@@ -44,6 +55,7 @@ setup(
         "pyav": ["av>=14"],
         "torchcodec": ["torchcodec>=0.10"],
         "demo": ["av>=14"],  # writes the demo's H.264 clips
+        "nl-refer": NL_REFER,
         "test": TEST,
         "bench": ["pytest-benchmark>=5"],
         "dev": [*TEST, "ruff>=0.12", "pytest-benchmark>=5"],

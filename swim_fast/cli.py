@@ -4,6 +4,8 @@ import argparse
 import logging
 import sys
 
+from swim_fast.nl_refer.commands import add_jobs as add_nl_refer
+
 
 def _train(args) -> int:
     from swim_fast.config import load_config
@@ -89,6 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("--model", required=True, help="checkpoint whose processor and tokenizer are used")
     job.add_argument("--out", default="record.png")
     job.set_defaults(run=_data_show)
+
+    add_nl_refer(jobs)
     return parser
 
 

@@ -90,18 +90,41 @@ class RecordFile(Sequence[Record]):
                 instead of tags; a file that was changed since it was opened.
             IndexError: no such record.
         """
+        number = self._place(number)
+        return self.parse(self.raw(number), number)
+
+    def raw(self, number: int) -> dict:
+        """One record as the file has it, its contents unchecked.
+
+        Raises:
+            DataError: malformed JSON; no JSON object; a file that was changed since it was opened.
+            IndexError: no such record.
+        """
+        number = self._place(number)
+        try:
+            return self._read(number)
+        except DataError as error:
+            raise error.within(source=str(self.path), record=number, name="") from None
+
+    def parse(self, entry: dict, number: int) -> Record:
+        """Check an entry as if it stood in place ``number`` of the file.
+
+        Raises:
+            DataError: as for indexing.
+        """
+        name = record_name(entry)
+        try:
+            return _record(entry, str(self.path), number, name, self.media_root)
+        except DataError as error:
+            raise error.within(source=str(self.path), record=number, name=name) from None
+
+    def _place(self, number: int) -> int:
         number = operator.index(number)
         if number < 0:
             number += len(self)
         if not 0 <= number < len(self):
             raise IndexError(f"{self.path} has {len(self)} records, there is no number {number}")
-        name = ""
-        try:
-            entry = self._read(number)
-            name = _name(entry)
-            return _record(entry, str(self.path), number, name, self.media_root)
-        except DataError as error:
-            raise error.within(source=str(self.path), record=number, name=name) from None
+        return number
 
     def _read(self, number: int) -> dict:
         start, end = map(int, self._offsets[number])
@@ -139,13 +162,14 @@ def _signature(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _name(entry: dict) -> str:
+def record_name(entry: dict) -> str:
+    """A record's own name, "" if it has none."""
     value = entry.get("index", entry.get("id"))
     return str(value) if isinstance(value, str | int) else ""
 
 
 def _record(entry: dict, source: str, number: int, name: str, media_root: Path) -> Record:
-    turns = _turns(entry)
+    turns = read_turns(entry)
     kind, media = _media(entry, media_root)
     objects = _objects(entry, turns)
     if objects and kind == "text":
@@ -153,7 +177,12 @@ def _record(entry: dict, source: str, number: int, name: str, media_root: Path) 
     return Record(source, number, name, turns, kind, media, objects)
 
 
-def _turns(entry: dict) -> tuple[Turn, ...]:
+def read_turns(entry: dict) -> tuple[Turn, ...]:
+    """The conversation of a raw record.
+
+    Raises:
+        DataError: it is missing or malformed.
+    """
     conversations = entry.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise DataError(

@@ -1,0 +1,1 @@
+"""VideoRefer to NL-Refer: placeholders become referring expressions with a tagged noun; variants and counts of sets."""
