@@ -39,6 +39,7 @@ class Asked:
     """What was asked and what it cost.
 
     Attributes:
+        prices: of a million tokens in and out; 0 where nobody said.
         settled_before: records that the journal had settled already.
         open: records that were to be asked about.
         requests: sent in this run, retries included.
@@ -47,6 +48,7 @@ class Asked:
         answers: received in this run.
     """
 
+    prices: tuple[float, float] = (0.0, 0.0)
     settled_before: int = 0
     open: int = 0
     requests: int = 0
@@ -62,36 +64,36 @@ class Asked:
         self.tokens_in += answer.tokens_in
         self.tokens_out += answer.tokens_out
 
-    def lines(self, prices: tuple[float, float], dry_run: bool) -> Iterator[str]:
+    @property
+    def cost(self) -> float:
+        """Of this run."""
+        return self._cost(self.tokens_in, self.tokens_out)
+
+    def lines(self, dry_run: bool) -> Iterator[str]:
         """For the report.
 
         Args:
-            prices: of a million tokens in and out.
             dry_run: whether the tokens are estimates.
         """
+
+        def cost(tokens_in: int, tokens_out: int) -> str:
+            return f", cost {self._cost(tokens_in, tokens_out):,.2f}" if any(self.prices) else ""
+
         if self.settled_before:
             yield f"  {self.settled_before:,} records were settled by the journal"
-        cost = _cost(self.tokens_in, self.tokens_out, prices)
+        spent = f"{self.tokens_in:,} tokens in, {self.tokens_out:,} out{cost(self.tokens_in, self.tokens_out)}"
         if dry_run:
-            yield (
-                f"  {self.open:,} records to ask about, at least {self.open:,} requests: about "
-                f"{self.tokens_in:,} tokens in, {self.tokens_out:,} out{cost}"
-            )
+            yield f"  {self.open:,} records to ask about, at least {self.open:,} requests: about {spent}"
             return
-        yield (
-            f"  {self.requests:,} requests, {self.answers:,} answers, {self.tokens_in:,} tokens in, "
-            f"{self.tokens_out:,} out{cost}"
-        )
+        yield f"  {self.requests:,} requests, {self.answers:,} answers, {spent}"
         if self.answers and not self.tokens_in:
             yield "  (the endpoint does not count tokens)"
         if self.settled_before:
-            kept = _cost(self.kept_in, self.kept_out, prices)
-            yield f"  with earlier runs: {self.kept_in:,} tokens in, {self.kept_out:,} out{kept}"
+            kept = f"{self.kept_in:,} tokens in, {self.kept_out:,} out{cost(self.kept_in, self.kept_out)}"
+            yield f"  with earlier runs: {kept}"
 
-
-def _cost(tokens_in: int, tokens_out: int, prices: tuple[float, float]) -> str:
-    cost = (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6
-    return f", cost {cost:,.2f}" if any(prices) else ""
+    def _cost(self, tokens_in: int, tokens_out: int) -> float:
+        return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
 
 
 @dataclass(frozen=True)
@@ -232,9 +234,8 @@ async def _ask(
         while (found := next(tasks, "end")) != "end":
             if found is not None:
                 await settle(*found)
-            bar.set_postfix(
-                {"tokens in": asked.tokens_in, "out": asked.tokens_out, "refused": len(refused)}, refresh=False
-            )
+            shown = {"tokens in": asked.tokens_in, "out": asked.tokens_out, "refused": len(refused)}
+            bar.set_postfix({**shown, "cost": f"{asked.cost:.2f}"} if any(asked.prices) else shown, refresh=False)
             bar.update()
             await asyncio.sleep(0)  # reading records must not starve the requests under way
 

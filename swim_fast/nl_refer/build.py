@@ -90,7 +90,6 @@ class BuildReport:
             stand in).
         reasons: failed records by kind.
         asked: what the model was asked and cost; None for the rules.
-        prices: of a million tokens in and out.
         dry_run: whether nothing was written or asked.
     """
 
@@ -99,7 +98,6 @@ class BuildReport:
     counts: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
     asked: Asked | None = None
-    prices: tuple[float, float] = (0.0, 0.0)
     dry_run: bool = False
 
     def __str__(self) -> str:
@@ -120,7 +118,7 @@ class BuildReport:
             lines.append(f"  {count['failed']:,} failed:")
             lines += (f"    {number:,} {reason}" for reason, number in self.reasons.most_common())
         if self.asked is not None:
-            lines += self.asked.lines(self.prices, self.dry_run)
+            lines += self.asked.lines(self.dry_run)
         lines += [f"  {name}: {path}" for name, path in (("output", self.out), ("failures", self.review)) if path]
         return "\n".join(lines)
 
@@ -161,14 +159,14 @@ def build(
     check_distinct(source, out=out, review=review, journal=journal)
     records = RecordFile(source)
     count = len(records) if options.limit is None else min(options.limit, len(records))
-    report = BuildReport(None, None, prices=(options.price_in, options.price_out), dry_run=options.dry_run)
+    report = BuildReport(None, None, dry_run=options.dry_run)
     if options.rewriter == "rules":
         _write(records, count, options, out, review, report, lambda task, _: _by_rules(task, options.max_words))
         return report
     # A dry run makes no journal, but reads one that is there.
     with nullcontext() if options.dry_run and not journal.exists() else Journal(journal) as answers:
         asking = AskOptions(options.endpoint, options.binding, options.max_words, options.attempts, options.progress)
-        report.asked = Asked()
+        report.asked = Asked((options.price_in, options.price_out))
         settled = ask_all(records, count, asking, answers, report.asked, dry_run=options.dry_run)
         if options.dry_run:
             report.counts.update(records=count)

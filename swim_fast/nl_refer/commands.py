@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -25,6 +26,8 @@ def _build(args: argparse.Namespace) -> int:
         price_out=args.price_out,
         dry_run=args.dry_run,
     )
+    for name in ("httpx", "httpx2"):  # would write a line for each request
+        logging.getLogger(name).setLevel(logging.WARNING)
     print(build(args.file, args.out, options, journal=args.journal, review=args.review))
     return 0
 

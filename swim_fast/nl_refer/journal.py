@@ -1,7 +1,7 @@
 """Every answer that was paid for, kept the moment it arrives: a run that is stopped or killed pays nothing twice.
 
 One JSON object a line: ``key`` (of the record and everything that was asked, see `answer_key`), ``record`` (its
-number), ``answer`` (the model's text, as it came), ``tokens_in``, ``tokens_out``. Answers are judged anew each time they
+number), ``answer`` (the model's text, as it came), ``tokens_in``, ``tokens_out``. Answers are judged anew whenever they
 are read, so what is kept is what was paid for and not what was thought of it. The rejected answers of a record are kept
 too and count as attempts. Entries of other models, prompts or versions of a record stay and are not used.
 """

@@ -121,15 +121,10 @@ def _mended(tokens: list[Token], i: int) -> str:
     if tag in _UNKNOWN and before in ("AT0", "DPS", "POS", "CRD", *_ADJECTIVES) and after not in _NOUNS:
         return "NN1"
     # "The dog barks at": what looks like a plural behind a noun may be the verb of a clause that has no other.
-    if (
-        tag in ("NN2", *_UNKNOWN)
-        and token.word.endswith("s")
-        and before in _NOUNS
-        and after not in ("", "PUN", *_NOUNS)
-    ):
+    if tag in ("NN2", *_UNKNOWN) and token.word.endswith("s") and before in _NOUNS and after not in _NOUNS:
         certain = before == "NN2" or after in ("AVP", "AV0", "AT0", "DPS") or tag in _UNKNOWN
-        certain = certain or _has_indefinite_article(tokens, i)
-        if certain or "VVZ" in _possible_tags(token.word):
+        likely = after not in ("", "PUN") and (certain or "VVZ" in _possible_tags(token.word))
+        if likely or _has_indefinite_article(tokens, i):
             if not any(tag in _FINITE for tag in _tags_of_clause(tokens, i + 1)):
                 return "VVZ"
     return tag
@@ -268,10 +263,11 @@ def _complement(tokens: list[Token], verb: int) -> NounPhrase | None:
         verb += 1
     if verb == len(tokens) or not _links(tokens[verb]):
         return None
-    phrase = _named(tokens, _after_linking(tokens, verb))
+    i = _after_linking(tokens, verb)
+    phrase = _named(tokens, i)
     if phrase is None:
         return None
-    certain = tokens[phrase.start].tag in ("AT0", "DPS", "CRD", "DT0") or tokens[phrase.head].tag in ("NN2", "NN0")
+    certain = tokens[i].tag in ("AT0", "DPS", "CRD", "DT0") or tokens[phrase.head].tag in ("NN2", "NN0")
     return phrase if certain else None
 
 
@@ -361,6 +357,8 @@ def modifier_end(tokens: list[Token], phrase: NounPhrase) -> int:
     while end < len(tokens) and tokens[end].tag == "PRF" and (more := noun_phrase(tokens, end + 1)) is not None:
         end = more.end
     # "the leaves of the plant move": in a sentence without a verb, the last of two nouns may be the verb.
-    if tokens[end - 2].tag in _NOUNS and not any(token.tag in _FINITE for token in tokens):
-        end -= bool(_possible_tags(tokens[end - 1].word) & {"VVZ", "VVB", "VVI"})
+    if (tokens[end - 2].tag in _NOUNS or tokens[end - 2].word in ("left", "right")) and not any(
+        token.tag in _FINITE for token in tokens
+    ):
+        end -= tokens[end - 1].tag == "NN2" or bool(_possible_tags(tokens[end - 1].word) & {"VVB", "VVI"})
     return phrase.end if tokens[end - 1].word in GENERIC | {"background", "foreground", "camera"} else end

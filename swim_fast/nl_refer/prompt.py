@@ -11,8 +11,8 @@ from swim_fast.nl_refer.validation import RejectedError
 
 _SYSTEM = """\
 You prepare training data for a video model. You are given a conversation about a video in which placeholders \
-{{1}}, {{2}} … stand for objects that were marked in the video. For every placeholder write a short referring expression \
-in plain English that can stand in its place.
+{{1}}, {{2}} … stand for objects that were marked in the video. For every placeholder write a short referring \
+expression in plain English that can stand in its place.
 
 - Take the expression from what the answers say about the object. Never invent an attribute.
 - It must be minimal, yet tell the object from others: the noun with the attributes that matter (colour, clothing, \
