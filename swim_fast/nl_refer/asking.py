@@ -14,7 +14,7 @@ from swim_fast.data.errors import DataError
 from swim_fast.data.records import RecordFile
 from swim_fast.nl_refer.endpoint import Endpoint, EndpointOptions, RefusedError
 from swim_fast.nl_refer.journal import Answer, Journal, answer_key
-from swim_fast.nl_refer.placeholders import Expression, Task, find_task
+from swim_fast.nl_refer.placeholders import Expression, Task, check_rest, find_task
 from swim_fast.nl_refer.prompt import UnnamedError, estimate_tokens, messages, objection, read_answer
 from swim_fast.nl_refer.validation import RejectedError, check_expressions
 
@@ -192,6 +192,8 @@ def ask_all(
             try:
                 entry = records.raw(number)
                 task = find_task(entry, number, options.binding)
+                if task is not None:
+                    check_rest(records, entry, task)
             except DataError:
                 task = None  # reported when the output is written
             if task is None:

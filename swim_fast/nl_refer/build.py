@@ -28,7 +28,7 @@ from swim_fast.nl_refer.asking import Asked, AskOptions, ask_all
 from swim_fast.nl_refer.endpoint import EndpointOptions
 from swim_fast.nl_refer.files import RecordWriter, check_distinct
 from swim_fast.nl_refer.journal import Journal
-from swim_fast.nl_refer.placeholders import BINDINGS, Expression, Task, find_task, replaced
+from swim_fast.nl_refer.placeholders import BINDINGS, Expression, Task, check_rest, find_task, replaced
 from swim_fast.nl_refer.rules import rules_expressions
 from swim_fast.nl_refer.validation import MAX_WORDS, RejectedError, check_expressions
 
@@ -239,11 +239,11 @@ def _converted(
             records.parse(result, number)
             counts["passed"] += 1
             return result, entry
+        check_rest(records, entry, task)
         expressions = rewrite(task, entry)
         if isinstance(expressions, _Failure):
             return expressions, entry
         result = replaced(entry, task, expressions)
-        records.parse(result, number)
     except DataError as error:
         return _Failure("malformed, or without what a rewriter needs", str(error)), entry
     counts.update(rewritten=1, tags=len(task.placeholders), masks_left_out=task.unnamed, contested=int(task.contested))

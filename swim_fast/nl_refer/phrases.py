@@ -29,7 +29,7 @@ _WIDE = frozenset("person individual figure animal creature vehicle".split())
 # X of Y: Y is the object …
 _QUANTITY = frozenset(
     "group pair bunch piece set number variety herd flock crowd couple slice pack swarm stack pile row line collection "
-    "series lot bit team family cluster handful dozen array assortment batch strip chunk sheet bundle".split()
+    "series lot bit majority team family cluster handful dozen array assortment batch strip chunk sheet bundle".split()
 )
 _POSITION = frozenset(
     "top bottom side front back rear edge middle center centre end corner part portion section rest half interior "
@@ -44,9 +44,9 @@ _APPEARANCE = frozenset(
 )
 _PLACES = frozenset("in on at near beside behind under above inside with of from between beneath below".split())
 _BETWEEN_SUBJECT_AND_NOUN = frozenset(
-    "is are was were be been appears appear seems seem to can could may might as like identified described recognized "
-    "recognised classified shows show features depicts displays captures showcases presents contains highlights "
-    "corresponds refers represents includes looks focuses on".split()
+    "is 's ’s are was were be been appears appear seems seem to can could may might as like identified described "
+    "recognized recognised classified shows show features depicts displays captures showcases presents contains "
+    "highlights corresponds refers represents includes looks focuses on".split()
 )
 _SEEING = frozenset("see observe notice find spot".split())
 _NOUNS = ("NN0", "NN1", "NN2", "NP0", "NN")
@@ -221,7 +221,8 @@ def described_phrase(tokens: list[Token], *, subjects: bool = True) -> NounPhras
     phrase = _phrase_with_of(tokens, i)
     if phrase is None or tag == "DPS":  # "its colour", "her hair": of an object that is not named here
         return None
-    if tokens[phrase.head].word not in GENERIC | _WIDE:
+    shown = tokens[phrase.head].word in _POSITION and _text_at(tokens, phrase.end) in ("shows", "displays", "contains")
+    if tokens[phrase.head].word not in GENERIC | _WIDE and not shown:
         return phrase if subjects else None
     if _text_at(tokens, phrase.end) == ",":
         apposition = _named(tokens, phrase.end + 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swim_fast.data.errors import DataError
-from swim_fast.data.records import Turn, read_turns, record_name
+from swim_fast.data.records import RecordFile, Turn, read_turns, record_name
 
 PLACEHOLDER = re.compile(r"<object\d*>\s*<region>|<region>|<object\d+>")
 BINDINGS = ("number", "order")
@@ -103,6 +103,16 @@ def find_task(entry: dict, number: int, binding: str = "number") -> Task | None:
         raise DataError(f"the placeholders {names} cannot be bound to {count} annotations", key="annotation")
     places = (Placeholder(i, *match.span(), k) for (i, match), k in zip(found, objects, strict=True))
     return Task(number, name, turns, tuple(places), count - len(set(objects)), objects != others)
+
+
+def check_rest(records: RecordFile, entry: dict, task: Task) -> None:
+    """Hold the rest of a raw record against what its file promises, before anything is spent on its placeholders.
+
+    Raises:
+        DataError: what would still be wrong with the record once its placeholders are replaced.
+    """
+    stand_ins = [Expression("object", "object")] * len(task.placeholders)
+    records.parse(replaced(entry, task, stand_ins), task.number)
 
 
 def _number(placeholder: str) -> int | None:

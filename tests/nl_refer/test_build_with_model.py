@@ -120,6 +120,39 @@ def test_the_same_command_again_asks_nothing_but_what_was_refused(tmp_path):
         assert sum(server.requests.values()) == 15 and server.requests[3] == 3
 
 
+def test_nothing_is_paid_for_records_that_cannot_be_used(tmp_path):
+    two_videos = raw_record(1, image="a.jpg")
+    bad_masks = raw_record(2, annotation=[{"first": {}}])
+    no_masks = raw_record(3, annotation=[])
+    loose_masks = raw_record(4)
+    loose_masks["conversations"][0]["value"] = "What is in clip 4?"
+    in_answer = raw_record(5)
+    in_answer["conversations"][1]["value"] = "<object1> moves."
+    already = raw_record(6)
+    already["conversations"][0]["value"] = tagged(6)
+    source = write(
+        tmp_path / "raw.jsonl", [raw_record(0), two_videos, bad_masks, no_masks, loose_masks, in_answer, already]
+    )
+    with open(source, "a") as file:
+        file.write('{"index": "cut')
+    server = FakeOpenAI()
+    with serving(server) as url:
+        report = build(source, tmp_path / "out.jsonl", options(url))
+    assert server.requests == {0: 1}
+    out = read(tmp_path / "out.jsonl")
+    assert [entry["index"] for entry in out] == ["raw_0", "raw_4", "raw_6"]
+    assert out[1]["annotation"] == [] and out[2] == already
+    reasons = [(entry["record"], entry["reason"]) for entry in read(tmp_path / "out.jsonl.review.jsonl")]
+    assert [number for number, _ in reasons] == [1, 2, 3, 5, 7]
+    for (_, reason), part in zip(
+        reasons,
+        ["both a video and an image", "not a frame number", "0 annotations", "in an answer", "malformed"],
+        strict=True,
+    ):
+        assert part in reason
+    assert report.counts["passed"] == 2 and report.counts["masks_left_out"] == 1
+
+
 def test_an_endpoint_that_cannot_be_used_stops_the_run(tmp_path):
     source = write(tmp_path / "raw.jsonl", [raw_record(n) for n in range(30)])
     out = tmp_path / "out.jsonl"
