@@ -26,7 +26,7 @@ from swim_fast.data.errors import DataError
 from swim_fast.data.records import RecordFile
 from swim_fast.nl_refer.asking import Asked, AskOptions, ask_all
 from swim_fast.nl_refer.endpoint import EndpointOptions
-from swim_fast.nl_refer.files import RecordWriter, check_distinct
+from swim_fast.nl_refer.files import RecordWriter, check_distinct, media_note
 from swim_fast.nl_refer.journal import Journal
 from swim_fast.nl_refer.placeholders import BINDINGS, Expression, Task, check_rest, find_task, replaced
 from swim_fast.nl_refer.rules import rules_expressions
@@ -84,6 +84,7 @@ class BuildReport:
     """What came of a run; ``str`` is for people.
 
     Attributes:
+        source: the file that was read.
         out, review: the files that were written; None if none was.
         counts: records; rewritten, with how many tags; passed (without placeholder); failed; masks_left_out (objects
             that no placeholder names); contested (records whose placeholders are numbered in another order than they
@@ -93,8 +94,9 @@ class BuildReport:
         dry_run: whether nothing was written or asked.
     """
 
-    out: Path | None
-    review: Path | None
+    source: str | Path
+    out: Path | None = None
+    review: Path | None = None
     counts: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
     asked: Asked | None = None
@@ -120,7 +122,7 @@ class BuildReport:
         if self.asked is not None:
             lines += self.asked.lines(self.dry_run)
         lines += [f"  {name}: {path}" for name, path in (("output", self.out), ("failures", self.review)) if path]
-        return "\n".join(lines)
+        return "\n".join(lines + (media_note(self.source, self.out) if self.out else []))
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def build(
     check_distinct(source, out=out, review=review, journal=journal)
     records = RecordFile(source)
     count = len(records) if options.limit is None else min(options.limit, len(records))
-    report = BuildReport(None, None, dry_run=options.dry_run)
+    report = BuildReport(source, dry_run=options.dry_run)
     if options.rewriter == "rules":
         _write(records, count, options, out, review, report, lambda task, _: _by_rules(task, options.max_words))
         return report

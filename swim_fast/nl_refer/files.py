@@ -79,3 +79,11 @@ def check_distinct(source: str | Path, **written: str | Path | None) -> None:
         if path in seen:
             raise ValueError(f"--{name} {path} is {seen[path]} as well; name another file")
         seen[path] = f"--{name}"
+
+
+def media_note(source: str | Path, out: str | Path) -> list[str]:
+    """A line for the report, where relative media paths no longer start from the folder of their file; else none."""
+    folder = Path(source).resolve().parent
+    if Path(out).resolve().parent == folder:
+        return []
+    return [f"  media paths still start from {folder}: name it as the file's media folder"]

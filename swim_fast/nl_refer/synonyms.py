@@ -12,7 +12,7 @@ from pathlib import Path
 
 from swim_fast.data.errors import DataError
 from swim_fast.data.records import ROLES, RecordFile
-from swim_fast.nl_refer.files import RecordWriter, check_distinct
+from swim_fast.nl_refer.files import RecordWriter, check_distinct, media_note
 from swim_fast.nl_refer.inflection import plural, takes_an
 from swim_fast.nl_refer.validation import words
 
@@ -72,13 +72,14 @@ class VariantReport:
     """What came of `write_variant`; ``str`` is for people.
 
     Attributes:
-        out: the file that was written.
+        source, out: the files that were read and written.
         missing: what was done with records without a known synonym.
         counts: records; changed; partly (of those, with tags left as they were); tags, replaced (in questions);
             unknown (records with tags, of which none has a synonym); untagged; malformed.
         unknown_nouns: tagged nouns without synonym.
     """
 
+    source: str | Path
     out: Path
     missing: str
     counts: Counter = field(default_factory=Counter)
@@ -101,7 +102,7 @@ class VariantReport:
         if self.unknown_nouns:
             common = ", ".join(f"{noun} ({number:,})" for noun, number in self.unknown_nouns.most_common(12))
             lines.append(f"  nouns without a known synonym, give some with --table: {common}")
-        return "\n".join([*lines, f"  output: {self.out}"])
+        return "\n".join([*lines, f"  output: {self.out}", *media_note(self.source, self.out)])
 
 
 def write_variant(
@@ -142,7 +143,7 @@ def write_variant(
         raise ValueError(f"--limit is {limit}; it must be at least 1")
     check_distinct(source, out=out, table=table)
     known, records = SynonymTable(table), RecordFile(source)
-    report = VariantReport(Path(out), missing)
+    report = VariantReport(source, Path(out), missing)
     with RecordWriter(out) as output:
         for number in tqdm(range(min(len(records), limit or len(records))), unit="record", disable=not progress):
             report.counts["records"] += 1

@@ -95,12 +95,13 @@ def test_every_misbehaviour_is_survived(tmp_path, caplog):
 
 
 def test_the_same_command_again_asks_nothing_but_what_was_refused(tmp_path):
-    server = FakeOpenAI({1: ["invented"] * 3, 2: ["long"]})
+    server = FakeOpenAI({1: ["invented"] * 3, 2: ["long"]}, delay=0.05)
     source = write(tmp_path / "raw.jsonl", [raw_record(n) for n in range(5)])
     out = tmp_path / "out.json"
     with serving(server) as url:
         build(source, out, options(url))
         first = json.loads(out.read_text())
+        assert server.most_at_once == 4
         report = build(source, out, options(url))
         assert server.requests == {0: 1, 1: 3, 2: 2, 3: 1, 4: 1}
         assert report.asked.settled_before == 4 and report.asked.open == 1

@@ -14,11 +14,12 @@ def test_answers_come_back_in_order(tmp_path):
     first, second, other = Answer("ä\n{", 3, 4), Answer("again", 5, 6), Answer("", 0, 0)
     with Journal(path) as journal:
         journal.add("a", 0, first)
+        # On the disk at once: a process that is killed closes nothing.
+        assert json.loads(path.read_text())["record"] == 0
         journal.add("b", 1, other)
         assert journal.answers("a") == [first]
         journal.add("a", 0, second)
         assert journal.answers("a") == [first, second] and journal.answers("c") == []
-        # On the disk already, for a process that is killed closes nothing.
         assert len(path.read_text().splitlines()) == 3
     with Journal(path) as journal:
         assert journal.answers("a") == [first, second] and journal.answers("b") == [other]
