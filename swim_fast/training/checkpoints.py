@@ -13,9 +13,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from swim_fast.config import ConfigError
 
@@ -30,17 +31,22 @@ class SaveError(OSError):
     """Something could not be saved; the message names the folder, the reason and what to go on from."""
 
 
-def last_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The complete `checkpoint-<step>` of the highest step in an output folder; None if there is none.
+def complete_checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The `checkpoint-<step>` of an output folder in the order of their steps.
 
-    A folder without `trainer_state.json` was left by a run that ended while it copied or saved: it is not considered.
+    A folder without `trainer_state.json` was left by something that ended while it copied or saved: it is not listed.
     """
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
-    for checkpoint in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
-        if (checkpoint / STATE).is_file():
-            return checkpoint
-        logger.warning("%s is incomplete (no %s) and is not considered; it can be deleted", checkpoint, STATE)
-    return None
+    for checkpoint in found:
+        if not (checkpoint / STATE).is_file():
+            logger.warning("%s is incomplete (no %s) and is not considered; it can be deleted", checkpoint, STATE)
+    complete = [checkpoint for checkpoint in found if (checkpoint / STATE).is_file()]
+    return sorted(complete, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The complete checkpoint of the highest step in an output folder; None if there is none."""
+    return next(reversed(complete_checkpoints(folder)), None)
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,8 @@ def check_resumable(checkpoint: Path, args) -> None:
             return
         (tag,) = (checkpoint / "latest").read_text(encoding="utf-8").split()
         raise ConfigError(
-            f"{was} with DeepSpeed ZeRO-{saved.zero_stage}, whose optimizer state is split among that many; now there "
-            f"are {now.ranks} with ZeRO-{now.zero_stage}. Go on with the same number and stage, or convert it:\n"
+            f"{was} with DeepSpeed ZeRO-{saved.zero_stage}, whose optimizer state is split among that many; "
+            f"this run has {now.ranks} with ZeRO-{now.zero_stage}. Go on with as many and that stage, or convert it:\n"
             f"  python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
             f"--input_folder {checkpoint / tag} --output_folder {checkpoint / tag}_universal\n"
             f'and add "checkpoint": {{"load_universal": true}} to the file that training.deepspeed names'
@@ -160,6 +166,15 @@ class CheckpointingTrainer(Trainer):
         # transformers 5.17 would train one step more
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        ranks_on_cpu = self.args.world_size > 1 and self.args.device.type == "cpu" and not self.is_deepspeed_enabled
+        if not (ranks_on_cpu and checkpoint and Path(checkpoint, OPTIMIZER_NAME).is_file()):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # transformers 5.17 would have each rank load to "cpu:0", a place that torch does not know
+        for loader, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            loader.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+
     def _get_output_dir(self, trial) -> str:
         return str(self._staged or super()._get_output_dir(trial))
 
@@ -189,12 +204,22 @@ class CheckpointingTrainer(Trainer):
                 final.rename(staging / "replaced")
             staged.rename(final)
             shutil.rmtree(staging)
-            rotate_checkpoints(
-                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            self._delete_older(folder, final)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _delete_older(self, folder: Path, newest: Path) -> None:
+        """Keep `save_total_limit` complete checkpoints, the newest and the best among them.
+
+        Not as transformers does it, which may take an incomplete folder for the newest and delete the good one.
+        """
+        best = self.state.best_model_checkpoint
+        kept = {newest, Path(best)} if best else {newest}
+        older = [checkpoint for checkpoint in complete_checkpoints(folder) if checkpoint not in kept]
+        surplus = len(older) + len(kept) - (self.args.save_total_limit or len(older) + len(kept))
+        for checkpoint in older[: max(surplus, 0)]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
     def save_final_model(self, folder: Path) -> None:
         """Leave the trained model in a folder as transformers (of adapters, peft) saves it, all of its files or none.
