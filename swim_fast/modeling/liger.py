@@ -6,6 +6,7 @@ this model's own modules is replaced: each reads its weights in its own call, wh
 are called as before, so that adapters go on working; the state, and what is saved, stays the same.
 """
 
+import functools
 import importlib.metadata
 import logging
 import types
@@ -27,13 +28,20 @@ def refusal(device_type: str) -> str | None:
     """Why Liger's kernels cannot be used on a type of device; None: they can."""
     if device_type != "cuda":
         return f"its kernels need CUDA, and the model is on {device_type}"
-    try:
-        version = importlib.metadata.version("liger-kernel")
-    except importlib.metadata.PackageNotFoundError:
+    version = _installed_version()
+    if version is None:
         return "liger-kernel is not installed: pip install 'swim-fast[cuda]'"
     if not Version(VERSIONS[0]) <= Version(version) < Version(VERSIONS[1]):
         return f"liger-kernel is {version}, and must be at least {VERSIONS[0]} and below {VERSIONS[1]}"
     return None
+
+
+@functools.cache
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("liger-kernel")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def apply_liger(model: nn.Module, device: torch.device | str) -> list[str]:

@@ -169,8 +169,9 @@ def _through(forward: Callable, hidden: Tensor, targets: Tensor, tokens: int, in
 def _by_liger(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, block_logits: int) -> Tensor:
     """Summed loss by Liger, which makes the gradients in its forward.
 
-    Weight gradients are added up in fp32 over Liger's chunks. Their size is that of `block_logits`: left alone, Liger
-    cuts 300 tokens of a 7B model into chunks of 8, and reads the whole weight for each.
+    Weight gradients are added up in fp32 over Liger's chunks of tokens, which are cut by `block_logits` (but never
+    below N · H logits): left alone, Liger cuts 300 tokens of a 7B model into chunks of 8 and reads the whole weight
+    for each.
     """
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
 

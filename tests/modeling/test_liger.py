@@ -242,7 +242,9 @@ def test_where_it_cannot_run_nothing_is_replaced(model, inputs, caplog, monkeypa
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", installed)
+    liger._installed_version.cache_clear()
     assert apply_liger(model, device) == []
+    liger._installed_version.cache_clear()
     model(**inputs)
     assert not calls
     (line,) = caplog.messages

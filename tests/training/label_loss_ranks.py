@@ -1,4 +1,4 @@
-"""Two steps of text loss on several ranks, with DDP or DeepSpeed ZeRO-3; run by test_label_loss_ranks.py.
+"""Two steps of text loss on several ranks, with DDP or DeepSpeed ZeRO-3; run by test_label_loss.py.
 
 torchrun --nproc-per-node 2 tests/training/label_loss_ranks.py losses.json
 """

@@ -28,3 +28,14 @@ def test_two_ranks_equal_one(tmp_path):
         assert expected[2] < 0.9 * expected[0]  # the same batches again: it has learnt
         for how in ("ddp", "zero3"):
             assert found[f"{how} {head}"] == pytest.approx(expected, rel=1e-4), (how, head)
+
+
+def test_a_model_that_answers_logits_is_an_error(write_config):
+    from swim_fast.config import load_config
+    from swim_fast.modeling.text_loss import detach_label_loss
+    from swim_fast.training.run import build_trainer
+
+    trainer = build_trainer(load_config(write_config()))
+    detach_label_loss(trainer.model)
+    with pytest.raises(RuntimeError, match="the model answered logits, no text loss: call attach_label_loss"):
+        trainer.train()
