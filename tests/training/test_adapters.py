@@ -95,6 +95,13 @@ def test_adapters_in_a_frozen_part_are_refused(trainer_of):
         trainer_of(model={"lora": {"targets": ["qkv"]}, "freeze": ["vision_tower"]})
 
 
+@pytest.mark.parametrize(("lora", "library"), [({}, "peft"), ({"quantize": "nf4"}, "bitsandbytes")])
+def test_a_missing_library_is_named_with_its_remedy(trainer_of, monkeypatch, lora, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=f"needs {library}: pip install 'swim-fast\\[lora\\]'"):
+        trainer_of(model={"lora": lora})
+
+
 def test_checkpointing_gives_the_adapters_the_same_gradients(trainer_of):
     plain, batch = trainer_of("plain", model={"lora": {}})
     truth = losses(plain, batch)
