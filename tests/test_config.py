@@ -181,3 +181,13 @@ def test_every_option_of_samples_that_data_names_reaches_them(write):
     options = config.sample_options()
     found = (options.fps, options.max_frames, options.min_pixels, options.max_pixels, options.total_pixels)
     assert found == (2.0, 64, 100, 200, 900)
+
+
+def test_what_deepspeed_cannot_do_is_told_before_the_model_is_loaded(write, tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{"zero_optimization": {"stage": 3}}')
+    lora = {"path": "m", "lora": {"quantize": "nf4"}}
+    with pytest.raises(ConfigError, match="model.lora.quantize nf4 .* take ZeRO-2"):
+        load_config(write(model=lora, training={"deepspeed": str(path)})).training_arguments()
+    with pytest.raises(ConfigError, match="training.deepspeed: cannot read .*absent.json"):
+        load_config(write(training={"deepspeed": str(tmp_path / "absent.json")})).training_arguments()

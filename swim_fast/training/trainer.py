@@ -83,6 +83,7 @@ class SwimTrainer(CheckpointingTrainer):
         self._skipped = Path(self.args.output_dir) / f"skipped-rank{self.args.process_index}.jsonl"
         self._notes = 0
         self._start_interval()
+        self._since = None  # at the first step, which is known only when a run is resumed
 
     @property
     def stopped_early(self) -> bool:
@@ -112,6 +113,7 @@ class SwimTrainer(CheckpointingTrainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         self._report(inputs)
+        self._since = self._since or (time.perf_counter(), self.state.global_step)
         text, mask, sums, outputs = self._forward(model, inputs)
         labels, pairs = num_items_in_batch.clamp(min=1).to(text.dtype)
         loss = self.args.world_size * self._weigh(text / labels, mask / pairs)

@@ -79,6 +79,7 @@ def dataset(processor, tmp_path):
         {"min_pixels": 3000, "max_pixels": 9000, "reader": "pyav", "softmax": "full"},
         {"fps": 1.5},
         {"fps": 8, "total_pixels": 40_000},
+        {"total_pixels": 28 * 28 * 60, "max_tokens": 70},
     ],
     ids=str,
 )

@@ -175,15 +175,20 @@ def test_run_leaves_adapters_and_a_merged_checkpoint_and_resumes_exactly(write_c
         load_adapters(trainer.model, checkpoint)
 
 
-def test_two_ranks_train_the_adapters_that_one_does(write_config, tmp_path):
+@pytest.mark.parametrize("deepspeed", [None, pytest.param("configs/deepspeed/zero3.json", marks=pytest.mark.slow)])
+def test_two_ranks_train_the_adapters_that_one_does(write_config, tmp_path, deepspeed):
     """Checkpointed, over batches with and without video."""
     sgd = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
     training = {**sgd, "gradient_checkpointing": True, "per_device_train_batch_size": 1}
     lora = {"lora": {"rank": 4}, "freeze": ["vision_tower", "merger"]}
     one = write_config("one", model=lora, training={**training, "gradient_accumulation_steps": 2, "max_steps": 4})
-    two = write_config("two", model=lora, training={**training, "max_steps": 4})
+    saving = {"deepspeed": deepspeed, "save_strategy": "steps", "save_steps": 2} if deepspeed else {}
+    two = write_config("two", model=lora, training={**training, "max_steps": 4, **saving})
     run_here(one)
     run("train", two, ranks=2)
+    if deepspeed:  # from the middle again
+        shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+        run("train", two, "--resume", ranks=2)
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     learnt = [name for name in one if "lora_B" in name]
     truth, found = (torch.cat([tree[name].flatten() for name in learnt]) for tree in (one, two))
