@@ -101,10 +101,15 @@ def test_the_seed_brings_every_contrast(unlike):
     assert any("tag" in mine and "plain" in other and "tag" not in other for mine, other in pairs)
 
 
+def evaluation(folder) -> dict[str, float]:
+    results = json.loads((folder / "all_results.json").read_text())
+    return {key: value for key, value in results.items() if key.startswith("eval_same_") and "per_second" not in key}
+
+
 @pytest.mark.parametrize("zero", ["zero3", pytest.param("zero2_offload", marks=pytest.mark.slow)])
 def test_ranks_with_unlike_batches_give_the_losses_of_one_rank(write_config, unlike, zero):
     """Text against video and image, tag against none, nothing against something; everything is trained."""
-    data = {"train": [{"path": str(unlike)}]}
+    data = {"train": [{"path": str(unlike)}], "eval": {"same": {"path": str(unlike), "limit": 3}}}
     steps = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "seed": SEED}
     one = write_config("one", data=data, training={**steps, "gradient_accumulation_steps": 2})
     run_here(one)
@@ -115,6 +120,8 @@ def test_ranks_with_unlike_batches_give_the_losses_of_one_rank(write_config, unl
     for mine, other in zip(history(one), history(two), strict=True):
         for key in ("loss", "text_loss", "mask_loss", "pairs_per_step", "skipped"):
             assert mine.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4), key
+    for mine, other in zip(*(evaluation(folder).items() for folder in (one, two)), strict=True):
+        assert mine == (other[0], pytest.approx(other[1], rel=1e-4))
     # the final checkpoint is a plain one with the weights that were trained, the tied head among them
     mine, other = (AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32) for folder in (one, two))
     assert other.lm_head.weight is other.get_input_embeddings().weight

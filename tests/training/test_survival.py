@@ -274,6 +274,9 @@ def test_deepspeed_is_not_resumed_by_another_number_of_ranks_unless_converted(wr
     folder = tmp_path / "run"
     uninterrupted = losses(folder)
     shutil.rmtree(folder / "checkpoint-4")
+    run("train", config, zero3, "--resume", ranks=2)
+    assert losses(folder) == uninterrupted
+    shutil.rmtree(folder / "checkpoint-4")
     alone = ["--resume", "training.gradient_accumulation_steps=2"]
     assert "optimizer state can only be read so" in run("train", config, *alone, code=2)
     refused = launch_one("train", str(config), *alone, zero3)
