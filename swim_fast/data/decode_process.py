@@ -318,7 +318,8 @@ def main() -> None:
     # Libraries that print get the parent's stderr pipe; only we write to the answer pipe.
     answers = os.dup(1)
     os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and preemption reach every process; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def send(head: dict, frames: np.ndarray | None = None) -> None:

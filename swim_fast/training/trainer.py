@@ -1,5 +1,6 @@
 """transformers' Trainer with SWIM's two losses, both normalised over the global step."""
 
+import functools
 import json
 import logging
 import math
@@ -22,7 +23,13 @@ from swim_fast.grounding.metrics import METRICS, grounding_sums
 from swim_fast.modeling.adapters import has_adapters, load_adapters
 from swim_fast.modeling.freezing import parameters_of_parts
 from swim_fast.modeling.text_loss import count_labels
-from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, EpochOfSampler, StopOnSignal
+from swim_fast.training.callbacks import (
+    BackwardWhereTrained,
+    EarlyStopping,
+    EpochOfSampler,
+    StopOnSignal,
+    start_worker,
+)
 from swim_fast.training.checkpoints import CheckpointingTrainer
 from swim_fast.training.flops import StepFlops, peak_flops
 from swim_fast.training.nonfinite import FiniteGuard
@@ -83,7 +90,6 @@ class SwimTrainer(CheckpointingTrainer):
         self._skipped = Path(self.args.output_dir) / f"skipped-rank{self.args.process_index}.jsonl"
         self._notes = 0
         self._start_interval()
-        self._since = None  # at the first step, which is known only when a run is resumed
 
     @property
     def stopped_early(self) -> bool:
@@ -113,7 +119,6 @@ class SwimTrainer(CheckpointingTrainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         self._report(inputs)
-        self._since = self._since or (time.perf_counter(), self.state.global_step)
         text, mask, sums, outputs = self._forward(model, inputs)
         labels, pairs = num_items_in_batch.clamp(min=1).to(text.dtype)
         loss = self.args.world_size * self._weigh(text / labels, mask / pairs)
@@ -237,7 +242,9 @@ class SwimTrainer(CheckpointingTrainer):
         """As transformers makes it; for packed batches one that accelerate leaves alone, since the sampler has dealt
         them to the ranks already."""
         if self.batch_sampler is None:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
+            return loader
         args, sampler = self.args, self.batch_sampler
         if args.max_steps > 0:
             sampler.set_steps(args.max_steps * args.gradient_accumulation_steps)
@@ -252,6 +259,7 @@ class SwimTrainer(CheckpointingTrainer):
             batch_sampler=sampler,
             collate_fn=self.train_collator,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=functools.partial(start_worker, None),
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -272,6 +280,7 @@ class SwimTrainer(CheckpointingTrainer):
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=functools.partial(start_worker, None),
         )
 
     def _report(self, batch) -> None:
@@ -330,6 +339,11 @@ class SwimTrainer(CheckpointingTrainer):
         if total["skipped"]:
             averages["skipped"] = int(total["skipped"])
         return averages | {"pairs": int(total["pairs"])}
+
+    def _init_training_state(self, *args) -> tuple[int, int]:
+        begun = super()._init_training_state(*args)
+        self._start_interval()  # from the step that is resumed
+        return begun
 
     def _start_interval(self):
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.args.device)
