@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -57,6 +58,11 @@ def read_until(process, text: str) -> list[str]:
     raise AssertionError("".join(lines)[-3000:])
 
 
+def errors(output: str) -> list[str]:
+    """What the command says when it gives up; it may stand behind a progress bar."""
+    return re.findall("swim-fast: (.*)", output)
+
+
 def rank_process(launcher: subprocess.Popen, rank: int) -> int:
     """Process number of a rank below a launcher."""
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
@@ -65,10 +71,11 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
-def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, tmp_path, capsys):
+def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, records, tmp_path, capsys):
     """Two ranks, one killed; two ranks again, preempted; one rank to the end: the losses of a run left in peace."""
     save = {"max_steps": 4000, "save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": 1}
-    config = write_config(training={**STEADY, **save})
+    data = {"train": [{"path": str(records), "weight": 20.0}]}  # a long epoch, so that the workers are at work
+    config = write_config(data=data, training={**STEADY, **save})
     folder = tmp_path / "run"
     process = start("train", str(config), ranks=2)
     while last_checkpoint(folder) is None:
@@ -131,7 +138,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(write_conf
         preexec_fn=fill_disk,
     )
     assert done.returncode == 2, done.stdout[-3000:] + done.stderr[-3000:]
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("swim-fast:")]
+    (said,) = errors(done.stderr)
     assert f"checkpoint-6 could not be saved in {folder}" in said
     assert "free space" in said and f"go on from {folder / 'checkpoint-3'} with --resume" in said
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint-3"]
@@ -187,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(write_co
     config = write_config(data=with_a_bad_clip, training={**STEADY, **save})
     done = run_poisoned(config, ranks=2)
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("swim-fast:")]
+    said = errors(done.stderr)
     assert len(said) == 2 and said[0] == said[1]  # every rank, whichever had the sample
     assert done.stderr.count("exitcode  : 2") >= 1
     step = int(said[0].partition("step ")[2].partition(":")[0])
