@@ -14,7 +14,7 @@ from swim_fast.data.tags import strip_tags
 Span = tuple[int, int]
 
 # LLaVA-style files write <image> also where the record names a video.
-_PLACEHOLDER = re.compile(r"\s*<(?:video|image)>\s*")
+PLACEHOLDER = re.compile(r"\s*<(?:video|image)>\s*")
 # Private-use characters stand in for the turns' texts while the template's own text is being found out.
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 
@@ -112,7 +112,7 @@ class ConversationRenderer:
                 f"the text holds {special.group()!r}, a special token of this model, which would break the "
                 "conversation apart; remove or rewrite it"
             )
-        placeholders = list(_PLACEHOLDER.finditer(text)) if turn.role == "user" else []
+        placeholders = list(PLACEHOLDER.finditer(text)) if turn.role == "user" else []
         if not placeholders:
             return [_Part(text, tuple(nouns))]
         placeholder, name = placeholders[0], placeholders[0].group().strip()

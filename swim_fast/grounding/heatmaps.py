@@ -155,6 +155,7 @@ def heatmap_grid(
     map_labels: Sequence[str] = ("attention",),
     mask_label: str = "mask",
     colormap: str = COLORMAP,
+    per_line: int | None = None,
 ) -> Figure:
     """Frames side by side: the mask in the first row, then one row per map, with the mask's outline and the map's peak.
 
@@ -165,6 +166,7 @@ def heatmap_grid(
         map_labels: names of the map rows, from top to bottom, as many as each column has maps.
         mask_label: name of the first row.
         colormap: a matplotlib name.
+        per_line: columns side by side before the grid goes on below; None: all of them.
 
     Returns:
         matplotlib Figure with an Agg canvas.
@@ -191,14 +193,18 @@ def heatmap_grid(
     height = PANEL_PIXELS / DPI
     widths = [height * images[0].shape[1] / images[0].shape[0] for images in panels]
     gap, left, right = 0.05, 0.32, 0.62
-    total_width = left + sum(widths) + gap * (len(widths) - 1) + right
+    per_line = per_line or len(columns)
+    bands = [range(first, min(first + per_line, len(columns))) for first in range(0, len(columns), per_line)]
+    total_width = left + max(sum(widths[i] for i in band) + gap * (len(band) - 1) for band in bands) + right
     marked = bool(map_labels) and any(column.mask is not None for column in columns)
     legend = textwrap.wrap(LEGEND, max(20, int((total_width - left) * 16))) if marked else []
     bottom = 0.1 + 0.16 * len(legend)
     lines = textwrap.wrap(title, max(20, int(total_width * 10))) if title else []
-    top = 0.1 + 0.22 * len(lines) + (0.22 if any(column.label for column in columns) else 0)
+    label_height = 0.22 if any(column.label for column in columns) else 0
     rows = 1 + len(map_labels)
-    total_height = top + rows * height + (rows - 1) * gap + bottom
+    band_height = label_height + rows * height + (rows - 1) * gap
+    first_top = 0.1 + 0.22 * len(lines) + label_height
+    total_height = first_top - label_height + len(bands) * band_height + (len(bands) - 1) * 3 * gap + bottom
     figure = Figure(figsize=(total_width, total_height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
 
@@ -211,21 +217,23 @@ def heatmap_grid(
 
     for number, line in enumerate(lines):
         write(total_width / 2, 0.08 + 0.22 * number, line, ha="center", va="top", fontsize=11, fontweight="bold")
-    x = left
-    for column, images, width in zip(columns, panels, widths, strict=True):
-        write(x + width / 2, top - 0.05, column.label, ha="center", va="bottom", fontsize=8)
-        for row, image in enumerate(images):
-            axes = axes_at(x, top + row * (height + gap), width, height)
-            axes.imshow(image, aspect="auto", interpolation="none")
-            axes.set_axis_off()
-            if row > 0 and column.maps[row - 1] is not None and column.mask is not None:
-                _mark_peak(axes, column.maps[row - 1], column.mask, image.shape[:2])
-        x += width + gap
-    for row, label in enumerate((mask_label, *map_labels)):
-        middle = top + row * (height + gap) + height / 2
-        write(left / 2, middle, label, ha="center", va="center", rotation=90, fontsize=8)
-    if map_labels:
-        _draw_scale(axes_at(x + 0.05, top + height + gap, 0.1, (rows - 1) * (height + gap) - gap), colormap)
+    for number, band in enumerate(bands):
+        x, top = left, first_top + number * (band_height + 3 * gap)
+        for i in band:
+            column, width = columns[i], widths[i]
+            write(x + width / 2, top - 0.05, column.label, ha="center", va="bottom", fontsize=8)
+            for row, image in enumerate(panels[i]):
+                axes = axes_at(x, top + row * (height + gap), width, height)
+                axes.imshow(image, aspect="auto", interpolation="none")
+                axes.set_axis_off()
+                if row > 0 and column.maps[row - 1] is not None and column.mask is not None:
+                    _mark_peak(axes, column.maps[row - 1], column.mask, image.shape[:2])
+            x += width + gap
+        for row, label in enumerate((mask_label, *map_labels)):
+            middle = top + row * (height + gap) + height / 2
+            write(left / 2, middle, label, ha="center", va="center", rotation=90, fontsize=8)
+        if map_labels:
+            _draw_scale(axes_at(x + 0.05, top + height + gap, 0.1, (rows - 1) * (height + gap) - gap), colormap)
     if legend:
         write(left, total_height - bottom + 0.06, "\n".join(legend), ha="left", va="top", fontsize=7, color="0.25")
     if path is not None:

@@ -177,6 +177,21 @@ def test_grid_without_maps_title_or_path():
     assert [text.get_text() for text in figure.texts if text.get_text()] == ["mask"]
 
 
+def test_grid_goes_on_below():
+    figure = heatmap_grid(columns(), map_labels=("with", "without"), per_line=2)
+    panels = axes_with_images(figure)
+    assert len(panels) == 9
+    boxes = [axes.get_position() for axes in panels]
+    inches = figure.get_size_inches()
+    for i, one in enumerate(boxes):
+        assert 0 < one.x0 < one.x1 < 1 and 0 < one.y0 < one.y1 < 1
+        assert one.height * inches[1] == pytest.approx(heatmaps.PANEL_PIXELS / heatmaps.DPI)
+        assert not any(one.overlaps(other) for other in boxes[i + 1 :])
+    assert boxes[6].x0 == pytest.approx(boxes[0].x0) and boxes[6].y1 < boxes[2].y0
+    texts = [text.get_text() for text in figure.texts]
+    assert [texts.count(label) for label in ("mask", "with", "without", "frame 8")] == [2, 2, 2, 1]
+
+
 def test_long_titles_are_wrapped():
     title = "Why does the small grey dog on the left of the picture look into the camera for so long? dog"
     figure = heatmap_grid([HeatmapColumn(frame(), square(), [np.eye(3)])], title=title)

@@ -1,0 +1,133 @@
+"""A question in plain words about a clip or image: where its nouns stand, and what the model reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swim_fast.data.conversation import PLACEHOLDER, ConversationRenderer, Span
+from swim_fast.data.encoding import Encoder, Encoding
+from swim_fast.data.errors import DataError
+from swim_fast.data.records import Record, Turn
+from swim_fast.data.samples import SampleOptions
+from swim_fast.data.sampling import plan_frames
+from swim_fast.data.tags import strip_tags
+from swim_fast.data.video import FrameReader, MediaInfo
+
+logger = logging.getLogger(__name__)
+
+# A word does not go on in these; Chinese and Japanese write no spaces between theirs.
+_LETTER = r"[^\W\u3040-\u9fff]"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question about a clip or image, ready for a model.
+
+    Attributes:
+        encoding: tokens and pixels; ``encoding.nouns`` are the shown nouns.
+        frames: numbers of the frames that were taken, padding included.
+        pixels: those frames, uint8 [T, H, W, 3].
+        info: of the clip or image.
+        temporal_patch_size: frames of a temporal patch, 1 for an image.
+    """
+
+    encoding: Encoding
+    frames: list[int]
+    pixels: np.ndarray
+    info: MediaInfo
+    temporal_patch_size: int
+
+    def patches(self) -> list[list[int]]:
+        """The distinct frame numbers of each temporal patch."""
+        size = self.temporal_patch_size
+        return [sorted(set(self.frames[first : first + size])) for first in range(0, len(self.frames), size)]
+
+
+def plain_question(text: str) -> str:
+    """The question without ``<ins>`` tags, placeholders of the clip and white space around it.
+
+    Raises:
+        ValueError: nothing is left. DataError: tags that do not match.
+    """
+    plain = PLACEHOLDER.sub(" ", strip_tags(text)[0]).strip()
+    if not plain:
+        raise ValueError("the question is empty: ask something, such as 'What happens in the video?'")
+    return plain
+
+
+def find_noun(text: str, noun: str, occurrence: int | None = None) -> Span:
+    """Where a noun stands in a text, as whole words, whatever their case: half-open range of characters.
+
+    Args:
+        text: the question.
+        noun: one or more words.
+        occurrence: which one, from 1; None: the last.
+
+    Raises:
+        ValueError: it does not occur, or not so often; the words of the text are listed.
+    """
+    pattern = r"\s+".join(map(re.escape, noun.split()))
+    found = [m.span() for m in re.finditer(rf"(?<!{_LETTER}){pattern}(?!{_LETTER})", text, re.IGNORECASE) if pattern]
+    if not found:
+        words = ", ".join(dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", text)))
+        raise ValueError(f"{noun!r} does not occur in the question; its words are: {words}")
+    if occurrence is None:
+        return found[-1]
+    if not 1 <= occurrence <= len(found):
+        times = "once" if len(found) == 1 else f"{len(found)} times"
+        raise ValueError(f"{noun!r} occurs {times} in the question: there is no occurrence {occurrence}")
+    return found[occurrence - 1]
+
+
+def encode_question(
+    processor: Any,
+    sampling: SampleOptions,
+    reader: FrameReader,
+    media: Path,
+    kind: str,
+    info: MediaInfo,
+    question: str,
+    nouns: Sequence[Span],
+) -> Prompt:
+    """Choose and decode the frames as training does, and encode the question up to where the answer begins.
+
+    Raises:
+        DataError: the clip cannot be decoded, or the processor refuses it or the question.
+        ValueError: a processor that cannot be used.
+    """
+    encoder = Encoder(processor, sampling.min_pixels, sampling.max_pixels)
+    # Tagged as a whole, the question's place in what the template renders is known without a search. The answer only
+    # shows where the prompt ends.
+    turns = (Turn("user", f"<ins>{question}</ins>"), Turn("assistant", "a"))
+    try:
+        conversation = ConversationRenderer(processor)(Record("", 0, "", turns, kind, media, ({},)))
+    except DataError as error:
+        raise DataError(error.reason, key="the question") from error
+    (start, _), (end, _) = conversation.nouns[0], conversation.answers[0]
+    spans = tuple((start + first, start + last) for first, last in nouns)
+    conversation = dataclasses.replace(conversation, text=conversation.text[:end], nouns=spans, answers=())
+    if kind == "image":
+        pixels = reader.frames(media, [0], kind)
+        return Prompt(encoder.image(conversation, pixels[0]), [0], pixels, info, 1)
+    choice = plan_frames(
+        info,
+        [],
+        encoder.frame_limits,
+        max_frames=sampling.max_frames,
+        fps=sampling.fps,
+        total_pixels=sampling.total_pixels,
+    )
+    for note in choice.notes:
+        logger.info("%s", note)
+    logger.info("%d of the %d frames are shown to the model", len(set(choice.frames)), info.num_frames)
+    pixels = reader.frames(media, choice.frames)
+    encoding = encoder.video(conversation, pixels, choice.frames, info, choice.max_pixels)
+    return Prompt(encoding, choice.frames, pixels, info, encoder.temporal_patch_size)
