@@ -10,9 +10,17 @@ from swim_fast.nl_refer.commands import add_jobs as add_nl_refer
 
 def _train(args) -> int:
     from swim_fast.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        from swim_fast.training.dry_run import dry_run
+
+        report = dry_run(config, args.gpus, args.gpu_memory, args.limit)
+        print(report)
+        return 0 if report.fits else 1
     from swim_fast.training.run import train
 
-    train(load_config(args.config, args.overrides), resume=args.resume)
+    train(config, resume=args.resume)
     return 0
 
 
@@ -77,6 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("config", help="YAML file; see configs/")
     job.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-5")
     job.add_argument("--resume", action="store_true", help="go on from the last checkpoint in training.output_dir")
+    job.add_argument("--dry-run", action="store_true", help="say what a step will hold, without weights or GPU")
+    job.add_argument("--gpus", type=int, help="of the dry run: how many GPUs (default: $WORLD_SIZE or 1)")
+    job.add_argument("--gpu-memory", type=float, default=80.0, help="of the dry run: GiB of each GPU")
+    job.add_argument("--limit", type=int, default=2000, help="of the dry run: records whose lengths are measured")
     job.set_defaults(run=_train)
 
     job = jobs.add_parser("demo", help="render clips, train a tiny model with and without the mask loss, draw pictures")

@@ -1,0 +1,118 @@
+"""The text of a dry run: aligned tables and a histogram."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from swim_fast.config import RunConfig
+from swim_fast.training.memory_estimate import GIB, Batch, Estimate, Part, Settings
+
+if TYPE_CHECKING:
+    from swim_fast.training.dry_run import Lengths, Schedule
+
+BARS = 10  # of the histogram
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    """Lines of a table whose first row is the heading: the first column on the left, the others on the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return [lines[0], indent + "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def histogram(values: np.ndarray, bars: int = BARS, width: int = 40) -> list[str]:
+    """Lines of a histogram of int64 values: a range, its count and a bar each."""
+    low, high = int(values.min()), int(values.max())
+    edges = np.unique(np.linspace(low, high + 1, min(bars, high - low + 1) + 1).round().astype(np.int64))
+    counts, _ = np.histogram(values, edges)
+    rows = [(f"{a:,}", f"{b - 1:,}", f"{n:,}", n) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+    wide = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        f"  {a:>{wide[0]}} – {b:>{wide[1]}}  {count:>{wide[2]}}  {'#' * round(width * n / counts.max())}".rstrip()
+        for a, b, count, n in rows
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def model_lines(config: RunConfig, parts: Sequence[Part], estimated: Estimate, run: Settings) -> list[str]:
+    rows = [("part", "trained", "frozen", "weights", "gradients", "optimizer")]
+    for part in parts:
+        held = estimated.states[part.name]
+        sizes = (held.weights, held.gradients, held.optimizer)
+        rows.append((part.name, f"{part.trainable:,}", f"{part.frozen:,}", *map(_gib, sizes)))
+    trained, frozen = sum(p.trainable for p in parts), sum(p.frozen for p in parts)
+    sizes = (estimated.items[name] for name in ("weights", "gradients", "optimizer states"))
+    rows.append(("together", f"{trained:,}", f"{frozen:,}", *map(_gib, sizes)))
+    engine = "no DeepSpeed" if run.stage is None else f"DeepSpeed ZeRO-{run.stage}"
+    offloaded = [name for name in ("optimizer", "parameters") if getattr(run, f"offload_{name}")]
+    engine += f", {' and '.join(offloaded)} on the host" if offloaded else ""
+    heading = (
+        f"model {config.model.path}: {(trained + frozen) / 1e9:.2f} B parameters; GiB on each of {run.gpus} GPU(s)"
+    )
+    return [f"{heading}, {engine}, {run.optim}", "", *table(rows), ""]
+
+
+def length_lines(lengths: Sequence[Lengths]) -> list[str]:
+    rows = [("tokens per sample", "records", "measured", "min", "median", "p95", "max", "with problems")]
+    for source in lengths:
+        usable = source.usable
+        figures = [f"{int(np.percentile(usable, p)):,}" if len(usable) else "" for p in (0, 50, 95, 100)]
+        bad = f"{len(source.measured) - len(usable):,}"
+        rows.append((source.name, f"{source.records:,}", f"{len(source.measured):,}", *figures, bad))
+    usable = np.concatenate([source.usable for source in lengths])
+    lines = [*table(rows), "", *histogram(usable), ""]
+    if any(len(source.usable) < len(source.measured) for source in lengths):
+        lines += ["  `swim-fast data check FILE` lists the problems; training leaves these records out.", ""]
+    return lines
+
+
+def schedule_lines(
+    config: RunConfig, arguments, schedule: Schedule, lengths: Sequence[Lengths], gpus: int
+) -> list[str]:
+    accumulation, packed = arguments.gradient_accumulation_steps, config.data.max_tokens_per_batch
+    each = f"pack of up to {packed:,} tokens" if packed else f"{arguments.per_device_train_batch_size} sample(s)"
+    about = any(len(source.measured) < source.records for source in lengths)
+    rows = [
+        ("schedule", ""),
+        ("samples per epoch", f"{schedule.samples:,}"),
+        ("global batch", f"{schedule.samples_per_step:.0f} samples = {each} × {accumulation} × {gpus} GPU(s)"),
+        ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
+        ("steps in all", f"{schedule.steps:,}"),
+        ("tokens of a GPU's batch, median", f"{int(np.median(schedule.batches)):,}"),
+        ("tokens of a GPU's batch, longest", f"{int(schedule.batches.max()):,}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {value}".rstrip() for name, value in rows[1:]]
+    note = ["  (lengths of records that were not measured: drawn from those that were)"] if about else []
+    return ["schedule", "", *lines, *note, ""]
+
+
+def memory_lines(
+    batches: dict[str, Batch], estimates: dict[str, Estimate], changes: Sequence[str], memory: float, gpus: int
+) -> list[str]:
+    rows = [("GiB on each GPU", *(f"{name} ({batches[name].tokens:,} tokens)" for name in estimates))]
+    for item in estimates["longest"].items:
+        rows.append((item, *(_gib(found.items[item]) for found in estimates.values())))
+    rows.append(("(at the optimizer's step)", *(_gib(found.step) for found in estimates.values())))
+    rows.append(("all, with context and fragmentation", *(_gib(found.total) for found in estimates.values())))
+    longest = estimates["longest"].total / GIB
+    if not changes:
+        verdict = [f"fits: {longest:.1f} of {memory:g} GiB on each of {gpus} GPU(s), an estimate"]
+    else:
+        verdict = [
+            f"does not fit: {longest:.1f} GiB are needed, a GPU has {memory:g}; change first:",
+            *(f"  {number}. {change}" for number, change in enumerate(changes, 1)),
+        ]
+    if "limit" in estimates and estimates["limit"].total > memory * GIB >= estimates["longest"].total:
+        most = estimates["limit"].total / GIB
+        verdict.append(f"a batch at the limit of {batches['limit'].tokens:,} tokens would not: {most:.1f} GiB")
+    return [*table(rows), "", *verdict]

@@ -1,0 +1,308 @@
+"""What a training step holds on one GPU, estimated from the model's geometry and the run's settings.
+
+Ψ are the trainable parameters, N the GPUs. What is assumed:
+
+- **DeepSpeed, bf16.** All weights are bf16 (2 bytes), gradients bf16 (2), and AdamW keeps an fp32 master copy and two
+  fp32 moments (12): 16 Ψ, of which ZeRO-1 divides the 12 by N, ZeRO-2 the gradients too, ZeRO-3 the weights too,
+  those of frozen parameters included (Rajbhandari et al., arXiv 1910.02054, figure 1). DeepSpeed 0.19 accumulates
+  gradients in the weights' type. At the optimizer's step it makes an fp32 copy of the gradients that the GPU owns
+  (of a sub-group of them with ZeRO-3), by which time the activations are gone. Buckets, as transformers sets "auto":
+  hidden² elements, twice with overlap. ZeRO-3 keeps up to `stage3_max_live_parameters` gathered, and at least the
+  largest module. What is offloaded is on the host; one bucket is on its way.
+- **No DeepSpeed.** Everything has the type that a weight has, moments included: torch's AdamW keeps no master copy,
+  and transformers none for it. With several GPUs DDP has a second copy of the gradients in its buckets.
+- **Quantised weights** (arXiv 2305.14314): nf4 with quantised scales takes 4.127 bits a weight, int8 one byte; a
+  layer's largest matrix is there in 16 bits while it is used.
+- **Activations.** Per token and decoder layer what autograd saves of stock transformers: of an RMSNorm its input in
+  fp32, the normalised values and its output; rotated query, key, value and the attention's output; four tensors of
+  the MLP's width. Liger's kernels save less: input and output of a norm, three of the MLP's tensors. With activation
+  checkpointing a layer keeps its input alone, and one layer at a time has all of it; with offload the layers' share
+  waits on the host, and two layers are on their way. While a layer goes backward there are gradients of the MLP's
+  tensors and of a few of the layer's width. (Korthikanti et al., arXiv 2205.05198, count the same way.) The vision
+  tower goes first: trained, its blocks save likewise; frozen, one block's intermediates are there and gone before the
+  decoder. Adapters keep an fp32 copy of what comes into their layer, and what they work on.
+- **Text loss.** A block of logits in the weights' type, in fp32 and their softmax; backward needs as much again.
+- **Attention loss.** Of every supervised layer one fp32 map, rows × read-out keys, its gradient, and the rows' query
+  and lse; the prediction once more; the masks, a bit for each pixel. Without the fused node also a query-sized
+  gradient.
+- **Reserve.** CUDA context, cuBLAS and NCCL buffers (2 GiB), and a twentieth of all for the allocator's fragmentation.
+
+A GPU's "80 GB" are GiB (an H100 reports 81,559 MiB), and so are all sizes here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+GIB = 2**30
+CONTEXT, FRAGMENTATION = 2 * GIB, 1 / 20
+NF4_BITS, INT8_BITS = 4.127, 8.0
+MOMENTS = {"sgd": 0, "lion": 1}  # per parameter; others as AdamW
+BLOCK_LOGITS = 2**25  # of the text loss, held at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model: its parameters, and the bytes that its frozen ones take as they are loaded."""
+
+    name: str
+    trainable: int
+    frozen: int
+    trainable_bytes: int
+    frozen_bytes: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a model that activations depend on."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    vision_hidden: int
+    vision_depth: int
+    vision_intermediate: int
+    patch_values: int  # numbers of a patch, as the processor gives them
+    patches_per_token: int
+    largest_module: int  # parameters gathered together
+    largest_matrix: int = 0  # of the decoder's quantised ones
+    adapted_width: int = 0  # input features of a layer's linear modules with adapters, summed
+
+    @classmethod
+    def of(cls, config, **more: int) -> Geometry:
+        """Of a model's configuration; `more`: the fields that it does not say."""
+        text, vision = config.get_text_config(), config.vision_config
+        return cls(
+            hidden=text.hidden_size,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            key_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            intermediate=text.intermediate_size,
+            vocabulary=text.vocab_size,
+            vision_hidden=vision.hidden_size,
+            vision_depth=vision.depth,
+            vision_intermediate=vision.intermediate_size,
+            patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            patches_per_token=vision.spatial_merge_size**2,
+            **more,
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a run decides about memory."""
+
+    gpus: int = 1
+    stage: int | None = None  # of ZeRO; None: no DeepSpeed
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    bf16: bool = True  # DeepSpeed's; else its weights are fp32
+    size: int = 2  # bytes of an activation
+    optim: str = "adamw_torch"
+    checkpointing: bool = False
+    activation_offload: bool = False
+    liger: bool = False
+    eager: bool = False  # attention probabilities are kept
+    vision_trained: bool = False
+    supervised_layers: int = 0
+    fused: bool = True
+    max_live_parameters: int = 10**9
+    sub_group: int = 10**9
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch of one GPU: a padded or packed one."""
+
+    tokens: int  # padding included; every one is counted as a visual one, as nearly all are
+    longest: int  # tokens of its longest sequence
+    rows: int = 0
+    keys: int = 0  # columns of a map
+    mask_pixels: int = 0
+
+
+@dataclass
+class States:
+    """Bytes of one part on one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+@dataclass
+class Estimate:
+    """Bytes on one GPU: `items` at the fullest moment of forward and backward, `step` at the optimizer's step."""
+
+    items: dict[str, float]
+    step: float
+    states: dict[str, States] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return (1 + FRAGMENTATION) * max(sum(self.items.values()), self.step) + CONTEXT
+
+
+def states(part: Part, run: Settings) -> States:
+    """Weights, gradients and optimizer states of a part, per GPU."""
+    n, psi, per_state = run.gpus, part.trainable, _bytes_per_state(run.optim)
+    if run.stage is None:
+        size = part.trainable_bytes / psi if psi else 0
+        copies = 2 if n > 1 else 1
+        moments = _moments(run.optim) * psi * min(per_state, size)
+        return States(part.trainable_bytes + part.frozen_bytes, copies * part.trainable_bytes, moments)
+    size = 2 if run.bf16 else 4
+    frozen = min(part.frozen_bytes, size * part.frozen)  # quantised weights stay as they are
+    weights, gradients = size * psi + frozen, size * psi
+    optimizer = (4 + _moments(run.optim) * per_state) * psi
+    if run.stage >= 1:
+        optimizer /= n
+    if run.stage >= 2:
+        gradients /= n
+    if run.stage >= 3:
+        weights /= n
+    if run.offload_optimizer:
+        optimizer = 0
+        gradients = 0 if run.stage >= 2 else gradients
+    return States(0 if run.offload_parameters else weights, gradients, optimizer)
+
+
+def _moments(optim: str) -> int:
+    return next((count for name, count in MOMENTS.items() if name in optim), 2)
+
+
+def _bytes_per_state(optim: str) -> float:
+    return 1.03 if "8bit" in optim else 4  # blocks of 256 values share an fp32 scale, of either sign
+
+
+def saved_per_token(geometry: Geometry, run: Settings) -> float:
+    """Bytes that autograd saves of one token in one decoder layer without checkpointing."""
+    g, size = geometry, run.size
+    norm = 2 * size * g.hidden if run.liger else (4 + 2 * size) * g.hidden
+    attention = size * g.head_dim * (2 * g.heads + 2 * g.key_heads) + 4 * g.heads
+    mlp = (3 if run.liger else 4) * size * g.intermediate
+    return 2 * norm + attention + mlp + (4 + size) * g.adapted_width
+
+
+def _saved_by_vision(geometry: Geometry, run: Settings) -> float:
+    """Bytes of one patch in one block of the vision tower."""
+    g, size = geometry, run.size
+    norm = 2 * size * g.vision_hidden if run.liger else (4 + 2 * size) * g.vision_hidden
+    return 2 * norm + 4 * size * g.vision_hidden + (3 if run.liger else 4) * size * g.vision_intermediate
+
+
+def activations(geometry: Geometry, run: Settings, batch: Batch) -> dict[str, float]:
+    """Bytes of activations: what is kept between forward and backward, and the most that is there for a moment."""
+    g, size = geometry, run.size
+    layer = batch.tokens * saved_per_token(g, run)
+    if run.eager:
+        layer += batch.tokens * batch.longest * g.heads * (4 + 2 * size)
+    ends = batch.tokens * (4 + 4 * size) * g.hidden  # embeddings and the last norm
+    inputs = g.layers * batch.tokens * size * g.hidden
+    kept = inputs if run.checkpointing else g.layers * layer
+    if run.activation_offload:
+        kept = 2 * kept / g.layers
+    backward = batch.tokens * size * (3 * g.intermediate + 6 * g.hidden) + (layer if run.checkpointing else 0)
+
+    patches = g.patches_per_token * batch.tokens
+    pixels = 4 * patches * g.patch_values
+    narrowed = patches * g.patch_values * size if size < 4 else 0
+    block = patches * _saved_by_vision(g, run)
+    passing = patches * max(30 * g.vision_hidden, size * (2 * g.vision_hidden + 4 * g.vision_intermediate))
+    passing += narrowed
+    if run.vision_trained:
+        kept += narrowed
+        kept += patches * size * g.vision_hidden * g.vision_depth if run.checkpointing else g.vision_depth * block
+        passing += block if run.checkpointing else 0
+    logits = min(BLOCK_LOGITS, batch.tokens * g.vocabulary) * (2 * size + 12)
+    # The tower is done before the decoder begins, and the loss before the decoder goes back.
+    items = {
+        "pixels": pixels,
+        "activations kept for backward": ends + kept,
+        "activations of the moment": max(backward, logits, passing - (0 if run.vision_trained else ends + kept)),
+    }
+    if g.largest_matrix:
+        items["a weight without quantisation"] = 2 * g.largest_matrix
+    return items
+
+
+def attention_loss(geometry: Geometry, run: Settings, batch: Batch) -> float:
+    """Bytes of the noun maps and of the mask loss."""
+    row = run.size * geometry.heads * geometry.head_dim + 4 * geometry.heads
+    maps = run.supervised_layers * batch.rows * (8 * batch.keys + row)
+    query = 0 if run.fused else batch.tokens * run.size * geometry.heads * geometry.head_dim
+    return maps + 8 * batch.rows * batch.keys + batch.mask_pixels / 8 + (query if run.supervised_layers else 0)
+
+
+def estimate(parts: list[Part], geometry: Geometry, run: Settings, batch: Batch) -> Estimate:
+    """What one GPU holds at the fullest moment of a step."""
+    by_part = {part.name: states(part, run) for part in parts}
+    totals = {name: sum(getattr(s, name) for s in by_part.values()) for name in ("weights", "gradients", "optimizer")}
+    items = {"weights": totals["weights"], "gradients": totals["gradients"], "optimizer states": totals["optimizer"]}
+    trainable = sum(part.trainable for part in parts)
+    step = sum(items.values())
+    if run.stage is not None:
+        size = 2 if run.bf16 else 4
+        items["buckets"] = 2 * size * min(geometry.hidden**2, max(trainable, 1))
+        own = trainable / run.gpus if run.stage else trainable
+        step += 0 if run.offload_optimizer else 4 * (min(own, run.sub_group) if run.stage == 3 else own)
+        if run.stage == 3:
+            every = sum(part.trainable + part.frozen for part in parts)
+            gathered = max(min(run.max_live_parameters, every), geometry.largest_module)
+            items["gathered parameters"] = size * gathered * (run.gpus > 1 or run.offload_parameters)
+    items |= activations(geometry, run, batch)
+    items["attention loss"] = attention_loss(geometry, run, batch)
+    return Estimate(items, step, by_part)
+
+
+# What may be changed, the cheapest first: what it costs is time, then accuracy.
+REMEDIES = (
+    ("training.gradient_checkpointing=true", {"checkpointing": True}),
+    ("training.deepspeed=configs/deepspeed/zero2.json", {"stage": 2}),
+    ("training.deepspeed=configs/deepspeed/zero3.json", {"stage": 3}),
+    ("model.activation_offload=true", {"activation_offload": True}),
+    ("training.deepspeed=configs/deepspeed/zero2_offload.json", {"stage": 2, "offload_optimizer": True}),
+    (
+        "training.deepspeed=configs/deepspeed/zero3_offload.json",
+        {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    ),
+)
+
+
+# What is left when these do not suffice.
+OTHER_REMEDIES = (
+    "fewer tokens in a batch (data.max_tokens, data.max_tokens_per_batch, data.max_frames, data.max_pixels)",
+    "more GPUs, or adapters instead of the weights (model.lora={quantize: nf4})",
+)
+
+
+def remedies(parts: list[Part], geometry: Geometry, run: Settings, batch: Batch, memory: float) -> list[str]:
+    """What to change, first things first, until a step fits into `memory` bytes.
+
+    Taken is the first single change that suffices, else the one that saves most, and so on. If all of them do not
+    suffice, the last entries say what else there is.
+    """
+    changes: list[str] = []
+    while estimate(parts, geometry, run, batch).total > memory:
+        choices = [(name, dataclasses.replace(run, **values)) for name, values in REMEDIES if _adds(run, values)]
+        sizes = [estimate(parts, geometry, choice, batch).total for _, choice in choices]
+        enough = next((i for i, size in enumerate(sizes) if size <= memory), None)
+        now = estimate(parts, geometry, run, batch).total
+        if enough is None and (not sizes or min(sizes) >= 0.99 * now):
+            return [*changes, *OTHER_REMEDIES]
+        name, run = choices[sizes.index(min(sizes)) if enough is None else enough]
+        changes = [change for change in changes if change.partition("=")[0] != name.partition("=")[0]] + [name]
+    return changes
+
+
+def _adds(run: Settings, values: dict[str, int | bool]) -> bool:
+    """Whether a change goes beyond what a run has already."""
+    if "stage" in values and values["stage"] < (run.stage or 0):
+        return False
+    return any((getattr(run, key) or 0) < value for key, value in values.items())

@@ -1,0 +1,110 @@
+"""The recipes in `configs/`, dry-run on the geometry that they are for, without its weights."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, load_config
+from swim_fast.training.dry_run import dry_run
+from tests.training import real_geometry
+from tests.training.conftest import TEXTS, record, square_clip, text_record, write_records
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GPUS = {  # how many, and GiB of each
+    "qwen2_5_vl_7b_8xh100": (8, 80),
+    "paper_parity": (8, 80),
+    "long_video": (8, 80),
+    "lora_24gb": (1, 24),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return real_geometry.write_folder(tmp_path_factory.mktemp("seven billion"), TEXTS * 3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    lines = []
+    for number, count in enumerate((8, 12, 40)):
+        masks = square_clip(folder / f"{number}.mp4", number, count=count, height=360, width=640)
+        lines.append(record(f"{number}.mp4", masks))
+    return write_records(folder / "train.jsonl", [*lines, text_record(0)])
+
+
+def test_every_recipe_is_here():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*GPUS, "demo"}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_recipe_fits_its_gpus(name, folder, data, monkeypatch, tmp_path):
+    monkeypatch.chdir(CONFIGS.parent)  # recipes name DeepSpeed's files from there
+    monkeypatch.setenv("SWIM_FAST_CACHE", str(tmp_path))
+    # torchcodec needs a system FFmpeg
+    mine = [f"model.path={folder}", f"data.train=[{{path: {data}}}]", "data.reader=decord"]
+    config = load_config(CONFIGS / f"{name}.yaml", mine)
+    gpus, memory = GPUS[name]
+    report = dry_run(config, gpus=gpus, gpu_memory=memory)
+    assert report.fits and "fits:" in str(report)
+    assert report.estimates["limit"].total <= memory * 2**30, str(report)
+    adapters = 40_370_176 if name == "lora_24gb" else 0  # 16 · Σ (in + out) over the 196 linear layers
+    assert f"{(real_geometry.TOTAL + adapters) / 1e9:.2f} B parameters" in str(report)
+
+
+def test_number_of_parameters_of_the_parts(folder, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.setenv("SWIM_FAST_CACHE", str(tmp_path))
+    overrides = [f"model.path={folder}", f"data.train=[{{path: {data}}}]", "data.reader=decord"]
+    assert real_geometry.TOTAL == 8_292_166_656
+    text = str(dry_run(load_config(CONFIGS / "paper_parity.yaml", overrides), gpus=8))
+    found = {}
+    for line in text.splitlines():
+        for part in ("vision tower", "merger", "language model", "head"):
+            if line.strip().startswith(part + " "):
+                found[part] = [int(word.replace(",", "")) for word in line.split(part)[1].split()[:2]]
+    assert found == {
+        "vision tower": [0, real_geometry.VISION_TOWER],
+        "merger": [real_geometry.MERGER, 0],
+        "language model": [real_geometry.LANGUAGE_MODEL, 0],
+        "head": [real_geometry.HEAD, 0],
+    }
+
+
+@pytest.mark.parametrize(
+    "name, override",
+    [
+        ("long_video", "training.gradient_checkpointing=false"),
+        ("qwen2_5_vl_7b_8xh100", "training.deepspeed=null"),
+        ("lora_24gb", "model.lora={rank: 16}"),
+    ],
+)
+def test_recipe_without_what_it_states_does_not_fit(name, override, folder, data, monkeypatch, tmp_path):
+    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.setenv("SWIM_FAST_CACHE", str(tmp_path))
+    overrides = [f"model.path={folder}", f"data.train=[{{path: {data}}}]", "data.reader=decord", override]
+    gpus, memory = GPUS[name]
+    report = dry_run(load_config(CONFIGS / f"{name}.yaml", overrides), gpus=gpus, gpu_memory=memory)
+    assert report.estimates["limit"].total > memory * 2**30, str(report)
+
+
+def test_paper_parity_is_as_released():
+    loss = load_config(CONFIGS / "paper_parity.yaml").attention_loss
+    assert (loss.numerics, loss.query_position, loss.softmax) == ("paper", "predictor", "full")
+    assert (loss.text_weight, loss.mask_weight, loss.fusion, loss.criterion) == (0.05, 1.0, "product", "bce")
+    assert (loss.resolution, loss.layers) == ("mask", None)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_recipe_states_only_what_differs_from_the_defaults(name):
+    from transformers import TrainingArguments
+
+    tree = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    sections = {"model": ModelConfig, "data": DataConfig, "attention_loss": AttentionLossConfig}
+    sections["training"] = TrainingArguments
+    for section, kind in sections.items():
+        defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+        for key, value in tree.get(section, {}).items():
+            assert value != defaults[key], f"{section}.{key}"
