@@ -30,7 +30,7 @@ from swim_fast.grounding.prompt import Prompt, encode_question, find_noun, plain
 
 logger = logging.getLogger(__name__)
 
-PICTURE_WIDTH = 12.0  # inches, about
+PICTURE_WIDTH = 13.0  # inches, about
 CHUNK_BYTES = 2**27  # of a clip's frames decoded at a time
 
 
@@ -157,7 +157,7 @@ def trained_as(model: str | os.PathLike[str]) -> RunConfig | None:
 def noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -> np.ndarray:
     """The fused map of each noun of a prompt on each temporal patch, averaged over the noun's tokens.
 
-    The model is as it was afterwards.
+    Afterwards the model is as it was.
 
     Args:
         model: stock, not attached.
@@ -180,7 +180,7 @@ def noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -
     positions = [token - earlier for noun in tokens for token in noun]
     rows = [(position, 0, position + 1, 0) for position in positions]
     inputs, queries = _model_inputs(model, processor, encoding, rows)
-    attach_noun_attention(model, loss.layers, loss.backend, loss.fused)
+    attach_noun_attention(model, loss.layers or None)  # a run without maps names none
     logger.info("attention of layers %s", ", ".join(map(str, attached_layers(model))))
     try:  # the maps need no logits
         maps = model(**inputs, noun_queries=queries, use_cache=False, logits_to_keep=1).attentions
@@ -192,7 +192,7 @@ def noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -
     start = torch.arange(num_patches).repeat(num_rows) * height * width
     pairs = GridPairs.of(row, start, [(height, width)] * len(row), torch.zeros_like(row))
     fusion = "mean" if loss.fusion == "mean" else "product"
-    cells = frame_prediction(maps, pairs.to(maps[0].device), fusion=fusion, backend=loss.backend)
+    cells = frame_prediction(maps, pairs.to(maps[0].device), fusion=fusion)
     by_row = cells.view(num_rows, num_patches, height, width).cpu()
     return torch.stack([part.mean(0) for part in by_row.split([len(noun) for noun in tokens])]).numpy()
 
@@ -245,7 +245,7 @@ def draw_maps(
         path,
         title=title,
         map_labels=[f"“{textwrap.shorten(label, 24)}”" for label in labels],
-        mask_label="frame",
+        mask_label="frame" if prompt.info.num_frames > 1 else "image",
         per_line=math.ceil(len(columns) / lines),
     )
     return Path(path)

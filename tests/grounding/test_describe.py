@@ -16,6 +16,7 @@ from swim_fast.grounding.describe import DescribeOptions, describe, trained_as
 from swim_fast.grounding.heatmap_video import panel_size, patch_weights, write_heatmap_video
 from swim_fast.grounding.heatmaps import PANEL_PIXELS
 from swim_fast.grounding.prompt import find_noun, plain_question
+from swim_fast.modeling.attach import attached_layers
 from tests.training.conftest import FRAMES, HEIGHT, TEXTS, WIDTH, record, square_clip, write_records
 
 QUESTION = "What does the square do beside the zebra?"
@@ -79,15 +80,20 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
 @pytest.mark.parametrize(
     "loss",
     [
-        AttentionLossConfig(layers=[0, 2]),
+        AttentionLossConfig(layers=[0, 2], backend="triton"),  # of a run on a GPU; here is none
         AttentionLossConfig(layers=[1, 2], fusion="mean", query_position="predictor"),
     ],
     ids=["product", "mean-predictor"],
 )
-def test_maps_are_those_of_training(folder, tmp_path, noun, loss):
+def test_maps_are_those_of_training(folder, tmp_path, monkeypatch, noun, loss):
+    def answer(model, *_):
+        assert attached_layers(model) == [], "the stock model answers, also when maps were computed"
+        return "answer"
+
+    monkeypatch.setattr("swim_fast.grounding.describe.generate_answer", answer)
     model = trained(folder, tmp_path / "run", replace(loss), max_frames=FRAMES)
     out = tmp_path / "attention.png"
-    found = describe(folder / "clip.mp4", QUESTION, model, DescribeOptions(show=[noun], out=out, max_new_tokens=2))
+    found = describe(folder / "clip.mp4", QUESTION, model, DescribeOptions(show=[noun], out=out))
     expected = training_maps(folder, model, noun, trained_as(model).sample_options(), loss)
     assert found.maps.shape == (1, FRAMES // 2, 2, 3) and sorted(expected) == [0, 1, 2]
     for patch, p in expected.items():
@@ -105,8 +111,15 @@ def test_options_win_over_the_run(folder, tmp_path):
     assert as_trained.shape[1] == 1
     other_layer = describe(clip, QUESTION, model, replace(options, layers=[2])).maps
     assert other_layer.shape == as_trained.shape and not np.allclose(other_layer, as_trained, atol=1e-2)
+    twice = "The square and the square"
+    first, second, last = (
+        describe(clip, twice, model, replace(options, occurrence=number)).maps for number in (1, 2, None)
+    )
+    assert np.array_equal(second, last) and not np.allclose(first, last, atol=1e-3)
     four_frames = replace(options, max_frames=6, fps=2.5)  # of 1.5 s
     assert describe(clip, QUESTION, model, four_frames).maps.shape[1] == 2
+    without_maps = trained(folder, tmp_path / "text", AttentionLossConfig(layers=[], mask_weight=0.0), max_frames=2)
+    assert np.array_equal(describe(clip, QUESTION, without_maps, options).maps, other_layer)  # the default of 3 layers
     (model / "config.yaml").write_text("data: {max_frame: 2}")
     assert trained_as(model) is None and trained_as("owner/name") is None
 
