@@ -59,8 +59,6 @@ def start_worker(then, worker_id: int) -> None:
         then: the `worker_init_fn` there was, or None.
     """
     parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait():
         from_parent = False
@@ -68,7 +66,10 @@ def start_worker(then, worker_id: int) -> None:
             from_parent = signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent
         os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
     if then is not None:
         then(worker_id)
 

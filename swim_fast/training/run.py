@@ -102,8 +102,8 @@ def build_trainer(config: RunConfig):
         processing_class=processor,
     )
     if args.world_size > 1:
-        deepspeed = getattr(args, "hf_deepspeed_config", None)
-        keep_visual_in_step(model, sharded=deepspeed is not None and deepspeed.is_zero3())
+        zero = getattr(args, "hf_deepspeed_config", None)
+        keep_visual_in_step(model, sharded=zero is not None and zero.is_zero3())
     return trainer
 
 
@@ -157,7 +157,8 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     args = trainer.args
     output = Path(args.output_dir)
     last = last_checkpoint(output)
-    checkpoint = args.resume_from_checkpoint or (last and str(last) if resume else None)
+    named = args.resume_from_checkpoint  # True: as --resume
+    checkpoint = named if isinstance(named, str) else str(last) if last and (resume or named) else None
     if last and not checkpoint:
         raise ConfigError(
             f"{output} already holds {last.name}: go on with --resume, or choose another training.output_dir"

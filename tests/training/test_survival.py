@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import torch
 
 from swim_fast.cli import main
 from swim_fast.config import load_config
+from swim_fast.training.callbacks import start_worker
 from swim_fast.training.checkpoints import last_checkpoint
 from tests.training.conftest import (
     command,
@@ -114,6 +116,26 @@ def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, 
     for key in ("loss", "pairs_per_step"):
         assert losses(folder, key) == pytest.approx(losses(tmp_path / "whole", key), rel=1e-4)
     assert not list(folder.glob("skipped-*"))  # decoders and workers were signalled as well
+
+
+def test_a_data_worker_is_ended_by_its_parent_alone(tmp_path):
+    context = multiprocessing.get_context("fork")
+    worker = context.Process(target=work, args=(tmp_path / "started",), daemon=True)
+    worker.start()
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    for _ in range(2):
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def work(started: Path) -> None:
+    start_worker(lambda worker_id: started.touch(), 0)
+    time.sleep(100)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(write_config, tmp_path):
