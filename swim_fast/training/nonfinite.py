@@ -66,8 +66,10 @@ class FiniteGuard:
             NonFiniteError: if the run is to stop, or has left out too many in a row.
         """
         self._in_a_row[kind] += 1
-        found = gather_object([(what, samples)] if at_fault else [])
-        told = "; ".join(f"{reason} with {_listed(names)}" for reason, names in found)
+        found = {}
+        for reason, names in gather_object([(what, samples)] if at_fault else []):
+            found[reason] = found.get(reason, []) + names
+        told = "; ".join(f"{reason} with {_listed(names)}" for reason, names in found.items())
         if self.on_nan == "skip" and self._in_a_row[kind] <= MOST_IN_A_ROW:
             return f"left out of step {step}: {told}"
         last = last_checkpoint(self.output_dir)

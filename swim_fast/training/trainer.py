@@ -58,8 +58,9 @@ class SwimTrainer(CheckpointingTrainer):
         loss: weights and choices of the mask loss.
         on_nan: what becomes of a micro-batch whose loss, or a step whose gradient, is NaN or infinite: "stop" ends the
             run before the optimizer; "skip" leaves it out on all ranks. Both need one small reduction among the ranks,
-            and one wait for the device, per micro-batch. With DeepSpeed the engine checks the gradient and leaves the
-            step out itself; with fp16 that is how the loss scale is found, so that gradients are not checked here.
+            and one wait for the device, per micro-batch. Which sample a gradient comes from is not known: all those of
+            the step are named. With DeepSpeed the engine checks the gradient and leaves the step out itself; with fp16
+            that is how the loss scale is found, so that gradients are not checked here.
         learning_rates: of parts of the model, see `parameters_of_parts`; the others have `args.learning_rate`.
         batch_sampler: batches of packed samples to train on, with `train_collator`, which packs them; None: batches of
             `per_device_train_batch_size` samples, of `data_collator`, as for evaluation.
