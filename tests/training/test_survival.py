@@ -269,10 +269,10 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_optimizer(write_config
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             reached.append(all(p.grad is None or p.grad.isfinite().all() for p in kwargs["model"].parameters()))
 
-    trainer = build_trainer(
-        load_config(write_config(optimization={"on_nan": on_nan}, training={**STEADY, "max_steps": 30}))
-    )
-    parameter, reached = trainer.model.get_output_embeddings().weight, []  # every batch has a gradient of it
+    data = {"train": [{"path": str(write_records(tmp_path / "train.jsonl", [text_record(n) for n in range(3)]))}]}
+    config = write_config(data=data, optimization={"on_nan": on_nan}, training={**STEADY, "max_steps": 30})
+    trainer = build_trainer(load_config(config))
+    parameter, reached = trainer.model.get_output_embeddings().weight, []
     trainer.add_callback(Poison())
     with pytest.raises(NonFiniteError) as error:
         trainer.train()
