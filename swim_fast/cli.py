@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import sys
 
+from swim_fast.evaluation.commands import add_jobs as add_evaluation
 from swim_fast.nl_refer.commands import add_jobs as add_nl_refer
 
 
@@ -133,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     job.set_defaults(run=_data_show)
 
     add_nl_refer(jobs)
+    add_evaluation(jobs)
     return parser
 
 

@@ -12,15 +12,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from swim_fast.data.errors import DataError
 from swim_fast.data.records import RecordFile
-from swim_fast.nl_refer.endpoint import Endpoint, EndpointOptions, RefusedError
+from swim_fast.nl_refer.endpoint import Endpoint, EndpointOptions, RefusedError, run_workers
 from swim_fast.nl_refer.journal import Answer, Journal, answer_key
 from swim_fast.nl_refer.placeholders import Expression, Task, check_rest, find_task
 from swim_fast.nl_refer.prompt import UnnamedError, estimate_tokens, messages, objection, read_answer
 from swim_fast.nl_refer.validation import RejectedError, check_expressions
 
 logger = logging.getLogger(__name__)
-
-GRACE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -252,29 +250,11 @@ async def _ask(
             journal.add(key, task.number, answer)
             asked.add(answer)
 
-    workers = [asyncio.create_task(settle_all()) for _ in range(options.endpoint.concurrency)]
-    try:
-        await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        await _end(workers, endpoint)
+    def ended(whole: bool) -> None:
         asked.requests = endpoint.requests
-        if not all(worker.done() and not worker.cancelled() and worker.exception() is None for worker in workers):
+        if not whole:
             logger.warning(
                 "stopped; %d answers of this run are in %s, the same command goes on", asked.answers, journal.path
             )
-    for worker in workers:
-        if not worker.cancelled() and worker.exception() is not None:
-            raise worker.exception()
 
-
-async def _end(workers: list[asyncio.Task], endpoint: Endpoint) -> None:
-    """End workers that still run; what is under way is being paid for, so it is given some seconds to arrive."""
-    endpoint.stop()
-    await asyncio.sleep(0)
-    if pending := [worker for worker in workers if not worker.done()]:
-        logger.warning("stopping: waiting up to %d s for %d answers; Ctrl-C gives them up", GRACE_SECONDS, len(pending))
-        await asyncio.wait(pending, timeout=GRACE_SECONDS)
-    for worker in workers:
-        worker.cancel()
-    await asyncio.gather(*workers, return_exceptions=True)
-    await endpoint.close()
+    await run_workers(endpoint, settle_all, ended)

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 LONGEST_WAIT = 60.0  # seconds between retries that the endpoint did not ask for
 LONGEST_RETRY_AFTER = 600.0
 GIVE_UP_AFTER = 3  # records in a row that got no answer at all
+GRACE_SECONDS = 10  # for answers under way when a run is stopped
 
 
 class EndpointError(OSError):
@@ -175,6 +177,43 @@ class Endpoint:
                 return
         if self._stop.is_set():
             raise asyncio.CancelledError
+
+
+async def run_workers(
+    endpoint: Endpoint, work: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[bool], None]
+) -> None:
+    """Run as many workers as there may be requests at the same time, until all have ended or one fails; then close.
+
+    Args:
+        endpoint: what the workers ask.
+        work: a worker; each takes what is next to do until nothing is left.
+        ended: is told at the end whether all workers came to their own end.
+
+    Raises:
+        Exception: what the first worker that failed raised.
+    """
+    workers = [asyncio.create_task(work()) for _ in range(endpoint.options.concurrency)]
+    try:
+        await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        await _end(workers, endpoint)
+        ended(all(worker.done() and not worker.cancelled() and worker.exception() is None for worker in workers))
+    for worker in workers:
+        if not worker.cancelled() and worker.exception() is not None:
+            raise worker.exception()
+
+
+async def _end(workers: list[asyncio.Task], endpoint: Endpoint) -> None:
+    """End workers that still run; what is under way is being paid for, so it is given some seconds to arrive."""
+    endpoint.stop()
+    await asyncio.sleep(0)
+    if pending := [worker for worker in workers if not worker.done()]:
+        logger.warning("stopping: waiting up to %d s for %d answers; Ctrl-C gives them up", GRACE_SECONDS, len(pending))
+        await asyncio.wait(pending, timeout=GRACE_SECONDS)
+    for worker in workers:
+        worker.cancel()
+    await asyncio.gather(*workers, return_exceptions=True)
+    await endpoint.close()
 
 
 def retry_after(headers: Any) -> float | None:

@@ -1,0 +1,127 @@
+"""Results on disk and for people: one JSON file, one table as Markdown that can be read as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from swim_fast.evaluation import published
+from swim_fast.evaluation.judge import DIMENSIONS
+from swim_fast.evaluation.questions import READINGS
+from swim_fast.grounding import METRICS
+
+_READINGS = {
+    "published": "letter in the answer, published rule",
+    "lenient": "letter in the answer, lenient rule",
+    "letter": "likelihood of the option's letter",
+    "total": "likelihood of the option's text",
+    "mean": "likelihood of the option's text, per token",
+}
+_SHOWN_PROBLEMS = 5
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns of even width; all but the first and the last are flush right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    right = [0 < i < len(head) - 1 for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (text.rjust(w) if r else text.ljust(w) for text, w, r in zip(row, widths, right, strict=True))
+        return f"| {' | '.join(cells)} |"
+
+    rule = [("-" * (w - 1) + ":") if r else "-" * w for w, r in zip(widths, right, strict=True)]
+    return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+def questions_report(results: Mapping[str, Any]) -> str:
+    """The table of `score_questions` with published numbers beside one's own."""
+    settings, by = results["settings"], results["by"]
+    kinds = list(dict.fromkeys((*published.QUESTION_TYPES, *results["readings"][READINGS[by][0]]["types"])))
+    rows = []
+    for reading in READINGS[by]:
+        found = results["readings"][reading]
+        counts = [found["types"].get(kind, {}) for kind in kinds]
+        where = f"{_READINGS[reading]}; object named in words; up to {settings['max_frames']} frames"
+        values = [_number(count.get("accuracy"), 1) for count in (*counts, found["all"])]
+        rows.append([settings["model"], *values, where])
+    more = [""] * (len(kinds) - len(published.QUESTION_TYPES))
+    for row in published.QUESTIONS:
+        rows.append([f"{row.model} (published)", *(f"{value:.1f}" for value in row.values), *more])
+        rows[-1] += [f"{row.average:.1f}", row.conditions]
+    lines = ["# VideoRefer-Bench-Q: accuracy, per cent", ""]
+    lines += [table(["model", *(kind.removesuffix(" Questions") for kind in kinds), "all", "conditions"], rows), ""]
+    for reading in READINGS[by]:
+        count = results["readings"][reading]["all"]
+        unparsable = f", {count['unparsable']} unparsable, which count as wrong" if by == "generation" else ""
+        lines.append(f"{_READINGS[reading]}: {count['right']} of {count['answers']} right{unparsable}")
+    return "\n".join([*lines, *_problem_lines(results["problems"], "no answer"), "", published.QUESTIONS_NOTE])
+
+
+def descriptions_report(results: Mapping[str, Any]) -> str:
+    """The table of `score_descriptions` with published numbers beside one's own."""
+    settings, means = results["settings"], results["means"]
+    head = ["model", *DIMENSIONS, "mean", "conditions"]
+    lines = ["# VideoRefer-Bench-D: scores from 0 to 5", ""]
+    if means:
+        own = [settings["model"], *(_number(means[name], 2) for name in DIMENSIONS), _number(results["average"], 2)]
+        temperature = settings["judge_temperature"]
+        own.append(
+            f"{settings['frame_mode']}; up to {settings['max_frames']} frames; judge {settings['judge']}, temperature "
+            f"{'its default' if temperature is None else format(temperature, 'g')}, prompt {settings['judge_prompt']}"
+        )
+        rows = [own]
+        for row in published.DESCRIPTIONS:
+            numbers = [f"{value:.2f}" for value in (*row.values, row.average)]
+            rows.append([f"{row.model} (published)", *numbers, row.conditions])
+        lines += [table(head, rows), ""]
+    lines.append(f"{results['described']} descriptions, {len(results['scores'])} of them judged")
+    if results["failed"]:
+        lines += _listed(results["failed"], "descriptions without scores, which count nowhere")
+    lines += _problem_lines(results["problems"], "no description")
+    return "\n".join([*lines, "", published.DESCRIPTIONS_NOTE] if means else lines)
+
+
+def grounding_report(results: Mapping[str, Any]) -> str:
+    """The table of `score_grounding`; fused layers carry an asterisk."""
+    fused = results["fused_layers"]
+    rows = [
+        [f"{layer}{' *' if int(layer) in fused else ''}", *(_number(values[name], 3) for name in METRICS), ""]
+        for layer, values in results["layers"].items()
+    ]
+    how = f"{results['settings']['fusion']} of {', '.join(map(str, fused))}"
+    rows.append(["fused", *(_number(results["fused"][name], 3) for name in METRICS), how])
+    lines = ["# Attention of the tagged nouns", ""]
+    lines += [table(["layer", *(name.replace("_", " ") for name in METRICS), ""], rows), ""]
+    lines.append(f"{results['pairs']} pairs of noun token and temporal patch, in {results['records']} records")
+    if results["without"]:
+        lines.append(f"{results['without']} records have no tagged noun with a mask")
+    lines.append("definitions: swim_fast/grounding/metrics.py")
+    return "\n".join([*lines, *_problem_lines(results["problems"], "no result")])
+
+
+def write_report(folder: Path, results: Mapping[str, Any], report: str) -> None:
+    """Write ``results.json`` and ``results.md``; of descriptions also ``scores.jsonl``, with what they depend on."""
+    settings = results["settings"]
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(report + "\n", encoding="utf-8")
+    if "judge" in settings:
+        about = {name: settings[name] for name in ("judge", "judge_temperature", "judge_prompt", "frame_mode")}
+        rows = {**results["scores"], **{number: {"failed": reason} for number, reason in results["failed"].items()}}
+        lines = [json.dumps({"record": number, **row, **about}) + "\n" for number, row in sorted(rows.items())]
+        (folder / "scores.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def _problem_lines(problems: Mapping[int, str], what: str) -> list[str]:
+    return _listed(problems, f"records with {what}, which count nowhere") if problems else []
+
+
+def _listed(reasons: Mapping[int, str], what: str) -> list[str]:
+    shown = [f"- record {number}: {reason}" for number, reason in list(reasons.items())[:_SHOWN_PROBLEMS]]
+    rest = [f"- … and {len(reasons) - len(shown)} more in results.json"] if len(reasons) > len(shown) else []
+    return ["", f"{len(reasons)} {what}:", "", *shown, *rest]

@@ -1,0 +1,82 @@
+"""Grounding from the command line, against the metrics of one record at a time."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from swim_fast import attach_noun_attention
+from swim_fast.cli import main
+from swim_fast.data.collation import Collator
+from swim_fast.data.records import RecordFile
+from swim_fast.data.samples import SampleBuilder, SampleOptions
+from swim_fast.evaluation.grounding import supervised_layers
+from swim_fast.grounding import METRICS, grounding_means, grounding_sums
+from tests.evaluation.conftest import CLIPS, arguments, lines, results
+
+
+def sums_one_by_one(folder, path, fused):
+    """By layer [2, 4] and of the fused layers [4], over all records."""
+    model = attach_noun_attention(AutoModelForImageTextToText.from_pretrained(folder).eval(), [0, 1])
+    processor = AutoProcessor.from_pretrained(folder)
+    builder, collate, records = (
+        SampleBuilder(processor, SampleOptions(max_frames=4)),
+        Collator(processor),
+        RecordFile(path),
+    )
+    by_layer, together = 0, 0
+    for number in range(CLIPS):
+        batch = collate([builder(records[number])])
+        about = ("labels", "mask_targets", "samples", "problems", "notes")
+        with torch.no_grad():
+            maps = model(**{key: value for key, value in batch.items() if key not in about}).attentions
+        by_layer = by_layer + grounding_sums(maps, batch["mask_targets"], fusion="none")
+        together = together + grounding_sums([maps[layer] for layer in fused], batch["mask_targets"])
+    return by_layer, together
+
+
+@pytest.mark.parametrize("layers, fused", [("all", [1]), ("0,-1", [0, 1])])
+def test_layers_and_fused(checkpoint, annotated, tmp_path, capsys, layers, fused):
+    assert supervised_layers(str(checkpoint), 2) == [1]
+    assert main(arguments("grounding", checkpoint, annotated, tmp_path, f"--layers={layers}", "--batch-size", 3)) == 0
+    by_layer, together = sums_one_by_one(checkpoint, annotated, fused)
+    found = results(tmp_path)
+    assert found["pairs"] == together[3] and found["records"] == CLIPS and found["without"] == 1
+    assert list(found["problems"]) == ["5"] and "broken.mp4" in found["problems"]["5"]
+    assert found["fused_layers"] == fused and list(found["layers"]) == ["0", "1"]
+    for layer in (0, 1):
+        expected = grounding_means(by_layer[layer])
+        assert found["layers"][str(layer)] == pytest.approx(expected, rel=1e-4)
+    assert found["fused"] == pytest.approx(grounding_means(together), rel=1e-4)
+    assert found["fused"] != found["layers"]["0"]
+    printed = capsys.readouterr().out
+    values = [f"{found['layers']['1'][name]:.3f}" for name in METRICS]
+    assert (
+        " | ".join(["| 1 *  ", *(value.rjust(len(name)) for value, name in zip(values, METRICS, strict=True))])
+        in printed
+    )
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert "1 records have no tagged noun" in printed
+
+
+def test_a_second_run_looks_at_the_rest(checkpoint, annotated, tmp_path, capsys):
+    words = arguments("grounding", checkpoint, annotated, tmp_path, "--layers", "supervised")
+    assert main([*words, "--limit", "3"]) == 0
+    assert list(results(tmp_path)["layers"]) == ["1"]
+    assert main(words) == 0
+    kept = [entry["record"] for entry in lines(tmp_path / "predictions-rank0.jsonl")[1:]]
+    assert kept[:3] == [0, 1, 2] and sorted(kept[3:]) == [3, 4, 5]
+    whole = tmp_path / "whole"
+    assert main(arguments("grounding", checkpoint, annotated, whole, "--layers", "supervised")) == 0
+    assert results(whole)["fused"] == pytest.approx(results(tmp_path)["fused"], rel=1e-5)
+    assert main([*words[:-1], "some"]) == 2
+    assert "--layers is 'some'" in capsys.readouterr().err
+    assert main(arguments("grounding", checkpoint, annotated, tmp_path / "other", "--layers", "7")) == 2
+    assert "layer 7 is out of range" in capsys.readouterr().err
+
+
+def test_layers_of_the_training_configuration(tmp_path):
+    assert supervised_layers("Qwen/Qwen2.5-VL-7B-Instruct", 28) == [2, 7, 12, 17, 22, 27]
+    (tmp_path / "config.yaml").write_text("attention_loss:\n  layers: [3, -1]\n")
+    assert supervised_layers(str(tmp_path), 28) == [3, 27]
+    (tmp_path / "config.yaml").write_text("attention_loss: {layers: null}\n")
+    assert supervised_layers(str(tmp_path), 28) == [2, 7, 12, 17, 22, 27]
