@@ -48,6 +48,10 @@ class Predictions:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End adding; on file systems of a network only now do other machines see everything."""
         if self._file is not None:
             self._file.close()
 

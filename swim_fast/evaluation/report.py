@@ -19,6 +19,7 @@ _READINGS = {
     "total": "likelihood of the option's text",
     "mean": "likelihood of the option's text, per token",
 }
+_POINTED_OUT = {"text": "object named in words", "single": "single", "multi": "multi"}
 _SHOWN_PROBLEMS = 5
 
 
@@ -68,7 +69,7 @@ def descriptions_report(results: Mapping[str, Any]) -> str:
         own = [settings["model"], *(_number(means[name], 2) for name in DIMENSIONS), _number(results["average"], 2)]
         temperature = settings["judge_temperature"]
         own.append(
-            f"{settings['frame_mode']}; up to {settings['max_frames']} frames; judge {settings['judge']}, temperature "
+            f"{_POINTED_OUT[settings['frame_mode']]}; up to {settings['max_frames']} frames; judge {settings['judge']}, temperature "
             f"{'its default' if temperature is None else format(temperature, 'g')}, prompt {settings['judge_prompt']}"
         )
         rows = [own]

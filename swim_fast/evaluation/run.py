@@ -153,4 +153,5 @@ def predict_rest(
                 for (number, _), entry in zip(good, predict(good), strict=True):
                     predictions.add(number, entry)
             bar.update(len(batch))
+    predictions.close()
     ranks.wait()

@@ -90,7 +90,7 @@ def test_predictions_then_judge(checkpoint, descriptions, tmp_path, capsys, monk
     assert rows[0] == {"record": 0, **FakeJudge.scores(0), **about}
     assert rows[2]["record"] == 2 and set(rows[2]) == {"record", "failed", *about}
     printed = capsys.readouterr().out
-    assert "text; up to 4 frames; judge fake-judge, temperature 0.5, prompt swim-fast 1" in printed
+    assert "object named in words; up to 4 frames; judge fake-judge, temperature 0.5, prompt swim-fast 1" in printed
     assert f"{found['average']:.2f}" in printed and "multi; mask as input; judge GPT-4o" in printed
     assert "1 descriptions without scores, which count nowhere" in printed
 
