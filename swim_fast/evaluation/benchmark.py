@@ -74,7 +74,11 @@ def question_of(entry: dict[str, Any]) -> str:
         turns, key = read_turns(entry), "conversations"
         text = next((turn.text for turn in turns if turn.role == "user"), "")
     else:
-        raise DataError("there is no question: neither under Question nor in conversations", key="Question")
+        raise DataError(
+            "there is no question, neither under Question nor in conversations; ask about the object in words, as "
+            "NL-Refer does: masks are not shown to the model",
+            key="Question",
+        )
     text = strip_tags(text)[0].replace("<video>", "").replace("<image>", "").strip()
     if not text:
         raise DataError("the question is empty", key=key)

@@ -64,6 +64,6 @@ Frames and resolution differ as well. What training has done shows beside the ba
 
 DESCRIPTIONS_NOTE = """\
 Published rows: VideoRefer Suite (arXiv 2501.00599) and its repository; single and multi say in how many frames the
-object was marked. They were judged by GPT-4o, in the published script at temperature 0.7, with another prompt than here.
-Scores compare only among runs with the same judge, judge's prompt, temperature and frame mode: to compare, judge the
-base model's descriptions by the same command."""
+object was marked. They were judged by GPT-4o, in the published script at temperature 0.7, with another prompt than the
+one here. Scores compare only among runs with the same judge, judge's prompt, temperature and frame mode: to compare,
+judge the base model's descriptions by the same command."""

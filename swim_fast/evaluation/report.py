@@ -68,9 +68,10 @@ def descriptions_report(results: Mapping[str, Any]) -> str:
     if means:
         own = [settings["model"], *(_number(means[name], 2) for name in DIMENSIONS), _number(results["average"], 2)]
         temperature = settings["judge_temperature"]
+        temperature = "its default" if temperature is None else format(temperature, "g")
         own.append(
-            f"{_POINTED_OUT[settings['frame_mode']]}; up to {settings['max_frames']} frames; judge {settings['judge']}, temperature "
-            f"{'its default' if temperature is None else format(temperature, 'g')}, prompt {settings['judge_prompt']}"
+            f"{_POINTED_OUT[settings['frame_mode']]}; up to {settings['max_frames']} frames; "
+            f"judge {settings['judge']}, temperature {temperature}, prompt {settings['judge_prompt']}"
         )
         rows = [own]
         for row in published.DESCRIPTIONS:

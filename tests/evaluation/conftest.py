@@ -20,7 +20,8 @@ def question(number: int, video: str, **changes) -> dict:
     return {
         "id": number,
         "video": video,
-        "Question": f"What does the <ins>square</ins> do in clip {number}?",
+        # of another length in each record, so that batches are padded
+        "Question": f"What does the {'big ' * number}<ins>square</ins> do in clip {number}?",
         "type": QUESTION_TYPES[number % 2],
         "options": [f"({letter}) {text}" for letter, text in zip("ABCD", OPTIONS, strict=True)],
         "Answer": f"({'ABCD'[number % 4]}) {OPTIONS[number % 4]}",
@@ -84,6 +85,8 @@ def descriptions(clips, videos) -> Path:
 def annotated(clips) -> Path:
     """NL-Refer records: four with masks, one of text alone (4), one whose clip is broken (5)."""
     lines = [record(f"{n}.mp4", square_clip(clips / f"{n}.mp4", n)[: 3 + n % 3]) for n in range(CLIPS)]
+    for number in (0, 2):  # a noun of several tokens, that is, rows
+        lines[number]["conversations"][0]["value"] = "<video>\nWhat does the <ins>polyhedron</ins> do, if anything?"
     lines += [text_record(0), {**lines[0], "video": "broken.mp4"}]
     return write_records(clips / "nl_refer.jsonl", lines)
 

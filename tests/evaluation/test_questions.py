@@ -75,7 +75,7 @@ def one_by_one(checkpoint, clips):
 
 def prompt(number):
     listed = " ".join(f"({letter}) {text}" for letter, text in zip("ABCD", OPTIONS, strict=True))
-    return f"What does the square do in clip {number}? {listed}. {DIRECTLY}"
+    return f"What does the {'big ' * number}square do in clip {number}? {listed}. {DIRECTLY}"
 
 
 def test_answers_and_table(checkpoint, questions, videos, one_by_one, tmp_path, capsys):
