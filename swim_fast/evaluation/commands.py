@@ -22,7 +22,7 @@ def _run_options(args: argparse.Namespace):
         "attention",
         "reader",
     )
-    more = {name: getattr(args, name) for name in (*names, "decode_timeout", "workers")}
+    more = {name: getattr(args, name) for name in (*names, "folder_fps", "decode_timeout", "workers")}
     return RunOptions(out=Path(args.out), **more)
 
 
@@ -107,6 +107,9 @@ def _common() -> argparse.ArgumentParser:
     common.add_argument("--limit", type=int, help="only so many records, from the first")
     common.add_argument("--max-frames", type=int, default=32, help="most frames of a clip")
     common.add_argument("--max-pixels", type=int, help="of a frame (default: the processor's own)")
+    common.add_argument(
+        "--folder-fps", type=float, default=1.0, help="frames per second of clips that are folders (default: 1)"
+    )
     common.add_argument("--batch-size", type=int, default=4)
     common.add_argument("--dtype", default="auto", help="auto (the checkpoint's own), bfloat16, float16, float32")
     common.add_argument("--attention", default="sdpa", help="as attn_implementation of transformers")

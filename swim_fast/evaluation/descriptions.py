@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from swim_fast.data.records import Record, RecordFile, read_turns
-from swim_fast.data.samples import SampleBuilder
 from swim_fast.data.tags import strip_tags
 from swim_fast.evaluation.benchmark import prompt_record, prompt_sample, question_of, read_items, text_under
 from swim_fast.evaluation.generation import generate, load_model
@@ -100,7 +99,7 @@ def evaluate_descriptions(
     with Predictions(options.out, settings) as predictions:
         if not judge_only and any(number not in predictions.done for number in items):
             model, processor = load_model(options.model, options.dtype, options.attention, ranks.device)
-            builder = SampleBuilder(processor, options.sample_options())
+            builder = options.sample_builder(processor)
 
             def describe(batch):
                 said = generate(model, processor, [sample for _, sample in batch], max_new_tokens)

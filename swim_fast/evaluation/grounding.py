@@ -11,7 +11,7 @@ import torch
 
 from swim_fast.data.collation import Collator
 from swim_fast.data.records import RecordFile
-from swim_fast.data.samples import Sample, SampleBuilder
+from swim_fast.data.samples import Sample
 from swim_fast.evaluation.generation import load_model, model_inputs
 from swim_fast.evaluation.predictions import Predictions
 from swim_fast.evaluation.ranks import Ranks
@@ -90,7 +90,7 @@ def evaluate_grounding(
             attach_noun_attention(model, chosen, backend)
             chosen = sorted(layer % count for layer in chosen)
             fused = supervised if layers == "all" else chosen
-            builder = SampleBuilder(processor, options.sample_options(read_out="supervised", **how))
+            builder = options.sample_builder(processor, read_out="supervised", **how)
             collate = Collator(processor)
 
             def build(number: int) -> Sample:

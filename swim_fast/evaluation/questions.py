@@ -18,7 +18,6 @@ from typing import Any
 
 from swim_fast.data.errors import DataError
 from swim_fast.data.records import Record, RecordFile
-from swim_fast.data.samples import SampleBuilder
 from swim_fast.evaluation.benchmark import prompt_record, prompt_sample, question_of, read_items, text_under
 from swim_fast.evaluation.generation import generate, load_model, text_scores
 from swim_fast.evaluation.predictions import Predictions
@@ -161,7 +160,7 @@ def evaluate_questions(
     with Predictions(options.out, settings) as predictions:
         if any(number not in predictions.done for number in items):
             model, processor = load_model(options.model, options.dtype, options.attention, ranks.device)
-            builder = SampleBuilder(processor, options.sample_options())
+            builder = options.sample_builder(processor)
 
             def answer(batch):
                 prompts = [sample for _, sample in batch]

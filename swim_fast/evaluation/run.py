@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from swim_fast.data.errors import DataError
-from swim_fast.data.samples import Sample, SampleOptions
+from swim_fast.data.records import Record
+from swim_fast.data.samples import MediaReader, Sample, SampleBuilder, SampleOptions
+from swim_fast.data.video import MediaInfo
 from swim_fast.evaluation.predictions import Predictions, file_state, model_state
 from swim_fast.evaluation.ranks import Ranks
 
@@ -30,6 +32,7 @@ class RunOptions:
         media: folder that media paths are relative to; None: the file's own.
         limit: only so many records, from the first; None for all.
         max_frames, max_pixels, reader, decode_timeout: as in `SampleOptions`.
+        folder_fps: frames per second of clips that are folders of frames, which do not say; 1 is what training takes.
         batch_size: samples at a time.
         dtype, attention: as for `load_model`.
         workers: processes that decode clips, for each rank; 0 decodes between the batches.
@@ -45,6 +48,7 @@ class RunOptions:
     limit: int | None = None
     max_frames: int = 32
     max_pixels: int | None = None
+    folder_fps: float = 1.0
     batch_size: int = 4
     dtype: str = "auto"
     attention: str = "sdpa"
@@ -57,10 +61,17 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-        self.sample_options()
+        if not 0 < self.folder_fps < float("inf"):
+            raise ValueError(f"--folder-fps is {self.folder_fps}; it must be positive")
+        self._sample_options()
 
-    def sample_options(self, **changes: Any) -> SampleOptions:
-        """How clips become samples."""
+    def sample_builder(self, processor: Any, **changes: Any) -> SampleBuilder:
+        """Makes samples of records; ``changes`` are other fields of `SampleOptions`."""
+        builder = SampleBuilder(processor, self._sample_options(**changes))
+        builder.reader = _WithFolders(self.reader, self.decode_timeout, self.folder_fps)
+        return builder
+
+    def _sample_options(self, **changes: Any) -> SampleOptions:
         return SampleOptions(
             max_frames=self.max_frames,
             max_pixels=self.max_pixels,
@@ -79,6 +90,7 @@ class RunOptions:
             "contents": file_state(self.file),
             "max_frames": self.max_frames,
             "max_pixels": self.max_pixels,
+            "folder_fps": self.folder_fps,
             "dtype": self.dtype,
             "attention": self.attention,
             "reader": self.reader,
@@ -88,6 +100,18 @@ class RunOptions:
     def count(self, records: int) -> int:
         """How many of a file's records are meant."""
         return records if self.limit is None else min(self.limit, records)
+
+
+class _WithFolders(MediaReader):
+    """Knows the frame rate of folders of frames."""
+
+    def __init__(self, reader: str, timeout: float, folder_fps: float):
+        super().__init__(reader, timeout)
+        self._folder_fps = folder_fps
+
+    def info(self, record: Record) -> MediaInfo:
+        info = super().info(record)
+        return replace(info, fps=self._folder_fps) if record.media.is_dir() else info
 
 
 class _Samples:

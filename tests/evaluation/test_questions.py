@@ -14,6 +14,7 @@ from swim_fast.data.sampling import choose_frames
 from swim_fast.data.video import FrameReader
 from swim_fast.evaluation.benchmark import read_items
 from swim_fast.evaluation.questions import published_letter, read_question
+from swim_fast.evaluation.run import RunOptions
 from tests.evaluation.conftest import OPTIONS, arguments, lines, question, results, stable
 
 DIRECTLY = "Answer with the option's letter from the given choices directly."
@@ -119,6 +120,18 @@ def test_likelihoods(checkpoint, questions, videos, one_by_one, tmp_path, capsys
             best[name] += values.index(max(values)) == number % 4
     assert {name: found[name]["all"]["right"] for name in best} == best
     assert "likelihood of the option's text, per token" in capsys.readouterr().out
+
+
+def test_the_rate_of_folders(checkpoint, questions, tmp_path):
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    items, _ = read_items(RecordFile(questions), 6, read_question)
+    for rate in (1.0, 24.0):
+        builder = RunOptions("m", "f", tmp_path, max_frames=4, folder_fps=rate).sample_builder(processor)
+        seconds = [builder(items[number].record).inputs["second_per_grid_ts"] for number in (0, 4)]
+        assert float(seconds[0]) == pytest.approx(
+            2 * 5 / 3 / 4
+        )  # of 6 frames at 4 per second, the first and last are in
+        assert float(seconds[1]) == pytest.approx(2 * 4 / 3 / rate)  # of 5 frames
 
 
 def read(tmp_path, *records):

@@ -99,6 +99,7 @@ def test_another_run_is_refused(checkpoint, questions, tmp_path, capsys, monkeyp
     [
         (["--batch-size", 0], "--batch-size is 0"),
         (["--limit", 0], "--limit is 0"),
+        (["--folder-fps", 0], "--folder-fps is 0"),
         (["--max-new-tokens", 0], "--max-new-tokens is 0"),
         (["--dtype", "float23"], "--dtype float23 is no dtype"),
     ],
