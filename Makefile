@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-all lint bench kernel-report clean
+.PHONY: install demo test test-all lint bench bench-train kernel-report clean
 
 install: $(STAMP)
 
@@ -36,6 +36,11 @@ bench: $(STAMP)
 		$(BIN)/pytest benchmarks --lengths $$length --rows $$rows --attention runs/bench $(ARGS) || exit 1; \
 	done; done
 	rm -r runs/bench
+
+# Share of the attention loss in a training step, padding, loading: a quarter of an hour on two cores.
+bench-train: $(STAMP)
+	rm -f benchmarks/training.csv
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.training $(ARGS)
 
 # Ahead-of-time builds of every kernel configuration and bytes counted in the interpreter: an hour on two cores.
 kernel-report: $(STAMP)

@@ -101,11 +101,16 @@ class Collator:
 
     def _visual(self, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
         keys = dict.fromkeys(key for sample in inputs for key in sample if key not in self._padding)
-        batch: dict[str, Any] = {key: torch.cat([sample[key] for sample in inputs if key in sample]) for key in keys}
+        batch: dict[str, Any] = {key: _joined([sample[key] for sample in inputs if key in sample]) for key in keys}
         if "second_per_grid_ts" in batch:
             # Numbers, not a tensor: DeepSpeed's trainer casts those to bf16, and 1.999 s would become 2 s.
             batch["second_per_grid_ts"] = batch["second_per_grid_ts"].tolist()
         return batch
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """The tensors, concatenated; a single one as it is, for a long video's pixels are hundreds of megabytes."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _noun_queries(samples: Sequence[Sample], places: Sequence[tuple[int, int]]) -> NounQueries:

@@ -1,0 +1,220 @@
+"""What feeds the model: padding with and without packing, samples per second of the loader, time of collation."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.training_material import SIZES, Clip, write_checkpoint, write_records
+from swim_fast.data.collation import Collator
+from swim_fast.data.dataset import MixtureSampler, SourceOptions, SwimDataset
+from swim_fast.data.lengths import sample_lengths
+from swim_fast.data.packing import PackingSampler
+from swim_fast.data.positions import PositionIds
+from swim_fast.data.samples import SampleBuilder, SampleOptions
+
+MIXTURE = tuple(Clip(frames, *size) for frames in (4, 8, 16, 24, 32, 48) for size in ((224, 280), (336, 448)))
+ANSWERS = tuple(range(1, 41))  # sentences: one record of every clip for each
+PACK_TOKENS, BATCH, RANKS = 8192, 4, 2
+LOADED = {  # VideoRefer's clips come from Panda-70M (arXiv 2402.19479): 8.5 s on average, 720p
+    "720p, 10 s": (Clip(240, 720, 1280, 24), Clip(240, 720, 1280, 16)),
+    "360p to 720p, 3 to 6 s": (Clip(96, 360, 640, 8), Clip(144, 480, 854, 8), Clip(72, 720, 1280, 8)),
+}
+LOADED_RECORDS = 12  # of each group
+WORKERS = 2
+LONG = Clip(64, 784, 560, 4)  # 32 patches of 28 × 20 tokens: 17,920
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """Places in batches for each useful token."""
+
+    samples: int
+    shortest: int
+    longest: int
+    padded: float  # batches of BATCH samples, padded to the longest
+    packed: float  # packed batches: what they hold
+    room: float  # the same: what they may hold, over all ranks, so that it counts what they leave empty
+    padded_batches: int
+    packed_batches: int
+
+
+def processor_of(checkpoint: Path):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(checkpoint)
+
+
+def measure_padding(folder: Path, clips: Sequence[Clip] = MIXTURE, pack_tokens: int = PACK_TOKENS) -> Padding:
+    """Padding of one epoch of a mixture of clips and texts; lengths of batches are checked against collated ones."""
+    from transformers import AutoConfig
+
+    checkpoint = write_checkpoint(folder / "tiny", SIZES["tiny"])
+    records = write_records(folder / "mixture.jsonl", clips, ANSWERS, text_every=5)
+    processor = processor_of(checkpoint)
+    options = SampleOptions(max_frames=48, max_tokens=pack_tokens)
+    dataset = SwimDataset([SourceOptions(str(records))], SampleBuilder(processor, options))
+    lengths = sample_lengths(dataset, workers=0)
+    assert lengths.min() > 0, "a record has a problem"
+    order = MixtureSampler(dataset, seed=0)
+    items = order.items(0).numpy()
+    groups = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+    packs = list(PackingSampler(order, lengths, pack_tokens))
+    share = PackingSampler(order, lengths, pack_tokens, rank=0, world_size=RANKS)
+    assert sorted(sum(packs, [])) == sorted(items.tolist()), "packing lost or repeated a sample"
+
+    def places(collator: Collator, batch: Sequence[int]) -> int:
+        return collator([dataset[int(item)] for item in batch])["input_ids"].numel()
+
+    padded = [len(group) * int(lengths[group].max()) for group in groups]
+    packed = [int(lengths[pack].sum()) for pack in packs]
+    positions = PositionIds(AutoConfig.from_pretrained(checkpoint))
+    assert places(Collator(processor), groups[0]) == padded[0], "a padded batch has another length than predicted"
+    assert places(Collator(processor, positions), packs[0]) == packed[0], "a packed batch has another length"
+    useful = int(lengths[items].sum())
+    room = len(share) * RANKS * pack_tokens
+    dataset.builder.reader.close()
+    return Padding(
+        samples=len(items),
+        shortest=int(lengths.min()),
+        longest=int(lengths.max()),
+        padded=sum(padded) / useful,
+        packed=sum(packed) / useful,
+        room=room / useful,
+        padded_batches=len(padded),
+        packed_batches=len(packs),
+    )
+
+
+class _Frames(Dataset):
+    """The frames of the items of a dataset, decoded as its builder decodes them, and nothing done to them."""
+
+    def __init__(self, dataset: SwimDataset, numbers: Sequence[Sequence[int]]):
+        self.dataset, self.numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> int:
+        source, number = self.dataset.locate(index)
+        reader = self.dataset.builder.reader
+        return len(reader.frames(self.dataset.files[source][number], self.numbers[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """Seconds of passes over the same samples, by the loader with everything and by one that only decodes."""
+
+    name: str
+    samples: int
+    frames: int  # of all samples
+    everything: list[float]
+    decoding: list[float]
+
+    def share(self) -> float:
+        """Of the speed of decoding alone."""
+        return statistics.median(self.decoding) / statistics.median(self.everything)
+
+
+def measure_loading(
+    folder: Path, name: str, clips: Sequence[Clip], records: int = LOADED_RECORDS, rounds: int = 3
+) -> Loading:
+    """Passes of a loader with two workers, alternated with passes of one that decodes the same frames.
+
+    Workers and decoders have started and have seen each clip before the first pass that counts.
+    """
+    checkpoint = write_checkpoint(folder / "tiny", SIZES["tiny"])
+    each = max(1, records // len(clips))
+    path = write_records(folder / f"{name}.jsonl", clips, answers=[1] * each)
+    processor = processor_of(checkpoint)
+    dataset = SwimDataset([SourceOptions(str(path))], SampleBuilder(processor, SampleOptions(max_frames=32)))
+    samples = [dataset[index] for index in range(0, len(dataset), each)]  # all records of a clip are alike
+    numbers = [samples[index // each].frames for index in range(len(dataset))]
+    dataset.builder.reader.close()
+    kept = {"num_workers": WORKERS, "persistent_workers": True, "batch_size": 1}
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()  # the same for both
+    loaders = {
+        "everything": DataLoader(dataset, collate_fn=Collator(processor), sampler=order, **kept),
+        "decoding": DataLoader(_Frames(dataset, numbers), collate_fn=list, sampler=order, **kept),
+    }
+    seconds: dict[str, list[float]] = {what: [] for what in loaders}
+    for number in range(rounds + 1):
+        for what in sorted(loaders, reverse=number % 2 == 1):
+            found, passed = _pass(loaders[what])
+            if what == "everything":
+                assert all(not batch["problems"] and len(batch["mask_targets"]) for batch in found)
+            else:
+                assert [count for (count,) in found] == [len(numbers[index]) for index in order]
+            if number:
+                seconds[what].append(passed)
+    frames = sum(map(len, numbers))
+    return Loading(name, len(dataset), frames, seconds["everything"], seconds["decoding"])
+
+
+def _pass(loader: DataLoader) -> tuple[list, float]:
+    since = time.perf_counter()
+    batches = [_without_pixels(batch) for batch in loader]
+    return batches, time.perf_counter() - since
+
+
+def _without_pixels(batch):
+    """As soon as it is used: batches that pile up would be the machine's memory, not the loader's speed."""
+    return {k: v for k, v in batch.items() if k != "pixel_values_videos"} if isinstance(batch, dict) else batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Collation:
+    """Seconds of collating one long sample, and of making it; one of every round."""
+
+    tokens: int
+    pairs: int
+    processor: list[float]  # the processor alone: tokens and pixels
+    building: list[float]  # frames, processor, nouns, masks
+    padded: list[float]
+    packed: list[float]
+
+
+def measure_collation(folder: Path, clip: Clip = LONG, rounds: int = 5) -> Collation:
+    """The sample is made anew by every round of `building`."""
+    from transformers import AutoConfig
+
+    checkpoint = write_checkpoint(folder / "tiny", SIZES["tiny"])
+    path = write_records(folder / "long.jsonl", [clip])
+    processor = processor_of(checkpoint)
+    options = SampleOptions(max_frames=clip.frames, max_pixels=clip.height * clip.width)
+    builder = SampleBuilder(processor, options)
+    dataset = SwimDataset([SourceOptions(str(path))], builder)
+    record = dataset.files[0][0]
+    sample = dataset[0]
+    plan = builder._plan(record)
+    pixels = builder.reader.frames(record, plan.frames)
+    collators = {
+        "padded": Collator(processor),
+        "packed": Collator(processor, PositionIds(AutoConfig.from_pretrained(checkpoint))),
+    }
+    for collator in collators.values():
+        batch = collator([sample])
+        assert torch.equal(batch["pixel_values_videos"], sample.inputs["pixel_values_videos"])
+        assert batch["input_ids"].shape == (1, len(sample.inputs["input_ids"]))
+        assert len(batch["mask_targets"]) == len(sample.pairs) > 0
+    times = {name: _times(lambda c=collator: c([sample]), rounds) for name, collator in collators.items()}
+    encoding = _times(lambda: builder.encode.video(plan.conversation, pixels, plan.frames, plan.info), rounds)
+    building = _times(lambda: builder(record), rounds)
+    builder.reader.close()
+    return Collation(len(sample.inputs["input_ids"]), len(sample.pairs), encoding, building, **times)
+
+
+def _times(function: Callable[[], object], rounds: int) -> list[float]:
+    function()
+    times = []
+    for _ in range(rounds):
+        since = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - since)
+    return times

@@ -1,0 +1,157 @@
+"""The benchmark of training on small clips: what it refuses to time, what it measures, what it writes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import training, training_input, training_report, training_steps
+from benchmarks.training_material import Clip, write_records
+from benchmarks.training_report import Figures, record
+from swim_fast.config import load_config
+
+SMALL = (8, 112)  # frames, pixels a side
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(autouse=True)
+def cache(folder, monkeypatch):
+    monkeypatch.setenv("SWIM_FAST_CACHE", str(folder / "cache"))
+
+
+@pytest.fixture
+def trainer(folder):
+    from swim_fast.training.run import build_trainer
+
+    trainer = build_trainer(load_config(training_steps.prepare(folder, "tiny", *SMALL)))
+    return trainer, trainer.data_collator([trainer.train_dataset[0]])
+
+
+def test_steps_alternate_and_know_what_they_worked_on(folder):
+    steps = training_steps.run(folder, "tiny", 2, 2, *SMALL)
+    assert len(steps.with_loss) == len(steps.without) == 2 and min(steps.with_loss + steps.without) > 0
+    assert steps.ranks == 2 and steps.pairs == 2 and steps.rows >= 1  # frames 0 and 4 of eight
+    assert steps.tokens > 4 * 16
+
+
+def test_a_step_without_the_attention_loss_is_one_of_a_stock_model(folder, monkeypatch):
+    """Every second pair of steps sends no noun queries, and makes no pairs."""
+    from swim_fast.training.trainer import SwimTrainer
+
+    seen, forward = [], SwimTrainer._forward
+
+    def watched(self, model, batch):
+        result = forward(self, model, batch)
+        if model.training:
+            seen.append((self.loss_options.mask_weight > 0, result[3].attentions is not None))
+        return result
+
+    monkeypatch.setattr(SwimTrainer, "_forward", watched)
+    config = load_config(training_steps.prepare(folder, "tiny", *SMALL))
+    training_steps.measure(config, rounds=2)
+    assert seen == [(kind, kind) for kind in (True, False, False, True, True, False)]
+
+
+def test_nothing_is_timed_unless_the_losses_agree(trainer, monkeypatch):
+    from swim_fast.training import trainer as module
+
+    right = module.pair_losses
+    trainer, batch = trainer
+    training_steps.assert_same_losses(trainer, batch)
+    loss = trainer.loss_options
+
+    def wrong(*arguments, backend, **options):
+        return right(*arguments, backend=backend, **options) * (1.01 if backend != "eager" else 1)
+
+    monkeypatch.setattr(module, "pair_losses", wrong)
+    with pytest.raises(AssertionError, match="mask loss"):
+        training_steps.assert_same_losses(trainer, batch)
+    assert trainer.loss_options is loss  # as it was, also after an error
+
+
+def test_padding(folder):
+    clips = [Clip(frames, 112, 112) for frames in (2, 4, 8, 16)]
+    found = training_input.measure_padding(folder, clips, pack_tokens=1024)
+    assert found.packed == 1 and found.padded > found.packed and found.room >= 1
+    assert found.samples == 4 * len(training_input.ANSWERS) * 6 // 5 and found.longest <= 1024
+
+
+def test_loading(folder):
+    found = training_input.measure_loading(folder, "small", [Clip(8, 112, 112), Clip(16, 112, 112)], 4, rounds=1)
+    assert found.samples == 4 and found.frames == 2 * 8 + 2 * 16
+    assert len(found.everything) == len(found.decoding) == 1
+    assert found.share() == pytest.approx(found.decoding[0] / found.everything[0])
+
+
+def test_collation(folder):
+    found = training_input.measure_collation(folder, Clip(8, 112, 140, 4), rounds=2)
+    assert found.tokens > 4 * 20 and found.pairs == 2  # one noun token, two annotated patches
+    assert all(len(getattr(found, name)) == 2 for name in ("processor", "building", "padded", "packed"))
+
+
+def test_collation_does_not_copy_a_single_sample(folder):
+    """What makes the target: the pixels of a long video are hundreds of megabytes."""
+    from swim_fast.data.collation import Collator
+    from swim_fast.data.dataset import SourceOptions, SwimDataset
+    from swim_fast.data.samples import SampleBuilder
+
+    processor = training_input.processor_of(folder / "tiny")
+    path = write_records(folder / "one.jsonl", [Clip(4, 112, 112)])
+    sample = SwimDataset([SourceOptions(str(path))], SampleBuilder(processor))[0]
+    pixels, collate = sample.inputs["pixel_values_videos"], Collator(processor)
+    assert collate([sample])["pixel_values_videos"].data_ptr() == pixels.data_ptr()
+    assert torch.equal(collate([sample, sample])["pixel_values_videos"], torch.cat([pixels, pixels]))
+
+
+STEPS = training_steps.Steps([1.03, 1.04, 9.0], [1.0, 1.0, 1.1], 4136, 8, 1, 900_000, 2, 1)
+
+
+def test_report(tmp_path):
+    training_report.write(training_report.step_records("tiny", STEPS), tmp_path)
+    slow = dataclasses.replace(STEPS, with_loss=[1.01, 1.01, 1.02])
+    training_report.write(training_report.step_records("tiny", slow), tmp_path)  # in their place
+    padding = training_input.Padding(10, 40, 400, 1.9, 1.0, 1.06, 4, 3)
+    loading = training_input.Loading("720p", 12, 384, [4.0], [3.0])
+    collation = training_input.Collation(17_960, 16, [1.9], [2.2], [0.0008], [0.02])
+    training_report.write(training_report.padding_records(padding), tmp_path)
+    training_report.write(training_report.loading_records(loading), tmp_path)
+    training_report.write(training_report.collation_records(collation), tmp_path)
+    training_report.draw(tmp_path)
+    records = training_report.read(tmp_path / "training.csv")
+    assert len(records) == 2 + 3 + 2 + 4
+    found = {
+        target.what.split(":")[0]: (round(target.value, 3), target.met)
+        for target in training_report.targets(Figures(records))
+    }
+    assert found == {
+        "attention loss, of a step": (0.01, True),
+        "places per token": (1.06, False),  # the last of two: packed is met
+        "loader, of decoding alone": (0.75, False),
+        "collation, padded": (0.8, True),
+        "collation, packed": (20.0, False),
+    }
+    text = (tmp_path / "training.md").read_text()
+    assert "| tiny, 2 ranks | 1.010 s | 1.000 s | 1.0% |" in text and text.count("**not met**") == 3
+    assert "0.9 M parameters, float32, 4,136 tokens" in text
+
+
+def test_median_and_extremes():
+    found = record("step", "a", "b", [3.0, 1.0, 2.0, 10.0], "s", "")
+    assert (found.value, found.lowest, found.highest, found.rounds) == (2.5, 1.0, 10.0, 4)
+
+
+def test_parts_are_chosen(tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(training, "measure", lambda parts, folder, output: measured.append(parts))
+    monkeypatch.setattr(training_report, "draw", lambda output: (output / "training.md").write_text("report"))
+    for words, parts in ((["padding"], ["padding"]), ([], list(training.PARTS))):
+        monkeypatch.setattr("sys.argv", ["training", *words, "--output", str(tmp_path)])
+        training.main()
+        assert measured.pop() == parts and "report" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["training", "pading"])
+    with pytest.raises(SystemExit):
+        training.main()
