@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from swim_fast.data.errors import DataError
 from swim_fast.data.records import Record, RecordFile
 from swim_fast.data.samples import Sample
+from swim_fast.data.worker_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class SwimDataset(Dataset):
         return source, index - (self._ends[source] - self.lengths[source])
 
     def __getitem__(self, index: int) -> Sample | DataError:
+        keep_freed_memory()
         source, number = self.locate(index)
         try:
             return self.builder(self.files[source][number])
