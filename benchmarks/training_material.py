@@ -14,6 +14,7 @@ from swim_fast.demo.clips import write_video
 from swim_fast.demo.scenes import ClipOptions
 
 TEXTS = ["Where does the square go?", "The square goes to the right and comes to rest.", "It is grey and bright."]
+QUESTION = "Where does the <ins>square</ins> go? Is it <ins>grey</ins> and <ins>bright</ins>?"  # one object, three tags
 
 TINY = ModelSize(max_pixels=448 * 448)
 LARGE = ModelSize(  # 0.1 B parameters, a fifth of them in the vision tower
@@ -58,8 +59,8 @@ def write_records(path: Path, clips: Sequence[Clip], answers: Sequence[int] = (1
         name = f"{path.stem}-{number}.mp4"
         annotation = _write_clip(path.parent / name, clip, seed=number)
         for sentences in answers:
-            lines.append(_record("<video>\nWhere does the <ins>square</ins> go?", sentences))
-            lines[-1] |= {"video": name, "annotation": [annotation]}
+            lines.append(_record(f"<video>\n{QUESTION}", sentences))
+            lines[-1] |= {"video": name, "annotation": [annotation] * QUESTION.count("<ins>")}
             if text_every and len(lines) % (text_every + 1) == text_every:
                 lines.append(_record("Where does the square go?", sentences))
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

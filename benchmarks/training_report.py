@@ -206,7 +206,17 @@ def draw_text(records: Sequence[Record]) -> str:
     lines = [_INTRODUCTION, "", *("{}; torch {}, Python {}.".format(*kind) for kind in kinds)]
     lines += ["", "## Targets of this project", "", "| | wanted | measured | |", "|---|---|---:|---|"]
     lines += [target.row() for target in targets(figures)]
-    lines += ["", "## Step", "", "| model | with | without | more | lowest to highest with | without | threads | |"]
+    if figures.cases("step"):
+        lines += _steps(figures)
+    for part, title in (("padding", "Padding"), ("loading", "Loading"), ("collation", "Collation")):
+        if figures.cases(part):
+            lines += ["", f"## {title}", "", "| | | | |", "|---|---|---:|---|"]
+            lines += [f"| {r.case} | {r.measure} | {_value(r)} | {r.about} |" for r in figures.all(part)]
+    return "\n".join([*lines, ""])
+
+
+def _steps(figures: Figures) -> list[str]:
+    lines = ["", "## Step", "", "| model | with | without | more | lowest to highest with | without | threads | |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---|")
     for case in figures.cases("step"):
         a, b = (figures.get("step", case, name) for name in ("with the attention loss", "without"))
@@ -214,10 +224,7 @@ def draw_text(records: Sequence[Record]) -> str:
         about = f"{a.about}; {a.rounds} rounds"
         more = f"{overhead(figures, case):.1%}"
         lines.append(f"| {case} | {a.value:.3f} s | {b.value:.3f} s | {more} | {spans} | {a.threads} | {about} |")
-    for part, title in (("padding", "Padding"), ("loading", "Loading"), ("collation", "Collation")):
-        lines += ["", f"## {title}", "", "| | | | |", "|---|---|---:|---|"]
-        lines += [f"| {r.case} | {r.measure} | {_value(r)} | {r.about} |" for r in figures.all(part)]
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def _value(found: Record) -> str:
