@@ -147,7 +147,7 @@ def clips_one_broken_in_ten(tmp_path, clip):
     return write(tmp_path / "videos.jsonl", entries)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_broken_clips_in_worker_processes(clips_one_broken_in_ten, processor, context):
     dataset = SwimDataset(
         [SourceOptions(clips_one_broken_in_ten)], SampleBuilder(processor, SampleOptions(max_frames=4))

@@ -1,6 +1,7 @@
 """Which folders count as checkpoints, which are kept, and what a run may go on from."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -113,5 +114,5 @@ def test_a_model_that_cannot_be_saved_leaves_no_half_of_it(write_config, tmp_pat
     with pytest.raises(
         SaveError, match="the trained model could not be saved in .*No space left on device.* start again"
     ):
-        trainer.save_final_model()
+        trainer.save_final_model(Path(trainer.args.output_dir))
     assert not blocked.exists()

@@ -54,6 +54,7 @@ def test_batch_accumulation_and_ranks_give_one_gradient(write_config, start):
                 assert mine.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4), key
 
 
+@pytest.mark.slow
 def test_deepspeed_zero2_equals_one_rank_with_twice_the_accumulation(write_config, start):
     adam = {"learning_rate": 1e-3, "max_steps": 3, "optim": "adamw_torch"}
     one = write_config("one", training={**adam, "gradient_accumulation_steps": 2})

@@ -68,6 +68,7 @@ def test_each_part_moves_at_its_rate_and_the_schedule_scales_all(write_config, c
     assert all(torch.equal(value, weights(folder)[name]) for name, value in whole.items())
 
 
+@pytest.mark.slow
 def test_deepspeed_takes_the_groups(write_config, tmp_path):
     config = write_config(
         optimization={"learning_rates": {"vision_tower": 0.0, "merger": 2e-3}},
