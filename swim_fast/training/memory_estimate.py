@@ -17,7 +17,7 @@
   fp32, the normalised values and its output; rotated query, key, value and the attention's output; four tensors of
   the MLP's width. Liger's kernels save less: input and output of a norm, three of the MLP's tensors. With activation
   checkpointing a layer keeps its input alone, and one layer at a time has all of it; with offload the layers' share
-  waits on the host, and two layers are on their way. While a layer goes backward there are gradients of the MLP's
+  waits on the host, and up to two layers are on their way. While a layer goes backward there are gradients of the MLP's
   tensors and of a few of the layer's width. (Korthikanti et al., arXiv 2205.05198, count the same way.) The vision
   tower goes first: trained, its blocks save likewise; frozen, one block's intermediates are there and gone before the
   decoder. Adapters keep an fp32 copy of what comes into their layer, and what they work on.
@@ -35,11 +35,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from swim_fast.modeling.linear_cross_entropy import BLOCK_LOGITS
+
 GIB = 2**30
 CONTEXT, FRAGMENTATION = 2 * GIB, 1 / 20
 NF4_BITS, INT8_BITS = 4.127, 8.0
 MOMENTS = {"sgd": 0, "lion": 1}  # per parameter; others as AdamW
-BLOCK_LOGITS = 2**25  # of the text loss, held at a time
 
 
 @dataclass(frozen=True)
