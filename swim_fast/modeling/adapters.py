@@ -117,6 +117,9 @@ def add_adapters(model: nn.Module, options, frozen: list[str], seed: int) -> Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config, NAME)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # of 16 bits in a model of such, where small steps would be rounded away
+            parameter.data = parameter.data.float()
     config.base_model_name_or_path = model.config._name_or_path  # for those who load the folder alone
     for part in frozen:
         if any(p.requires_grad for p in parameters_of_parts(model).get(part, ())):

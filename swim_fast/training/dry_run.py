@@ -190,8 +190,7 @@ def _quantized(model, config: RunConfig) -> dict[int, float]:
     bits = NF4_BITS if quantize == "nf4" else INT8_BITS
     layers = model.get_submodule(family_of(model).language_model).layers
     linear = [module for module in layers.modules() if isinstance(module, nn.Linear)]
-    # peft leaves adapters of quantised layers in fp32; others get the type of their layer's weight
-    return {id(module.weight): 32.0 if module.weight.requires_grad else bits for module in linear}
+    return {id(module.weight): bits for module in linear if not module.weight.requires_grad}  # adapters stay whole
 
 
 def _parts(model, config: RunConfig) -> list[Part]:

@@ -8,8 +8,10 @@ import pytest
 
 from swim_fast.cli import main
 from swim_fast.data.records import RecordFile
+from swim_fast.demo.checkpoint import build_checkpoint
 from swim_fast.demo.clips import write_demo_data
 from swim_fast.demo.scenes import ClipOptions
+from swim_fast.demo.texts import all_texts
 from swim_fast.nl_refer.placeholders import find_task, replaced
 from swim_fast.nl_refer.rules import rules_expressions
 from swim_fast.nl_refer.validation import RejectedError, check_expressions
@@ -172,3 +174,11 @@ def test_demo_records_and_back(tmp_path, capsys):
     assert len(list(RecordFile(out))) == len(built)
     assert main(["data", "check", str(out), "--workers", "0"]) == 0
     assert "no problems" in capsys.readouterr().out
+    folder = tmp_path / "run"
+    mine = {"model.path": build_checkpoint(tmp_path / "start", all_texts(), seed=0), "data.train": f"[{{path: {out}}}]"}
+    mine |= {"data.eval": "{}", "training.output_dir": folder, "training.max_steps": 2, "training.logging_steps": 1}
+    mine |= {"training.eval_strategy": "no", "training.dataloader_num_workers": 0, "training.report_to": "none"}
+    assert main(["train", "configs/demo.yaml", *(f"{key}={value}" for key, value in mine.items())]) == 0
+    logs = [log for log in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "mask_loss" in log]
+    assert len(logs) == 2 and all(log["pairs_per_step"] > 0 and log["mask_loss"] > 0 for log in logs)
+    assert not list(folder.glob("skipped-*"))

@@ -196,6 +196,15 @@ def test_two_ranks_train_the_adapters_that_one_does(write_config, tmp_path, deep
     assert weights(tmp_path / "two").keys() == weights(tmp_path / "one").keys()
 
 
+def test_adapters_of_a_model_of_16_bits_are_trained_in_fp32(trainer_of):
+    trainer, batch = trainer_of(model={"lora": {"rank": 4}, "dtype": "bfloat16"})
+    dtypes = {name: p.dtype for name, p in trainer.model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" not in name} == {torch.bfloat16}
+    _, _, _, grads = losses(trainer, batch)
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
+
+
 @pytest.mark.parametrize(("quantize", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
 def test_quantised_base_trains_and_merges_into_the_whole_one(trainer_of, checkpoint, tmp_path, quantize, kind):
     trainer, batch = trainer_of(model={"lora": {"rank": 4, "quantize": quantize}, "dtype": "bfloat16"})
