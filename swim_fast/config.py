@@ -195,7 +195,7 @@ class RunConfig:
         if self.optimization.early_stopping_patience is not None:  # a resumed run counts on where it was
             values.setdefault("restore_callback_states_from_checkpoint", True)
         values.setdefault("output_dir", "runs/swim")
-        self._check_deepspeed()
+        self.deepspeed()
         try:
             arguments = TrainingArguments(**values)
         except (TypeError, ValueError, ImportError) as error:
@@ -226,27 +226,32 @@ class RunConfig:
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
             raise ConfigError(f"training.metric_for_best_model is {metric!r}, which no evaluation gives; {hint}")
 
-    def _check_deepspeed(self) -> None:
-        """An optimizer that DeepSpeed makes itself knows of one rate only; ZeRO-3 cannot divide quantised weights."""
-        deepspeed = self.training.get("deepspeed")
-        if not deepspeed:
-            return
-        if not isinstance(deepspeed, dict):
+    def deepspeed(self) -> dict[str, Any] | None:
+        """What `training.deepspeed` holds, or the file that it names; None without.
+
+        Raises:
+            ConfigError: the file cannot be read, or the run needs what DeepSpeed, told so, cannot do.
+        """
+        options = self.training.get("deepspeed")
+        if not options:
+            return None
+        if not isinstance(options, dict):
             try:
-                deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+                options = json.loads(Path(options).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise ConfigError(f"training.deepspeed: cannot read {deepspeed}: {error}") from error
-        if self.optimization.learning_rates and "optimizer" in deepspeed:
+                raise ConfigError(f"training.deepspeed: cannot read {options}: {error}") from error
+        if self.optimization.learning_rates and "optimizer" in options:  # which knows of one rate only
             raise ConfigError(
                 "optimization.learning_rates needs the optimizer of training.optim, but training.deepspeed names one "
                 "of its own: remove its section 'optimizer'"
             )
         lora = self.model.lora
-        if lora and lora.quantize and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        if lora and lora.quantize and options.get("zero_optimization", {}).get("stage") == 3:
             raise ConfigError(
                 f"model.lora.quantize {lora.quantize} keeps the weights whole on every GPU, which ZeRO-3 divides: take "
                 "ZeRO-2 (configs/deepspeed/zero2.json) or leave model.lora.quantize out"
             )
+        return options
 
 
 _FIXED = {"remove_unused_columns": False, "label_names": ["labels"]}

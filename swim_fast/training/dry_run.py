@@ -7,14 +7,11 @@ of the real samples, found without decoding their videos. What memory is estimat
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -139,16 +136,6 @@ def _arguments(config: RunConfig):
         return dataclasses.replace(config, training={**training, "use_cpu": True}).training_arguments()
 
 
-def _deepspeed(config: RunConfig) -> dict[str, Any] | None:
-    given = config.training.get("deepspeed")
-    if not given or isinstance(given, dict):
-        return given or None
-    try:
-        return json.loads(Path(given).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"training.deepspeed: cannot read {given}: {error}") from error
-
-
 def _meta_model(config: RunConfig):
     """Model without weights, frozen and adapted as the run will have it, and processor."""
     import torch
@@ -242,7 +229,7 @@ def _settings(config: RunConfig, arguments, model, gpus: int) -> Settings:
     from swim_fast.modeling.attach import attached_layers
     from swim_fast.modeling.families import family_of
 
-    deepspeed = _deepspeed(config)
+    deepspeed = config.deepspeed()
     zero = (deepspeed or {}).get("zero_optimization", {})
     offloaded = {key: zero.get(f"offload_{key}", {}).get("device", "none") != "none" for key in ("optimizer", "param")}
     bf16 = (deepspeed or {}).get("bf16", {}).get("enabled", "auto")
