@@ -31,6 +31,7 @@ def trainer(folder):
     return trainer, trainer.data_collator([trainer.train_dataset[0]])
 
 
+@pytest.mark.slow
 def test_steps_alternate_and_know_what_they_worked_on(folder):
     steps = training_steps.run(folder, "tiny", 2, 2, *SMALL)
     assert len(steps.with_loss) == len(steps.without) == 2 and min(steps.with_loss + steps.without) > 0

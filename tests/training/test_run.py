@@ -77,7 +77,7 @@ def test_odd_clips_of_ones_own_train(write_config, tmp_path):
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["eval_own_pairs"] > 0
 
 
-@pytest.mark.parametrize("freeze", [[], ["vision_tower", "merger"]])
+@pytest.mark.parametrize("freeze", [[], pytest.param(["vision_tower", "merger"], marks=pytest.mark.slow)])
 def test_ranks_with_and_without_video_stay_in_step(write_config, tmp_path, freeze):
     masks = square_clip(tmp_path / "clip.mp4", 0)
     records = [record("clip.mp4", masks), text_record(0), text_record(1), {"conversations": []}]
