@@ -17,6 +17,17 @@ from swim_fast.data.positions import PositionIds
 from swim_fast.data.samples import Sample
 from swim_kernels import NounQueries, PackedMasks
 
+# What a batch holds beside the arguments of the model's forward.
+ABOUT = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes")
+
+
+def model_inputs(batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
+    """What of a batch a stock model's forward takes; on a device, if one is given."""
+    inputs = {key: value for key, value in batch.items() if key not in ABOUT}
+    if device is None:
+        return inputs
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
 
 class Collator:
     """Makes a batch of any number of samples; picklable, so that it can work in worker processes.

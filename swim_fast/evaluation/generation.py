@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swim_fast.data.collation import Collator
+from swim_fast.data.collation import Collator, model_inputs
 from swim_fast.data.encoding import IGNORED_LABEL
 from swim_fast.data.samples import Sample
 
 _PER_TOKEN = ("input_ids", "labels", "mm_token_type_ids")
-_ABOUT = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes")
 
 
 def load_model(path: str, dtype: str = "auto", attention: str = "sdpa", device: str = "cpu") -> tuple[Any, Any]:
@@ -131,9 +130,3 @@ def _left_padded_inputs(model, processor, prompts: Sequence[Sample]) -> dict[str
         batch[name] = left_padded(batch[name], batch["attention_mask"])
     batch["attention_mask"] = left_padded(batch["attention_mask"], batch["attention_mask"])
     return model_inputs(batch, model.device)
-
-
-def model_inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What of a collated batch a stock model takes, on its device."""
-    inputs = {key: value for key, value in batch.items() if key not in _ABOUT}
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}

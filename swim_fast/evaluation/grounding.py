@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from swim_fast.data.collation import Collator
+from swim_fast.data.collation import Collator, model_inputs
 from swim_fast.data.records import RecordFile
 from swim_fast.data.samples import Sample
-from swim_fast.evaluation.generation import load_model, model_inputs
+from swim_fast.evaluation.generation import load_model
 from swim_fast.evaluation.predictions import Predictions
 from swim_fast.evaluation.ranks import Ranks
 from swim_fast.evaluation.run import RunOptions, predict_rest

@@ -273,13 +273,11 @@ def _all_frames(reader: FrameReader, media: Path, info: MediaInfo) -> Iterator[n
 
 def _model_inputs(model, processor, encoding: Encoding, rows: Sequence[tuple[int, int, int, int]] = ()):
     """Keyword arguments of the model's forward, and the queries of the rows (`Sample.rows`), on the model's device."""
-    from swim_fast.data.collation import Collator
+    from swim_fast.data.collation import Collator, model_inputs
 
     sample = Sample("", encoding.inputs, rows=list(rows), key_sets=[encoding.visual()] if rows else [])
     batch = Collator(processor)([sample])
-    names = [name for name in (*encoding.inputs, "attention_mask") if name != "labels"]
-    inputs = {name: batch[name].to(model.device) if torch.is_tensor(batch[name]) else batch[name] for name in names}
-    return inputs, batch["noun_queries"].to(model.device)
+    return model_inputs(batch, model.device), batch["noun_queries"].to(model.device)
 
 
 def _load_processor(path: str | os.PathLike[str]):

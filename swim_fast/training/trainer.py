@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from swim_fast.alignment import pair_losses
 from swim_fast.config import AttentionLossConfig
-from swim_fast.data.collation import Collator
+from swim_fast.data.collation import Collator, model_inputs
 from swim_fast.data.dataset import MixtureSampler
 from swim_fast.data.packing import PackingSampler
 from swim_fast.grounding.metrics import METRICS, grounding_sums
@@ -175,9 +175,10 @@ class SwimTrainer(CheckpointingTrainer):
 
     def _forward(self, model, batch):
         """Sums over one batch: text loss and mask loss (with graph), all `SUMS` (detached), and the model's outputs."""
-        about = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes")
-        labels, queries, targets, _, problems, _ = (batch[key] for key in about)
-        inputs = {key: value for key, value in batch.items() if key not in about}
+        labels, queries, targets, problems = (
+            batch[key] for key in ("labels", "noun_queries", "mask_targets", "problems")
+        )
+        inputs = model_inputs(batch)
         if self.loss_options.layers != []:  # else the model is a stock one
             inputs["noun_queries"] = queries
         outputs = model(**inputs, text_labels=labels, use_cache=False)

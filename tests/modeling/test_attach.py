@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from swim_fast.demo.checkpoint import build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention, detach_noun_attention
 from swim_fast.modeling.attach import attached_layers
 from swim_fast.modeling.families import default_layers, text_layers
@@ -20,16 +19,6 @@ from swim_kernels import NounQueries
 LENGTHS = (37, 29)  # second sequence is padded on the right
 GRID = (2, 4, 6)  # temporal patches and patches before 2 × 2 merging
 VISUAL = range(5, 5 + 2 * 2 * 3)
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
-
-
-@pytest.fixture
-def model(stock):
-    return copy.deepcopy(stock)
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """A tiny stock Qwen2.5-VL with the noun maps in the attention's own node: as with an op of their own."""
 
-import copy
 import logging
 
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from swim_fast.demo.checkpoint import build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention, fused_attention
 from swim_kernels import NounQueries
 from swim_kernels.flash_noun_attention import node
@@ -16,16 +14,6 @@ from tests.kernels.flash_noun_attention_cases import stand_ins  # noqa: F401
 
 LENGTH, LAYERS = 37, [0, 3]
 SEGMENTS = (15, 22)  # of the packed batch
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0).float()
-
-
-@pytest.fixture
-def model(stock):
-    return copy.deepcopy(stock)
 
 
 def batch(kind):

@@ -86,16 +86,6 @@ def recorders(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
 
 
-@pytest.fixture(scope="module")
-def stock():
-    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
-
-
-@pytest.fixture
-def model(stock):
-    return copy.deepcopy(stock)
-
-
 @pytest.fixture
 def inputs(stock):
     generator = torch.Generator().manual_seed(1)

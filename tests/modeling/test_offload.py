@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from swim_fast.demo.checkpoint import build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention, offload
 from swim_fast.modeling.offload import OnHost, offload_activations, to_device, to_host
 from swim_kernels import NounQueries
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
 
 
 def saved(compute):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from swim_fast.demo.checkpoint import build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention
 from swim_fast.modeling.packed import accept_packed_batches
 from swim_kernels import NounQueries
@@ -17,11 +16,6 @@ from tests.kernels.flash_noun_attention_cases import stand_ins  # noqa: F401
 LENGTHS = (23, 1, 31, 12)
 VIDEO = 40  # first of the 8 visual tokens, in the third sample
 ENDS = [0, 23, 24, 55, 67]
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0).float()
 
 
 @pytest.fixture

@@ -11,21 +11,11 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks.memory import count_allocations, watch_saved
-from swim_fast.demo.checkpoint import build_model, train_tokenizer
 from swim_fast.modeling import liger, text_loss
 from swim_fast.modeling.text_loss import attach_label_loss, count_labels, detach_label_loss
+from tests.training.label_loss_ranks import Adapted
 
 LENGTH = 23
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
-
-
-@pytest.fixture
-def model(stock):
-    return copy.deepcopy(stock)
 
 
 @pytest.fixture(autouse=True)
@@ -115,19 +105,6 @@ def test_no_label_gives_zero_with_a_graph(model, head):
         found = {name.replace("lm_head.base_layer", "lm_head"): gradient for name, gradient in found.items()}
     language = [name for name, _ in model.named_parameters() if "visual" not in name and "lm_head" not in name]
     assert set(language) <= set(found)  # all ranks reduce the same
-
-
-class Adapted(nn.Module):
-    """What an adapter makes of a head: the head inside a module that adds to it."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-        self.down = nn.Linear(base_layer.in_features, 3, bias=False)
-        self.up = nn.Linear(3, base_layer.out_features, bias=False)
-
-    def forward(self, x, *args, **kwargs):
-        return self.base_layer(x) + self.up(self.down(x))
 
 
 @pytest.mark.parametrize("size", [1000, 2**25])  # chunks of 3 tokens, and one

@@ -1,0 +1,17 @@
+"""A tiny model with random weights; `stock` is not to be changed, `model` is a copy."""
+
+import copy
+
+import pytest
+
+from swim_fast.demo.checkpoint import build_model, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
+
+
+@pytest.fixture
+def model(stock):
+    return copy.deepcopy(stock)
