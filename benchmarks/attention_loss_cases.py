@@ -22,7 +22,7 @@ from torch import Tensor
 
 from swim_fast.alignment import MaskTargets, mask_alignment_loss
 from swim_kernels import NounQueries, PackedMasks, flash_noun_attention
-from swim_kernels.flash_noun_attention.providers import Call, Provider, TorchCpu
+from swim_kernels.flash_noun_attention.providers.torch import Call, Provider, TorchCpu
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from benchmarks.attention_loss_cases import (
     this_project,
 )
 from benchmarks.memory import count_allocations, watch_saved
-from swim_kernels.flash_noun_attention.providers import TorchCpu
+from swim_kernels.flash_noun_attention.providers.torch import TorchCpu
 
 ATTENTION, LOSS_OURS, LOSS_PLAIN = "attention", "mask loss, this project", "mask loss, plain"
 

@@ -1,7 +1,7 @@
 """Kernels that always run with the same tile: what they are built with ahead of time, for test and report.
 
-Those that add up partials of noun attention, and the ops `frame_prediction` and `mask_bce`. The kernels of noun
-attention with a tile of keys have a table of their own (`swim_kernels.noun_attention.configurations`).
+Those that add up partials of noun attention, and the ops `grid_prediction` and `mask_bce`. The kernels of noun
+attention with a tile of keys have a table of their own (`swim_kernels.noun_attention.triton.tiles`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import product
 
 from benchmarks.builds import SHARED_MEMORY, Build, build
-from swim_kernels.frame_prediction import triton_backend as frame_backend
-from swim_kernels.frame_prediction import triton_kernels as frame_kernels
-from swim_kernels.mask_bce import triton_backend as mask_backend
-from swim_kernels.mask_bce import triton_kernels as mask_kernels
-from swim_kernels.noun_attention import triton_kernels as noun_kernels
+from swim_kernels.grid_prediction.triton import kernels as frame_kernels
+from swim_kernels.grid_prediction.triton import launch as frame_backend
+from swim_kernels.mask_bce.triton import kernels as mask_kernels
+from swim_kernels.mask_bce.triton import launch as mask_backend
+from swim_kernels.noun_attention.triton import kernels as noun_kernels
 
 ARCHITECTURES = (80, 90, 100)
 LAYERS = 6  # whose maps are fused; each number of them is a build of its own
@@ -82,9 +82,9 @@ def fixed_builds() -> Iterator[FixedBuild]:
     warps = frame_backend.NUM_WARPS, frame_backend.NUM_STAGES
     for mean, separate in ((False, False), (True, False), (False, True)):
         fusion = {"MEAN": mean, "SEPARATE": separate} | block
-        yield FixedBuild("frame_prediction", frame_kernels.prediction_kernel, fusion, *warps, {})
+        yield FixedBuild("grid_prediction", frame_kernels.prediction_kernel, fusion, *warps, {})
         for dense in (True, False):
-            yield FixedBuild("frame_prediction", frame_kernels.gradient_kernel, fusion | {"DENSE": dense}, *warps, {})
+            yield FixedBuild("grid_prediction", frame_kernels.gradient_kernel, fusion | {"DENSE": dense}, *warps, {})
     tile = {"COLUMNS": mask_backend.COLUMNS, "PIXELS": mask_backend.PIXELS}
     for want in (True, False):
         for paper in (False, True):

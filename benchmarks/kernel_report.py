@@ -1,6 +1,6 @@
 """What is known of the Triton kernels without a GPU: `make kernel-report`.
 
-Builds every configuration of `swim_kernels.noun_attention.configurations` and the kernels of `fixed_builds.py` ahead of
+Builds every configuration of `swim_kernels.noun_attention.triton.tiles` and the kernels of `fixed_builds.py` ahead of
 time, counts bytes in the interpreter (`noun_attention_bytes.py`), and writes kernel_builds.csv, fixed_builds.csv,
 noun_attention_bytes.csv and kernel_report.md beside this file. No figure here is a measurement on a GPU.
 """
@@ -25,7 +25,7 @@ from triton.errors import TritonError
 from benchmarks import noun_attention_bytes
 from benchmarks.builds import SHARED_MEMORY, TENSOR_CORES, TENSOR_MEMORY, Build, build
 from benchmarks.fixed_builds import LAYERS, fixed_builds
-from swim_kernels.noun_attention.configurations import BLOCK_HEADS, DTYPES, HEAD_DIMS, Configuration, all_configurations
+from swim_kernels.noun_attention.triton.tiles import BLOCK_HEADS, DTYPES, HEAD_DIMS, Configuration, all_configurations
 
 HERE = Path(__file__).parent
 BUILDS, FIXED, REPORT = HERE / "kernel_builds.csv", HERE / "fixed_builds.csv", HERE / "kernel_report.md"
@@ -202,7 +202,7 @@ def _draw_builds(rows: list[dict[str, str]]) -> list[str]:
 
 
 _FIXED = """
-Kernels that always run with the same tile (of frame_prediction with {layers} layers): registers a thread, bytes of
+Kernels that always run with the same tile (of grid_prediction with {layers} layers): registers a thread, bytes of
 shared memory. None may spill.
 
 | op | kernel and switches | sm_80 | sm_90 | sm_100 |

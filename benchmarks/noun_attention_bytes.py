@@ -51,7 +51,7 @@ def measure(num_rows: int, length: int, *, num_heads: int = NUM_HEADS, num_key_h
 
     from benchmarks.byte_counter import count_bytes
     from swim_kernels import NounQueries, noun_attention
-    from swim_kernels.noun_attention import triton_backend
+    from swim_kernels.noun_attention.triton import launch as triton_backend
 
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, num_heads, length, HEAD_DIM, generator=generator).bfloat16()

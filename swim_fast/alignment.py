@@ -11,7 +11,7 @@ and a criterion compares p (or log f) with the mask.
 
 **stable numerics** work on log f with the frame's maximum subtracted, so that neither the product of many small
 probabilities nor the number of visual keys matters; what happens in the limits is said in
-`swim_kernels/frame_prediction/reference.py`. Prediction and cross-entropy at the mask's resolution are ops of
+`swim_kernels/grid_prediction/reference.py`. Prediction and cross-entropy at the mask's resolution are ops of
 `swim_kernels` that keep the maps and a gradient on the grid.
 
 **paper numerics** are the released ones: f over all visual keys and p each with an epsilon of 1e-6 in the
@@ -29,22 +29,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swim_fast.mask_targets import MaskTargets, PairGroup
-from swim_kernels import frame_prediction, mask_bce
-from swim_kernels.exact import no_autocast
-from swim_kernels.frame_prediction.reference import FUSIONS, floor_of, log_fused
-from swim_kernels.mask_bce.chunked import exact_product, interpolation
+from swim_kernels import grid_prediction as grid_prediction
+from swim_kernels import mask_bce
+from swim_kernels.grid_prediction.reference import FUSIONS, floor_of, log_fused
 from swim_kernels.mask_bce.reference import MARGIN
+from swim_kernels.mask_bce.torch_backend import exact_product, interpolation
+from swim_kernels.runtime.numerics import no_autocast
 
 __all__ = [
     "CRITERIA",
     "FUSIONS",
     "NUMERICS",
     "RESOLUTIONS",
-    "FramePredictions",
+    "GridPredictions",
     "MaskTargets",
     "PairGroup",
     "area_average",
-    "frame_predictions",
+    "grid_predictions",
     "mask_alignment_loss",
     "mask_shares",
     "pair_losses",
@@ -128,7 +129,7 @@ def pair_losses(
 
 
 @dataclass(frozen=True, eq=False)
-class FramePredictions:
+class GridPredictions:
     """The fused maps of one `PairGroup`, for metrics and pictures.
 
     Attributes:
@@ -142,9 +143,9 @@ class FramePredictions:
     log_f: Tensor
 
 
-def frame_predictions(
+def grid_predictions(
     maps: Sequence[Tensor], targets: MaskTargets, *, fusion: str = "product", numerics: str = "stable"
-) -> list[FramePredictions]:
+) -> list[GridPredictions]:
     """What the loss compares with the masks, one entry per size group (none for P = 0).
 
     Arguments and errors as for `mask_alignment_loss`; differentiable.
@@ -156,7 +157,7 @@ def frame_predictions(
     log_f = _log_distribution(maps, targets, fusion, numerics)
     if fusion != "none":
         p, log_f = p[0], log_f[0]
-    return [FramePredictions(group, targets.frames(group, p), targets.frames(group, log_f)) for group in targets.groups]
+    return [GridPredictions(group, targets.frames(group, p), targets.frames(group, log_f)) for group in targets.groups]
 
 
 def mask_shares(targets: MaskTargets, group: PairGroup, dtype: torch.dtype) -> Tensor:
@@ -226,7 +227,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _predictions(maps: list[Tensor], targets: MaskTargets, fusion: str, numerics: str, backend: str) -> Tensor:
     """p [K, M] of all cells, in the order of the pairs; K = 1 or, with fusion "none", the layers."""
     if numerics == "stable":
-        return frame_prediction(maps, targets.pairs, fusion=fusion, backend=backend)
+        return grid_prediction(maps, targets.pairs, fusion=fusion, backend=backend)
     cells = _cells(_paper_fused(maps, fusion), targets)
     frames = [cells[:, part].unflatten(1, (-1, *size)) for _, part, size in targets.pairs.runs()]
     return torch.cat([_paper_min_max(frame).flatten(1) for frame in frames], dim=1)

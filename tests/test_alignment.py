@@ -17,7 +17,7 @@ from swim_fast.alignment import (
     RESOLUTIONS,
     MaskTargets,
     area_average,
-    frame_predictions,
+    grid_predictions,
     mask_alignment_loss,
     pair_losses,
 )
@@ -222,7 +222,7 @@ def test_a_nearly_flat_frame_keeps_its_digits(generator):
     exact = [(1 / 12288 * (1 + 1e-4 * torch.rand(1, 20, generator=generator).double())).float() for _ in range(6)]
     targets = one_frame(torch.ones(4, 5, dtype=torch.bool), 4, 5)
     p32, p64 = (
-        frame_predictions([m.to(t) for m in exact], targets)[0].p.flatten() for t in (torch.float32, torch.float64)
+        grid_predictions([m.to(t) for m in exact], targets)[0].p.flatten() for t in (torch.float32, torch.float64)
     )
     log_f = sum(layer.log() for layer in exact)[0]
     naive = (log_f - log_f.min()) / (log_f.max() - log_f.min())
@@ -234,7 +234,7 @@ def test_a_nearly_flat_frame_keeps_its_digits(generator):
 def test_stable_is_the_limit_of_paper(fusion, generator, monkeypatch):
     monkeypatch.setattr(alignment, "PAPER_EPSILON", 1e-40)
     maps, targets = random_maps(generator), random_targets(generator)
-    stable, paper = (frame_predictions(maps, targets, fusion=fusion, numerics=numerics) for numerics in NUMERICS)
+    stable, paper = (grid_predictions(maps, targets, fusion=fusion, numerics=numerics) for numerics in NUMERICS)
     for ours, theirs in zip(stable, paper, strict=True):
         torch.testing.assert_close(ours.p, theirs.p, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(ours.log_f, theirs.log_f, rtol=1e-9, atol=1e-12)
@@ -352,7 +352,7 @@ def test_a_constant_frame_predicts_zero(numerics):
     inside = {"stable": -math.log(1e-6), "paper": 100.0}[numerics]
     for maps, h, w in (([torch.full((1, 4), 0.25)], 2, 2), ([torch.full((1, 1), 0.7)], 1, 1)):
         targets = one_frame(mask, h, w)
-        (prediction,) = frame_predictions(maps, targets, numerics=numerics)
+        (prediction,) = grid_predictions(maps, targets, numerics=numerics)
         assert (prediction.p == 0).all()
         assert mask_alignment_loss(maps, targets, numerics=numerics).item() == pytest.approx(inside / 4, rel=1e-5)
 
@@ -400,7 +400,7 @@ def test_no_pair_gives_zero_with_a_graph(choice):
         assert loss.shape == () and loss.item() == 0 and loss.dtype == torch.float32
         loss.backward()
         assert all(layer.grad.shape == layer.shape and (layer.grad == 0).all() for layer in maps)
-    assert frame_predictions(maps, targets) == []
+    assert grid_predictions(maps, targets) == []
 
 
 # ---- how it computes ----
@@ -522,10 +522,10 @@ def test_splitting_the_pairs_changes_nothing(choice, generator):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("numerics", NUMERICS)
-def test_frame_predictions(fusion, numerics, generator):
+def test_grid_predictions(fusion, numerics, generator):
     maps, targets = random_maps(generator), random_targets(generator)
     seen = []
-    for prediction in frame_predictions(maps, targets, fusion=fusion, numerics=numerics):
+    for prediction in grid_predictions(maps, targets, fusion=fusion, numerics=numerics):
         group = prediction.group
         seen += group.pairs.tolist()
         assert prediction.p.shape == prediction.log_f.shape

@@ -1,11 +1,11 @@
 """Kernels of swim-fast: ops on tensors that know nothing of models, data or training."""
 
 from swim_kernels.flash_noun_attention import flash_noun_attention, flash_noun_attention_refusal
-from swim_kernels.frame_prediction import frame_prediction
-from swim_kernels.grid_pairs import GridPairs
+from swim_kernels.grid_prediction import grid_prediction
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.noun_attention import NounQueries, noun_attention
-from swim_kernels.packed_masks import PackedMasks
+from swim_kernels.structs.grid_pairs import GridPairs
+from swim_kernels.structs.packed_masks import PackedMasks
 
 __all__ = [
     "GridPairs",
@@ -13,7 +13,7 @@ __all__ = [
     "PackedMasks",
     "flash_noun_attention",
     "flash_noun_attention_refusal",
-    "frame_prediction",
+    "grid_prediction",
     "mask_bce",
     "noun_attention",
 ]

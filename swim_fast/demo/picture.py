@@ -88,7 +88,7 @@ def _frame_maps(config: RunConfig, folder: Path, sample, processor) -> dict[int,
     """Fused map [h, w] per supervised temporal patch, averaged over the rows of the sample."""
     from transformers import AutoModelForImageTextToText
 
-    from swim_fast.alignment import frame_predictions
+    from swim_fast.alignment import grid_predictions
     from swim_fast.data.collation import Collator
     from swim_fast.modeling import attach_noun_attention
 
@@ -97,7 +97,7 @@ def _frame_maps(config: RunConfig, folder: Path, sample, processor) -> dict[int,
     inputs = {key: batch[key] for key in (*sample.inputs, "attention_mask") if key != "labels"}
     outputs = model(**inputs, noun_queries=batch["noun_queries"], use_cache=False)
     found: dict[int, list[np.ndarray]] = {}
-    for prediction in frame_predictions(outputs.attentions, batch["mask_targets"], fusion=config.attention_loss.fusion):
+    for prediction in grid_predictions(outputs.attentions, batch["mask_targets"], fusion=config.attention_loss.fusion):
         for pair, p in zip(prediction.group.pairs.tolist(), prediction.p.numpy(), strict=True):
             _, start, height, width, _ = sample.pairs[pair]
             found.setdefault(sample.patches[start // (height * width)], []).append(p)

@@ -173,7 +173,8 @@ def noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -
         DataError: a noun without a token.
     """
     from swim_fast.modeling.attach import attach_noun_attention, attached_layers, detach_noun_attention
-    from swim_kernels import GridPairs, frame_prediction
+    from swim_kernels import GridPairs
+    from swim_kernels import grid_prediction as grid_prediction
 
     earlier = 1 if loss.query_position == "predictor" else 0
     tokens = [encoding.noun_tokens(number) for number in range(len(encoding.nouns))]
@@ -192,7 +193,7 @@ def noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -
     start = torch.arange(num_patches).repeat(num_rows) * height * width
     pairs = GridPairs.of(row, start, [(height, width)] * len(row), torch.zeros_like(row))
     fusion = "mean" if loss.fusion == "mean" else "product"
-    cells = frame_prediction(maps, pairs.to(maps[0].device), fusion=fusion)
+    cells = grid_prediction(maps, pairs.to(maps[0].device), fusion=fusion)
     by_row = cells.view(num_rows, num_patches, height, width).cpu()
     return torch.stack([part.mean(0) for part in by_row.split([len(noun) for noun in tokens])]).numpy()
 

@@ -1,6 +1,6 @@
 """How well the noun attention is grounded: does it lie on the object?
 
-Per pair (one map row, one supervised patch), over the h x w cells of the fused frame map f of `frame_predictions`:
+Per pair (one map row, one supervised patch), over the h x w cells of the fused frame map f of `grid_predictions`:
 
 pointing_accuracy
     The pointing game (Zhang et al., "Top-down Neural Attention by Excitation Backprop", arXiv 1608.00507): 1 if the
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swim_fast.alignment import MaskTargets, frame_predictions, mask_shares
+from swim_fast.alignment import MaskTargets, grid_predictions, mask_shares
 
 METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou")
 
@@ -44,7 +44,7 @@ def grounding_sums(maps: Sequence[Tensor], targets: MaskTargets, *, fusion: str 
         float64 [4], on the maps' device: sums in the order of `METRICS`, then the number of pairs with a mask; with
         fusion "none" [layers, 4]. Nothing is read back from the device.
     """
-    predictions = frame_predictions(maps, targets, fusion=fusion)
+    predictions = grid_predictions(maps, targets, fusion=fusion)
     shape = (len(maps), 4) if fusion == "none" else (4,)
     sums = torch.zeros(shape, dtype=torch.float64, device=targets.device)
     for prediction in predictions:

@@ -34,7 +34,7 @@ from benchmarks.attention_loss_measure import (
     measure_memory,
     measured_layers,
 )
-from swim_kernels.flash_noun_attention.providers import TorchCpu
+from swim_kernels.flash_noun_attention.providers.torch import TorchCpu
 
 
 @pytest.fixture(autouse=True)
@@ -52,14 +52,14 @@ def test_the_methods_agree():
 
 def test_a_wrong_gradient_is_noticed(monkeypatch):
     """An error of 1e-4 in one gradient of the maps is lost beside the attention's gradient, but not in this check."""
-    from swim_kernels.noun_attention import recompute
+    from swim_kernels.noun_attention import torch_backend
 
-    right = recompute.add_gradients
+    right = torch_backend.add_gradients
 
     def wrong(grad_query, grad_key, grad_maps, *arguments, **options):
         right(grad_query, grad_key, grad_maps * 1.0001, *arguments, **options)
 
-    monkeypatch.setattr(recompute, "add_gradients", wrong)
+    monkeypatch.setattr(torch_backend, "add_gradients", wrong)
     with pytest.raises(AssertionError, match="this_project, torch.float64: ∂query"):
         assert_methods_agree()
 

@@ -53,7 +53,7 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
     """The p that the loss compares with the masks, per supervised patch, averaged over the rows of the noun."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from swim_fast.alignment import frame_predictions
+    from swim_fast.alignment import grid_predictions
     from swim_fast.data.collation import Collator
     from swim_fast.data.records import RecordFile
     from swim_fast.data.samples import SampleBuilder
@@ -68,7 +68,7 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
     names = [name for name in (*sample.inputs, "attention_mask") if name != "labels"]
     with torch.no_grad():
         maps = attached(**{name: batch[name] for name in names}, noun_queries=queries, use_cache=False).attentions
-    (predictions,) = frame_predictions(maps, targets, fusion=loss.fusion)
+    (predictions,) = grid_predictions(maps, targets, fusion=loss.fusion)
     found = {}
     for pair, p in zip(predictions.group.pairs.tolist(), predictions.p.numpy(), strict=True):
         _, start, height, width, _ = sample.pairs[pair]

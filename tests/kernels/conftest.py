@@ -3,21 +3,23 @@
 import pytest
 import torch
 
-from tests.kernels.noun_attention_cases import recompute
+from tests.kernels.noun_attention_cases import torch_backend
 
 
 @pytest.fixture(params=["by range", "by sequence"])
 def grouping(request, monkeypatch):
     """The way of accelerators, where the metadata may not be looked at, is run on the CPU as well."""
     if request.param == "by sequence":
-        monkeypatch.setattr(recompute, "_can_look", lambda queries: False)
-        monkeypatch.setattr(recompute, "add_at", lambda out, i, values: out.index_put_((i,), values, accumulate=True))
+        monkeypatch.setattr(torch_backend, "_can_look", lambda queries: False)
+        monkeypatch.setattr(
+            torch_backend, "add_at", lambda out, i, values: out.index_put_((i,), values, accumulate=True)
+        )
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 128 keys, whatever the number of rows and heads."""
-    monkeypatch.setattr(recompute, "_CHUNK_SCORES_CPU", 1)
+    monkeypatch.setattr(torch_backend, "_CHUNK_SCORES_CPU", 1)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swim_kernels import NounQueries, flash_noun_attention, noun_attention
-from swim_kernels.flash_noun_attention import providers
+from swim_kernels.flash_noun_attention.providers import torch as providers
 from tests.kernels import flash_stand_ins
 from tests.kernels.noun_attention_cases import make_queries, strided
 

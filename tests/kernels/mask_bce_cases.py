@@ -9,12 +9,12 @@ from fractions import Fraction
 
 import torch
 
-from swim_kernels.grid_pairs import GridPairs
 from swim_kernels.mask_bce import mask_bce
-from swim_kernels.packed_masks import PackedMasks
+from swim_kernels.structs.grid_pairs import GridPairs
+from swim_kernels.structs.packed_masks import PackedMasks
 
-chunked = importlib.import_module("swim_kernels.mask_bce.chunked")
-dispatch = importlib.import_module("swim_kernels.mask_bce.dispatch")
+chunked = importlib.import_module("swim_kernels.mask_bce.torch_backend")
+dispatch = importlib.import_module("swim_kernels.mask_bce.api")
 
 BACKENDS = ("eager", "torch")
 NUMERICS = ("stable", "paper")

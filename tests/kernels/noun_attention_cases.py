@@ -9,8 +9,8 @@ import torch
 
 from swim_kernels import NounQueries, noun_attention
 
-# `swim_kernels.noun_attention` is the function, so `import swim_kernels.noun_attention.recompute as …` does not work.
-recompute = importlib.import_module("swim_kernels.noun_attention.recompute")
+# `swim_kernels.noun_attention` is the function, so its submodules cannot be imported by `import … as`.
+torch_backend = importlib.import_module("swim_kernels.noun_attention.torch_backend")
 reference = importlib.import_module("swim_kernels.noun_attention.reference")
 
 BACKENDS = ("eager", "torch")

@@ -5,9 +5,9 @@ import logging
 
 import pytest
 
-from swim_kernels import backends
+from swim_kernels.runtime import backends
 
-OPS = {"noun attention": "noun_attention", "frame prediction": "frame_prediction", "mask BCE": "mask_bce"}
+OPS = {"noun attention": "noun_attention", "grid prediction": "grid_prediction", "mask BCE": "mask_bce"}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from swim_kernels import flash_noun_attention, flash_noun_attention_refusal
-from swim_kernels.flash_noun_attention import flash_attn_providers
 from swim_kernels.flash_noun_attention.node import PROVIDERS
+from swim_kernels.flash_noun_attention.providers import flash_attn as flash_attn_providers
 from tests.kernels import flash_stand_ins
 from tests.kernels.flash_noun_attention_cases import (
     CASES,

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from swim_kernels.grid_pairs import FIELDS, GridPairs
+from swim_kernels.structs.grid_pairs import FIELDS, GridPairs
 
 
 def make_pairs(pairs, dtype=torch.int64):

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.fixed_builds import fixed_builds
 from benchmarks.kernel_report import build_all
-from swim_kernels.noun_attention.configurations import ARCHITECTURES, all_configurations
+from swim_kernels.noun_attention.triton.tiles import ARCHITECTURES, all_configurations
 
 EVERYTHING = list(all_configurations())
 # 28 query and 4 key heads of 128 in bf16: groups of 7, filled up to 8. And, of all others, some.

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.memory import count_allocations
-from swim_kernels import backends
 from swim_kernels.mask_bce import mask_bce
-from swim_kernels.packed_masks import PackedMasks
+from swim_kernels.runtime import backends
+from swim_kernels.structs.packed_masks import PackedMasks
 from tests.kernels import budget
 from tests.kernels.mask_bce_cases import (
     BACKENDS,

@@ -16,9 +16,9 @@ from tests.kernels.noun_attention_cases import (
     log_sum_exp,
     make_inputs,
     make_queries,
-    recompute,
     reference,
     run,
+    torch_backend,
 )
 
 
@@ -176,11 +176,11 @@ def test_empty_range_gives_zeros(grouping):
     lse = log_sum_exp(query, key, queries, 1.0)
     assert lse.isinf().any()
     for given in (None, lse):
-        for function in (reference.noun_attention_eager, recompute.noun_attention_torch):
+        for function in (reference.noun_attention_eager, torch_backend.noun_attention_torch):
             maps = function(query, key, queries, 1.0, given)
             assert maps[1].all() and not maps[[0, 2]].any()
             grad_query, grad_key = torch.autograd.grad(maps.sum(), (query, key))
             assert grad_query[:, :, 9].all() and not grad_query[:, :, [5, 12]].any()
             assert grad_key.isfinite().all()
     only_empty = make_queries([(0, 5, 6, 6, 0)], [[1, 2, 7]])
-    assert not recompute.noun_attention_torch(query, key, only_empty, 1.0).any()
+    assert not torch_backend.noun_attention_torch(query, key, only_empty, 1.0).any()

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import swim_kernels
-from swim_kernels import backends, noun_attention
+from swim_kernels import noun_attention
+from swim_kernels.runtime import backends
 from tests.kernels.noun_attention_cases import make_queries
 
-dispatch = importlib.import_module("swim_kernels.noun_attention.dispatch")
+dispatch = importlib.import_module("swim_kernels.noun_attention.api")
 
 
 def arguments(**changes):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from swim_kernels import packed_masks
-from swim_kernels.packed_masks import PackedMasks
+from swim_kernels.structs import packed_masks
+from swim_kernels.structs.packed_masks import PackedMasks
 
 SIZES = [(3, 8), (5, 17), (1, 1), (2, 7), (4, 9), (5, 17)]
 

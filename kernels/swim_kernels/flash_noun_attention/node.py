@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swim_kernels.exact import add_at, no_autocast
-from swim_kernels.flash_noun_attention.flash_attn_providers import FlashAttn2, FlashAttn3, FlashAttn4
-from swim_kernels.flash_noun_attention.providers import Call, Provider, TorchCpu, TorchCuda
-from swim_kernels.noun_attention.dispatch import check_arguments, choose_backend
-from swim_kernels.noun_attention.queries import NounQueries
+from swim_kernels.flash_noun_attention.providers.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
+from swim_kernels.flash_noun_attention.providers.torch import Call, Provider, TorchCpu, TorchCuda
+from swim_kernels.noun_attention.api import check_arguments, choose_backend
+from swim_kernels.runtime.numerics import add_at, no_autocast
+from swim_kernels.structs.noun_queries import NounQueries
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider for provider in (TorchCpu(), TorchCuda(), FlashAttn2(), FlashAttn3(), FlashAttn4())
@@ -191,7 +191,7 @@ def _backend(query: Tensor, key: Tensor, backend: str) -> ModuleType:
     """The module with `maps_given_lse`, `deltas` and `add_gradients`."""
     group = query.shape[1] // key.shape[1]
     name = choose_backend(backend, query.device.type, query.dtype, group, query.shape[3])
-    module = {"torch": "recompute", "triton": "triton_backend"}[name]
+    module = {"torch": "torch_backend", "triton": "triton.launch"}[name]
     return importlib.import_module(f"swim_kernels.noun_attention.{module}")
 
 

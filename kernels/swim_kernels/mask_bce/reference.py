@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swim_kernels.grid_pairs import GridPairs
-from swim_kernels.packed_masks import PackedMasks
+from swim_kernels.structs.grid_pairs import GridPairs
+from swim_kernels.structs.packed_masks import PackedMasks
 
 MARGIN = 1e-6  # stable
 LOWEST_LOG, LEAST_VARIANCE = -100.0, 1e-12  # paper

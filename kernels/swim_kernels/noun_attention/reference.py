@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swim_kernels.noun_attention.queries import NounQueries
+from swim_kernels.structs.noun_queries import NounQueries
 
 
 def noun_attention_eager(

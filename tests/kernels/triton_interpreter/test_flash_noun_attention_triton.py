@@ -68,14 +68,14 @@ def test_without_delta():
     plan = backend._plan(query, key, queries)
     lse = backend.log_sum_exp(query, key, plan, 0.25)
     delta, weights = backend.deltas(grad, query, key, queries, 0.25, lse)
-    from tests.kernels.noun_attention_cases import recompute
+    from tests.kernels.noun_attention_cases import torch_backend
 
-    expected, _ = recompute.deltas(grad, query, key, queries, 0.25, lse)
+    expected, _ = torch_backend.deltas(grad, query, key, queries, 0.25, lse)
     torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-6)
     parts, plain = ([torch.zeros_like(x) for x in (query, key)] for _ in range(2))
     backend.add_gradients(*parts, grad, query, key, queries.within_key_sets(), 0.25, lse, weights)
-    weights = recompute.deltas(grad, query, key, queries, 0.25, lse)[1]
-    recompute.add_gradients(*plain, grad, query, key, queries, 0.25, lse, weights)
+    weights = torch_backend.deltas(grad, query, key, queries, 0.25, lse)[1]
+    torch_backend.add_gradients(*plain, grad, query, key, queries, 0.25, lse, weights)
     for a, e in zip(parts, plain, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.byte_counter import count_bytes
-from swim_kernels import packed_masks
 from swim_kernels.mask_bce import mask_bce
-from swim_kernels.packed_masks import PackedMasks
+from swim_kernels.structs import packed_masks
+from swim_kernels.structs.packed_masks import PackedMasks
 from tests.kernels.mask_bce_cases import CASES, NUMERICS, formulas, make_inputs, make_masks, make_pairs, run
 from tests.kernels.test_mask_bce import (
     MANY,
@@ -22,7 +22,7 @@ from tests.kernels.test_mask_bce import (
     one_thread,  # noqa: F401
 )
 
-backend = importlib.import_module("swim_kernels.mask_bce.triton_backend")
+backend = importlib.import_module("swim_kernels.mask_bce.triton.launch")
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "one_thread"),

@@ -1,4 +1,4 @@
-"""frame_prediction against float64 formulas, values and gradients, and what happens in the limits."""
+"""grid_prediction against float64 formulas, values and gradients, and what happens in the limits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from swim_kernels.frame_prediction import frame_prediction
-from swim_kernels.grid_pairs import GridPairs
+from swim_kernels.grid_prediction import grid_prediction
+from swim_kernels.structs.grid_pairs import GridPairs
 from tests.kernels.budget import rms
-from tests.kernels.frame_prediction_cases import (
+from tests.kernels.grid_prediction_cases import (
     BACKENDS,
     CASES,
     COLUMNS,
@@ -70,7 +70,7 @@ def test_gradcheck(case, fusion, backend):
     layers, pairs, _ = make_inputs(case, fusion)
     layers = [layer.contiguous().mul_(50).requires_grad_() for layer in layers]
     assert torch.autograd.gradcheck(
-        lambda *layers: frame_prediction(layers, pairs, fusion=fusion, backend=backend), layers, fast_mode=True
+        lambda *layers: grid_prediction(layers, pairs, fusion=fusion, backend=backend), layers, fast_mode=True
     )
 
 
@@ -185,7 +185,7 @@ def test_pairs_that_share_columns_add_up(fusion, backend):
 def test_no_pair(fusion, backend, kept):
     for columns in (7, 0):
         layers = [torch.rand(kept, columns, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
-        p = frame_prediction(layers, make_pairs([]), fusion=fusion, backend=backend)
+        p = grid_prediction(layers, make_pairs([]), fusion=fusion, backend=backend)
         assert p.shape == (3 if fusion == "none" else 1, 0) and p.dtype == torch.float32
         p.sum().backward()
         for layer in layers:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from swim_kernels.noun_attention.queries import NounQueries
+from swim_kernels.structs.noun_queries import NounQueries
 
 _FIELDS = 8  # int32 columns of `entries` and of a table of blocks
 

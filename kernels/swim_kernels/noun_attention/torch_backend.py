@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swim_kernels.exact import add_at, no_autocast
-from swim_kernels.noun_attention.queries import NounQueries
+from swim_kernels.runtime.numerics import add_at, no_autocast
+from swim_kernels.structs.noun_queries import NounQueries
 
 # Scores computed at a time (Hq × rows × keys): about what a core's cache holds; a GPU wants fewer, longer launches.
 _CHUNK_SCORES_CPU = 2**18

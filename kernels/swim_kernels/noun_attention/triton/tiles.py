@@ -130,7 +130,7 @@ class Configuration:
 
     def function(self):
         """The `triton.jit` function."""
-        from swim_kernels.noun_attention import triton_kernels
+        from swim_kernels.noun_attention.triton import kernels as triton_kernels
 
         name = "gradients" if self.kernel.endswith("gradients") else self.kernel
         return getattr(triton_kernels, f"{name}_kernel")

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from swim_kernels import backends
-from swim_kernels.exact import no_autocast
-from swim_kernels.noun_attention.configurations import MAX_GROUP, MAX_HEAD_DIM
-from swim_kernels.noun_attention.queries import NounQueries
-from swim_kernels.noun_attention.recompute import noun_attention_torch
 from swim_kernels.noun_attention.reference import noun_attention_eager
+from swim_kernels.noun_attention.torch_backend import noun_attention_torch
+from swim_kernels.noun_attention.triton.tiles import MAX_GROUP, MAX_HEAD_DIM
+from swim_kernels.runtime import backends
+from swim_kernels.runtime.numerics import no_autocast
+from swim_kernels.structs.noun_queries import NounQueries
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -89,7 +89,7 @@ def _triton_missing(device_type: str, dtype: torch.dtype, group: int, head_dim: 
 
 def _implementation(backend: str) -> Callable[..., Tensor]:
     if backend == "triton":  # imported where it is used: TRITON_INTERPRET is read when kernels are defined
-        from swim_kernels.noun_attention.triton_backend import noun_attention_triton
+        from swim_kernels.noun_attention.triton.launch import noun_attention_triton
 
         return noun_attention_triton
     return {"eager": noun_attention_eager, "torch": noun_attention_torch}[backend]

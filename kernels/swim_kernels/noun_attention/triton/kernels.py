@@ -11,7 +11,7 @@ Every tile has keys in its first dimension and (row, head of one key head's grou
 once and serves all of them; as the first operand of `tl.dot` it reaches the tensor cores' wide instructions from one
 row up. No atomics; every element of every output is written by exactly one program.
 
-Names: an *entry* is a row in the order of the plan (`triton_plan.py`), which gives the int32 tables
+Names: an *entry* is a row in the order of the plan (`triton/plan.py`), which gives the int32 tables
 
     entries  [R, 8]   row, sequence, position, key_start, key_end, key_set, next entry of the same token (−1: none),
                       1 if it is the first of its token

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swim_kernels.grid_pairs import GridPairs
 from swim_kernels.mask_bce.reference import LEAST_VARIANCE, LOWEST_LOG, MARGIN, by_pair, grouped
-from swim_kernels.packed_masks import PackedMasks
+from swim_kernels.structs.grid_pairs import GridPairs
+from swim_kernels.structs.packed_masks import PackedMasks
 
 # Pixels computed at a time. On the CPU a core's cache holds them, and torch does not divide them among threads, which
 # on this scale costs more than it gives (and very much where the cores are busy). A GPU wants fewer, longer launches.

@@ -1,4 +1,4 @@
-"""Frame prediction in Triton: launches of the kernels in `triton_kernels.py`.
+"""Grid prediction in Triton: launches of the kernels in `kernels.py`.
 
     p           1 launch
     ∂ of maps   1, besides one fill of them with zeros; where pairs may share columns, the cells' gradients are added to
@@ -14,22 +14,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swim_kernels.frame_prediction import triton_kernels as kernels
-from swim_kernels.frame_prediction.recompute import FramePrediction, scatter_cells
-from swim_kernels.frame_prediction.reference import num_predictions
-from swim_kernels.grid_pairs import GridPairs
-from swim_kernels.noun_attention.triton_backend import _launch
+from swim_kernels.grid_prediction.reference import num_predictions
+from swim_kernels.grid_prediction.torch_backend import GridPrediction, scatter_cells
+from swim_kernels.grid_prediction.triton import kernels
+from swim_kernels.noun_attention.triton.launch import _launch
+from swim_kernels.structs.grid_pairs import GridPairs
 
 # One configuration for all. BLOCK: cells of a frame at a time; with 1024 ptxas spills a register in some builds.
 BLOCK, NUM_WARPS, NUM_STAGES = 512, 8, 1
 
 
-def frame_prediction_triton(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
-    """p [1 or layers, M] fp32; arguments as `frame_prediction`, already checked, fp32.
+def grid_prediction_triton(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
+    """p [1 or layers, M] fp32; arguments as `grid_prediction`, already checked, fp32.
 
     Keeps the maps for backward, no copies. No double backward.
     """
-    return FramePrediction.apply(predict, gradients, pairs, fusion, *maps)
+    return GridPrediction.apply(predict, gradients, pairs, fusion, *maps)
 
 
 def predict(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:

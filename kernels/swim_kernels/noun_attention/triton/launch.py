@@ -1,4 +1,4 @@
-"""Noun attention in Triton: launches of the kernels in `triton_kernels.py`, registered as operators of torch.
+"""Noun attention in Triton: launches of the kernels in `kernels.py`, registered as operators of torch.
 
 Operators that are opaque to `torch.compile` and to CUDA graph capture: lse, maps from lse, and the gradients of the
 maps, fresh or added to those of a flash attention. Nothing is read back from the device and nothing depends on values,
@@ -21,10 +21,10 @@ import torch
 import triton
 from torch import Tensor
 
-from swim_kernels.noun_attention import triton_kernels as kernels
-from swim_kernels.noun_attention.configurations import Tile, choose_tile, columns_for, fits_one_block, tile_constexprs
-from swim_kernels.noun_attention.queries import NounQueries
-from swim_kernels.noun_attention.triton_plan import Plan, plan_of
+from swim_kernels.noun_attention.triton import kernels
+from swim_kernels.noun_attention.triton.plan import Plan, plan_of
+from swim_kernels.noun_attention.triton.tiles import Tile, choose_tile, columns_for, fits_one_block, tile_constexprs
+from swim_kernels.structs.noun_queries import NounQueries
 
 INTERPRETED = not isinstance(kernels.maps_kernel, triton.JITFunction)
 
@@ -71,7 +71,7 @@ def add_gradients(
     lse: Tensor,
     weights: Tensor | None = None,
 ) -> None:
-    """Adds ∂q and ∂k of the maps to tensors like query and key, in place; as in `recompute.py`."""
+    """Adds ∂q and ∂k of the maps to tensors like query and key, in place; as in `torch_backend.py`."""
     plan = _plan(query, key, queries)
     add_gradients_of(grad_query, grad_key, grad_maps, query, key, lse.contiguous(), weights, plan, scale)
 

@@ -1,4 +1,4 @@
-"""frame_prediction: what it refuses, which backend it takes."""
+"""grid_prediction: what it refuses, which backend it takes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import importlib.util
 import pytest
 import torch
 
-from swim_kernels import backends
-from swim_kernels.frame_prediction import frame_prediction
-from swim_kernels.grid_pairs import GridPairs
-from tests.kernels.frame_prediction_cases import BACKENDS
+from swim_kernels.grid_prediction import grid_prediction
+from swim_kernels.runtime import backends
+from swim_kernels.structs.grid_pairs import GridPairs
+from tests.kernels.grid_prediction_cases import BACKENDS
 from tests.kernels.test_grid_pairs import make_pairs
 
-dispatch = importlib.import_module("swim_kernels.frame_prediction.dispatch")
+dispatch = importlib.import_module("swim_kernels.grid_prediction.api")
 
 
 def arguments(**changes):
@@ -63,7 +63,7 @@ def arguments(**changes):
         (
             {"backend": "cuda"},
             ValueError,
-            "unknown frame prediction backend 'cuda': choose one of auto, eager, torch, triton",
+            "unknown grid prediction backend 'cuda': choose one of auto, eager, torch, triton",
         ),
         (
             {"pairs": make_pairs([(0, 0, 2, 3, 0), (1, 7, 2, 3, 0)])},
@@ -81,9 +81,9 @@ def arguments(**changes):
     ],
 )
 def test_refused(changes, error, message):
-    frame_prediction(**arguments())
+    grid_prediction(**arguments())
     with pytest.raises(error, match=message):
-        frame_prediction(**arguments(**changes))
+        grid_prediction(**arguments(**changes))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_triton_says_why_it_is_not_available(environment, dtype, reason, monkeyp
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=f"backend 'triton' is not available: {reason}; use backend='torch'"):
-        frame_prediction(**arguments(maps=[torch.rand(2, 12, dtype=dtype)], backend="triton"))
+        grid_prediction(**arguments(maps=[torch.rand(2, 12, dtype=dtype)], backend="triton"))
 
 
 def test_auto_on_cuda_takes_triton_for_what_it_can(monkeypatch, fresh_choice):
@@ -135,14 +135,14 @@ def test_every_available_backend_is_reached(monkeypatch):
         called = []
         function = dispatch._implementation(name)
         monkeypatch.setattr(
-            dispatch, f"frame_prediction_{name}", lambda *a, f=function, c=called: c.append(1) or f(*a), raising=True
+            dispatch, f"grid_prediction_{name}", lambda *a, f=function, c=called: c.append(1) or f(*a), raising=True
         )
-        frame_prediction(**arguments(backend=name))
+        grid_prediction(**arguments(backend=name))
         assert called == [1]
 
 
 def test_default_is_the_product_on_the_backend_of_the_device():
     given = arguments()
-    default = frame_prediction(given["maps"], given["pairs"])
-    assert torch.equal(default, frame_prediction(**given, fusion="product"))
-    assert not torch.equal(default, frame_prediction(**given, fusion="mean"))
+    default = grid_prediction(given["maps"], given["pairs"])
+    assert torch.equal(default, grid_prediction(**given, fusion="product"))
+    assert not torch.equal(default, grid_prediction(**given, fusion="mean"))

@@ -1,4 +1,4 @@
-"""Frame prediction in torch operations, on any device: nothing is kept for backward but the maps themselves.
+"""Grid prediction in torch operations, on any device: nothing is kept for backward but the maps themselves.
 
 The gradient by its formula. With u = log f − max log f, F = e^u, m = e^(min log f − max log f), G what arrives at p, of
 which nothing counts at the minimum and the maximum, and sums over the cells of a frame:
@@ -22,26 +22,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swim_kernels.exact import add_at, no_autocast
-from swim_kernels.frame_prediction.reference import (
+from swim_kernels.grid_prediction.reference import (
     compute_dtype,
     floor_of,
     log_fused,
     min_max,
     num_predictions,
 )
-from swim_kernels.grid_pairs import GridPairs
+from swim_kernels.runtime.numerics import add_at, no_autocast
+from swim_kernels.structs.grid_pairs import GridPairs
 
 
-def frame_prediction_torch(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
-    """p [1 or layers, M]; arguments as `frame_prediction`, already checked.
+def grid_prediction_torch(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
+    """p [1 or layers, M]; arguments as `grid_prediction`, already checked.
 
     Computed and returned in float64 for float64 maps, in float32 for all others. No double backward.
     """
-    return FramePrediction.apply(predict, gradients, pairs, fusion, *maps)
+    return GridPrediction.apply(predict, gradients, pairs, fusion, *maps)
 
 
-class FramePrediction(torch.autograd.Function):
+class GridPrediction(torch.autograd.Function):
     """The node of the backends that compute the gradient themselves.
 
     predict: (maps, pairs, fusion) -> p

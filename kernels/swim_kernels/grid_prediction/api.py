@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from swim_kernels import backends
-from swim_kernels.exact import no_autocast
-from swim_kernels.frame_prediction.recompute import frame_prediction_torch
-from swim_kernels.frame_prediction.reference import FUSIONS, frame_prediction_eager
-from swim_kernels.grid_pairs import FIELDS, GridPairs
+from swim_kernels.grid_prediction.reference import FUSIONS, grid_prediction_eager
+from swim_kernels.grid_prediction.torch_backend import grid_prediction_torch
+from swim_kernels.runtime import backends
+from swim_kernels.runtime.numerics import no_autocast
+from swim_kernels.structs.grid_pairs import FIELDS, GridPairs
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def frame_prediction(
+def grid_prediction(
     maps: Sequence[Tensor], pairs: GridPairs, *, fusion: str = "product", backend: str = "auto"
 ) -> Tensor:
     """The min-max normalised prediction of each pair's frame from attention maps of several layers, differentiable.
@@ -59,7 +59,7 @@ def frame_prediction(
 def choose_backend(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """`backends.choose_backend` for such maps."""
     missing = functools.partial(_triton_missing, device_type, dtype)
-    return backends.choose_backend("frame prediction", backend, device_type, missing)
+    return backends.choose_backend("grid prediction", backend, device_type, missing)
 
 
 def _triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
@@ -72,10 +72,10 @@ def _triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
 
 def _implementation(backend: str) -> Callable[..., Tensor]:
     if backend == "triton":  # imported where it is used: TRITON_INTERPRET is read when kernels are defined
-        from swim_kernels.frame_prediction.triton_backend import frame_prediction_triton
+        from swim_kernels.grid_prediction.triton.launch import grid_prediction_triton
 
-        return frame_prediction_triton
-    return {"eager": frame_prediction_eager, "torch": frame_prediction_torch}[backend]
+        return grid_prediction_triton
+    return {"eager": grid_prediction_eager, "torch": grid_prediction_torch}[backend]
 
 
 def _checked_maps(maps: Sequence[Tensor]) -> list[Tensor]:

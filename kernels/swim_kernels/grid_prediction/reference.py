@@ -1,4 +1,4 @@
-"""Frame prediction, eager: the specification. Plain operations, everything materialised, differentiated by autograd.
+"""Grid prediction, eager: the specification. Plain operations, everything materialised, differentiated by autograd.
 
 Of one pair, with c the cells of its frame and a_l the attention of layer l on them (arXiv 2605.18018, the limit in
 which its two epsilons go to 0):
@@ -29,13 +29,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swim_kernels.grid_pairs import GridPairs
+from swim_kernels.structs.grid_pairs import GridPairs
 
 FUSIONS = ("product", "mean", "none")
 
 
-def frame_prediction_eager(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
-    """p [1 or layers, M]; arguments as `frame_prediction`, already checked.
+def grid_prediction_eager(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
+    """p [1 or layers, M]; arguments as `grid_prediction`, already checked.
 
     Computed and returned in float64 for float64 maps, in float32 for all others.
     """

@@ -1,4 +1,4 @@
-"""frame_prediction in Triton against float64, values and gradients, and as a node of a graph."""
+"""grid_prediction in Triton against float64, values and gradients, and as a node of a graph."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.byte_counter import count_bytes
-from swim_kernels.frame_prediction import frame_prediction, triton_kernels
-from swim_kernels.grid_pairs import GridPairs
-from tests.kernels.frame_prediction_cases import (
+from swim_kernels.grid_prediction import grid_prediction
+from swim_kernels.grid_prediction.triton import kernels as triton_kernels
+from swim_kernels.structs.grid_pairs import GridPairs
+from tests.kernels.grid_prediction_cases import (
     CASES,
     FLOOR,
     FUSIONS,
@@ -29,7 +30,7 @@ from tests.kernels.frame_prediction_cases import (
 )
 from tests.kernels.test_grid_pairs import make_pairs
 
-backend = importlib.import_module("swim_kernels.frame_prediction.triton_backend")
+backend = importlib.import_module("swim_kernels.grid_prediction.triton.launch")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 arithmetic_with_nan = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
@@ -185,7 +186,7 @@ def test_outside_the_frames_there_is_no_gradient(fusion, small_blocks):
 def test_no_pair(fusion):
     for shape in ((2, 7), (0, 0)):
         layers = [torch.rand(shape).requires_grad_() for _ in range(3)]
-        p = frame_prediction(layers, make_pairs([]), fusion=fusion, backend="triton")
+        p = grid_prediction(layers, make_pairs([]), fusion=fusion, backend="triton")
         assert p.shape == (3 if fusion == "none" else 1, 0)
         p.sum().backward()
         assert all(torch.equal(layer.grad, torch.zeros_like(layer)) for layer in layers)
@@ -199,7 +200,7 @@ def test_no_pair(fusion):
 def test_one_launch_forward_and_one_backward(case, fusion, recorded):
     layers, pairs, grad = make_inputs(case, fusion, F32)
     layers = [layer.requires_grad_() for layer in layers]
-    p = frame_prediction(layers, pairs, fusion=fusion, backend="triton")
+    p = grid_prediction(layers, pairs, fusion=fusion, backend="triton")
     grid = (len(pairs), 3 if fusion == "none" else 1)
     assert [launch[:2] for launch in recorded] == [("prediction_kernel", grid)]
     p.backward(grad.float())
@@ -224,7 +225,7 @@ def test_options_do_not_depend_on_lengths(recorded):
 def test_layers_of_one_layout_are_not_copied(recorded):
     layers = [layer.requires_grad_() for layer in torch.rand(3, 5, 60)[..., ::2]]  # slices of a larger tensor
     pairs = make_pairs([(0, 3, 2, 5, 0), (4, 1, 5, 5, 0)])
-    frame_prediction(layers, pairs, backend="triton")
+    grid_prediction(layers, pairs, backend="triton")
     assert [layer.data_ptr() for layer in recorded[0][2][1]] == [layer.data_ptr() for layer in layers]
     assert recorded[0][2][3:5] == layers[0].stride() and layers[0].stride(1) == 2
 
@@ -258,7 +259,7 @@ def test_nothing_is_kept_but_the_maps(fusion):
     layers = [layer.requires_grad_() for layer in layers]
     kept = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        frame_prediction(layers, pairs, fusion=fusion, backend="triton")
+        grid_prediction(layers, pairs, fusion=fusion, backend="triton")
     allowed = {tensor.untyped_storage().data_ptr() for tensor in (*layers, pairs.table)}
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} == allowed and len(kept) == len(layers) + 1
 
@@ -268,9 +269,9 @@ def test_some_layers_need_no_gradient(fusion):
     layers, pairs, grad = make_inputs("softmaxes", fusion, F32)
     _, expected = run(layers, pairs, grad, fusion=fusion, backend="triton")
     layers[1].requires_grad_()
-    p = frame_prediction(layers, pairs, fusion=fusion, backend="triton")
+    p = grid_prediction(layers, pairs, fusion=fusion, backend="triton")
     assert torch.equal(torch.autograd.grad(p, layers[1], grad.float())[0], expected[1])
-    assert not frame_prediction([t.detach() for t in layers], pairs, fusion=fusion, backend="triton").requires_grad
+    assert not grid_prediction([t.detach() for t in layers], pairs, fusion=fusion, backend="triton").requires_grad
 
 
 def test_gradient_of_any_strides():
@@ -283,7 +284,7 @@ def test_gradient_of_any_strides():
 def test_second_derivative_is_refused():
     layers, pairs, _ = make_inputs("softmaxes", "product", F32)
     layers = [layer.requires_grad_() for layer in layers]
-    p = frame_prediction(layers, pairs, backend="triton")
+    p = grid_prediction(layers, pairs, backend="triton")
     (grad,) = torch.autograd.grad(p.square().sum(), layers[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -294,7 +295,7 @@ def test_non_reentrant_checkpointing_and_autocast():
     expected = run(layers, pairs, grad, backend="triton")
     layers = [layer.requires_grad_() for layer in layers]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        p = checkpoint(lambda *maps: frame_prediction(maps, pairs, backend="triton"), *layers, use_reentrant=False)
+        p = checkpoint(lambda *maps: grid_prediction(maps, pairs, backend="triton"), *layers, use_reentrant=False)
         gradients = torch.autograd.grad(p, layers, grad.float())
     assert torch.equal(p, expected[0]) and torch.equal(torch.stack(gradients), expected[1])
 
@@ -303,7 +304,7 @@ def test_float32_only():
     for dtype in (torch.float64, torch.bfloat16):
         layers, pairs, _ = make_inputs("softmaxes", "product", dtype)
         with pytest.raises(RuntimeError, match="it takes float32 maps"):
-            frame_prediction(layers, pairs, backend="triton")
+            grid_prediction(layers, pairs, backend="triton")
 
 
 def test_offsets_beyond_32_bits():
@@ -333,7 +334,7 @@ def test_bytes():
     layers = [layer.detach().requires_grad_() for layer in layers]
     grad = torch.randn(1, pairs.num_cells)
     with count_bytes() as forward:
-        p = frame_prediction(layers, pairs, backend="triton")
+        p = grid_prediction(layers, pairs, backend="triton")
     with count_bytes() as backward:
         torch.autograd.grad(p, layers, grad)
     cells = pairs.num_cells * 4

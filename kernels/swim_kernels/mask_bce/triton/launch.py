@@ -1,4 +1,4 @@
-"""Mask BCE in Triton: launches of the kernels in `triton_kernels.py`.
+"""Mask BCE in Triton: launches of the kernels in `kernels.py`.
 
     losses, with or without the gradient of the cells   2 launches, for all pairs
     backward                                            none: the gradient times what arrives, by torch
@@ -11,11 +11,11 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from swim_kernels.grid_pairs import GridPairs
-from swim_kernels.mask_bce import triton_kernels as kernels
-from swim_kernels.mask_bce.chunked import with_gradient
-from swim_kernels.noun_attention.triton_backend import _launch
-from swim_kernels.packed_masks import PackedMasks
+from swim_kernels.mask_bce.torch_backend import with_gradient
+from swim_kernels.mask_bce.triton import kernels
+from swim_kernels.noun_attention.triton.launch import _launch
+from swim_kernels.structs.grid_pairs import GridPairs
+from swim_kernels.structs.packed_masks import PackedMasks
 
 # One configuration for all. A band of a 720p mask over a usual grid has some 40 pixels.
 COLUMNS, PIXELS, NUM_WARPS, NUM_STAGES = 16, 16, 4, 1

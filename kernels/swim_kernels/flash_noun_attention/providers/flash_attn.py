@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from swim_kernels.flash_noun_attention.providers import (
+from swim_kernels.flash_noun_attention.providers.torch import (
     Call,
     Provider,
     deterministic,

@@ -1,4 +1,4 @@
-"""Frame prediction, device code. Mathematics in `reference.py`, the gradient's formula in `recompute.py`.
+"""Grid prediction, device code. Mathematics in `reference.py`, the gradient's formula in `torch_backend.py`.
 
     p        prediction_kernel
     ∂maps    gradient_kernel

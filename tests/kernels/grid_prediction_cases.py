@@ -1,4 +1,4 @@
-"""Inputs on which frame_prediction is tested, what the formulas say about them, and how errors are judged."""
+"""Inputs on which grid_prediction is tested, what the formulas say about them, and how errors are judged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from swim_kernels.frame_prediction import frame_prediction
+from swim_kernels.grid_prediction import grid_prediction
 from tests.kernels import budget
 from tests.kernels.test_grid_pairs import make_pairs
 
@@ -105,7 +105,7 @@ def make_inputs(case, fusion, dtype=torch.float64, seed=0):
 def run(layers, pairs, grad, **options):
     """p, ∂a [layers, R, N]"""
     layers = [layer.detach().requires_grad_() for layer in layers]
-    p = frame_prediction(layers, pairs, **options)
+    p = grid_prediction(layers, pairs, **options)
     return p.detach(), torch.stack(torch.autograd.grad(p, layers, grad.to(p.dtype)))
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from swim_kernels import backends, grid_pairs
-from swim_kernels.exact import no_autocast
-from swim_kernels.grid_pairs import GridPairs
-from swim_kernels.mask_bce.chunked import mask_bce_torch
 from swim_kernels.mask_bce.reference import mask_bce_eager
-from swim_kernels.packed_masks import PackedMasks
+from swim_kernels.mask_bce.torch_backend import mask_bce_torch
+from swim_kernels.runtime import backends
+from swim_kernels.runtime.numerics import no_autocast
+from swim_kernels.structs import grid_pairs
+from swim_kernels.structs.grid_pairs import GridPairs
+from swim_kernels.structs.packed_masks import PackedMasks
 
 NUMERICS = ("stable", "paper")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -72,7 +73,7 @@ def _triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
 
 def _implementation(backend: str) -> Callable[..., Tensor]:
     if backend == "triton":  # imported where it is used: TRITON_INTERPRET is read when kernels are defined
-        from swim_kernels.mask_bce.triton_backend import mask_bce_triton
+        from swim_kernels.mask_bce.triton.launch import mask_bce_triton
 
         return mask_bce_triton
     return {"eager": mask_bce_eager, "torch": mask_bce_torch}[backend]

@@ -1,0 +1,1 @@
+"""Flash attentions that hand over their lse."""
