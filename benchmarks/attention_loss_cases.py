@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swim_fast.alignment import MaskTargets, mask_alignment_loss
+from swim_fast.loss.mask_loss import MaskTargets, mask_alignment_loss
 from swim_kernels import NounQueries, PackedMasks, flash_noun_attention
 from swim_kernels.flash_noun_attention.providers.torch import Call, Provider, TorchCpu
 

@@ -8,8 +8,8 @@ import importlib
 _PUBLIC = {
     "attach_noun_attention": "swim_fast.modeling",
     "detach_noun_attention": "swim_fast.modeling",
-    "mask_alignment_loss": "swim_fast.alignment",
-    "MaskTargets": "swim_fast.alignment",
+    "mask_alignment_loss": "swim_fast.loss.mask_loss",
+    "MaskTargets": "swim_fast.loss.mask_loss",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -85,7 +85,7 @@ class DataConfig:
 
 @dataclass
 class AttentionLossConfig:
-    """Choices of SWIM's mask loss (arXiv 2605.18018); see `swim_fast.alignment.mask_alignment_loss`."""
+    """Choices of SWIM's mask loss (arXiv 2605.18018); see `swim_fast.loss.mask_loss.mask_alignment_loss`."""
 
     layers: list[int] | None = None  # None: every fifth counted back from the last; []: no maps at all
     text_weight: float = 0.05
@@ -215,7 +215,7 @@ class RunConfig:
                 raise ConfigError(f"optimization.early_stopping_patience needs {needed}")
         if patience is None and not arguments.load_best_model_at_end and arguments.save_strategy != "best":
             return
-        from swim_fast.grounding.metrics import METRICS
+        from swim_fast.loss.metrics import METRICS
 
         keys = ("loss", "text_loss", "mask_loss", *METRICS)
         known = [f"eval_{name}_{key}" for name in self.data.eval for key in keys]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from swim_fast.alignment import MaskTargets
 from swim_fast.data.encoding import IGNORED_LABEL
 from swim_fast.data.errors import DataError
 from swim_fast.data.positions import PositionIds
 from swim_fast.data.samples import Sample
+from swim_fast.loss.mask_loss import MaskTargets
 from swim_kernels import NounQueries, PackedMasks
 
 # What a batch holds beside the arguments of the model's forward.

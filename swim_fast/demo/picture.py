@@ -88,8 +88,8 @@ def _frame_maps(config: RunConfig, folder: Path, sample, processor) -> dict[int,
     """Fused map [h, w] per supervised temporal patch, averaged over the rows of the sample."""
     from transformers import AutoModelForImageTextToText
 
-    from swim_fast.alignment import grid_predictions
     from swim_fast.data.collation import Collator
+    from swim_fast.loss.mask_loss import grid_predictions
     from swim_fast.modeling import attach_noun_attention
 
     model = attach_noun_attention(AutoModelForImageTextToText.from_pretrained(folder), config.attention_loss.layers)

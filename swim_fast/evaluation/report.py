@@ -99,7 +99,7 @@ def grounding_report(results: Mapping[str, Any]) -> str:
     lines.append(f"{results['pairs']} pairs of noun token and temporal patch, in {results['records']} records")
     if results["without"]:
         lines.append(f"{results['without']} records have no tagged noun with a mask")
-    lines.append("definitions: swim_fast/grounding/metrics.py")
+    lines.append("definitions: swim_fast/loss/metrics.py")
     return "\n".join([*lines, *_problem_lines(results["problems"], "no result")])
 
 

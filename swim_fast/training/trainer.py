@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from swim_fast.alignment import pair_losses
 from swim_fast.config import AttentionLossConfig
 from swim_fast.data.collation import Collator, model_inputs
 from swim_fast.data.dataset import MixtureSampler
 from swim_fast.data.packing import PackingSampler
-from swim_fast.grounding.metrics import METRICS, grounding_sums
+from swim_fast.loss.mask_loss import pair_losses
+from swim_fast.loss.metrics import METRICS, grounding_sums
 from swim_fast.modeling.adapters import has_adapters, load_adapters
 from swim_fast.modeling.freezing import parameters_of_parts
 from swim_fast.modeling.text_loss import count_labels

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from swim_fast.alignment import MaskTargets, mask_alignment_loss
 from swim_fast.data.collation import Collator
 from swim_fast.data.errors import DataError
 from swim_fast.data.samples import SampleBuilder, SampleOptions
+from swim_fast.loss.mask_loss import MaskTargets, mask_alignment_loss
 from swim_kernels import NounQueries
 from tests.data.conftest import box, rle
 

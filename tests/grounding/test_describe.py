@@ -53,10 +53,10 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
     """The p that the loss compares with the masks, per supervised patch, averaged over the rows of the noun."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from swim_fast.alignment import grid_predictions
     from swim_fast.data.collation import Collator
     from swim_fast.data.records import RecordFile
     from swim_fast.data.samples import SampleBuilder
+    from swim_fast.loss.mask_loss import grid_predictions
     from swim_fast.modeling import attach_noun_attention
 
     processor = AutoProcessor.from_pretrained(model)

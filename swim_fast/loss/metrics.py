@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swim_fast.alignment import MaskTargets, grid_predictions, mask_shares
+from swim_fast.loss.mask_loss import MaskTargets, grid_predictions, mask_shares
 
 METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou")
 
@@ -36,7 +36,7 @@ def grounding_sums(maps: Sequence[Tensor], targets: MaskTargets, *, fusion: str 
     """Sums over the pairs, to be added up over batches and ranks before `grounding_means`.
 
     Args:
-        maps: one [R, N] per layer, as for `swim_fast.alignment.mask_alignment_loss`, whose errors it shares.
+        maps: one [R, N] per layer, as for `swim_fast.loss.mask_loss.mask_alignment_loss`, whose errors it shares.
         targets: P pairs on the maps' device.
         fusion: "product" or "mean" of the layers, or "none": every layer by itself.
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swim_fast.mask_targets import MaskTargets, PairGroup
+from swim_fast.loss.targets import MaskTargets, PairGroup
 from swim_kernels import grid_prediction as grid_prediction
 from swim_kernels import mask_bce
 from swim_kernels.grid_prediction.reference import FUSIONS, floor_of, log_fused

@@ -1,6 +1,6 @@
 """The mask targets of a batch: which columns of which attention map should look like which mask.
 
-Import the names from `swim_fast.alignment`, which computes with them.
+Import the names from `swim_fast.loss.mask_loss`, which computes with them.
 """
 
 from __future__ import annotations

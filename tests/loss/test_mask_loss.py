@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swim_fast import alignment
-from swim_fast.alignment import (
+from swim_fast.loss import mask_loss as alignment
+from swim_fast.loss.mask_loss import (
     CRITERIA,
     FUSIONS,
     NUMERICS,

@@ -1,0 +1,1 @@
+"""Attention maps to numbers: the mask loss and the grounding metrics."""
