@@ -12,12 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.training_material import SIZES, Clip, write_checkpoint, write_records
-from swim_fast.data.collation import Collator
-from swim_fast.data.dataset import MixtureSampler, SourceOptions, SwimDataset
-from swim_fast.data.lengths import sample_lengths
-from swim_fast.data.packing import PackingSampler
-from swim_fast.data.positions import PositionIds
-from swim_fast.data.samples import SampleBuilder, SampleOptions
+from swim_fast.data.batch.collation import Collator
+from swim_fast.data.batch.dataset import MixtureSampler, SourceOptions, SwimDataset
+from swim_fast.data.batch.lengths import sample_lengths
+from swim_fast.data.batch.packing import PackingSampler
+from swim_fast.data.batch.positions import PositionIds
+from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
 
 MIXTURE = tuple(Clip(frames, *size) for frames in (4, 8, 16, 24, 32, 48) for size in ((224, 280), (336, 448)))
 ANSWERS = tuple(range(1, 41))  # sentences: one record of every clip for each

@@ -27,7 +27,7 @@ def _train(args) -> int:
 
 def _data_check(args) -> int:
     from swim_fast.data.check import check_file
-    from swim_fast.data.samples import SampleOptions
+    from swim_fast.data.sample.builder import SampleOptions
 
     report = check_file(
         args.file,
@@ -42,7 +42,7 @@ def _data_check(args) -> int:
 
 
 def _data_show(args) -> int:
-    from swim_fast.data.samples import SampleOptions
+    from swim_fast.data.sample.builder import SampleOptions
     from swim_fast.data.show import show_record
 
     show_record(

@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from swim_fast.data.dataset import SourceOptions
-from swim_fast.data.samples import SampleOptions
+from swim_fast.data.batch.dataset import SourceOptions
+from swim_fast.data.sample.builder import SampleOptions
 
 Part = Literal["vision_tower", "merger", "language_model"]  # of a model
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from swim_fast.data.conversation import Conversation
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import Record, RecordFile
-from swim_fast.data.samples import MediaReader, SampleBuilder, SampleOptions, check_frame_number, decode_mask
-from swim_fast.data.sampling import choose_frames, count_frames
-from swim_fast.data.tags import strip_tags
+from swim_fast.data.sample.builder import MediaReader, SampleBuilder, SampleOptions, check_frame_number, decode_mask
+from swim_fast.data.sample.conversation import Conversation
+from swim_fast.data.sample.sampling import choose_frames, count_frames
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import Record, RecordFile
+from swim_fast.data.source.tags import strip_tags
 
 
 @dataclass(frozen=True)

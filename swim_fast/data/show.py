@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from swim_fast.data.conversation import Conversation
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import Record, RecordFile
-from swim_fast.data.samples import Sample, SampleBuilder, SampleOptions, decode_mask
-from swim_fast.data.video import MediaInfo
+from swim_fast.data.sample.builder import Sample, SampleBuilder, SampleOptions, decode_mask
+from swim_fast.data.sample.conversation import Conversation
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import Record, RecordFile
+from swim_fast.data.video.reader import MediaInfo
 
 # Inches. The letters of DejaVu Sans Mono are 0.602 of their size wide: at 120 dots per inch a whole number of dots.
 WIDTH, MARGIN, DPI = 15.0, 0.35, 120

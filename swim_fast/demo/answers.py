@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from swim_fast.data.records import Record
-from swim_fast.data.samples import SampleBuilder, SampleOptions
+from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
+from swim_fast.data.source.records import Record
 from swim_fast.evaluation.generation import generate, prompt_and_answer
 
 

@@ -50,9 +50,9 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     """
     from transformers import AutoProcessor
 
-    from swim_fast.data.records import RecordFile
-    from swim_fast.data.samples import SampleBuilder
-    from swim_fast.data.tags import strip_tags
+    from swim_fast.data.sample.builder import SampleBuilder
+    from swim_fast.data.source.records import RecordFile
+    from swim_fast.data.source.tags import strip_tags
     from swim_fast.grounding.heatmaps import HeatmapColumn, heatmap_grid
 
     source = next(iter(config.data.eval.values()))
@@ -88,7 +88,7 @@ def _frame_maps(config: RunConfig, folder: Path, sample, processor) -> dict[int,
     """Fused map [h, w] per supervised temporal patch, averaged over the rows of the sample."""
     from transformers import AutoModelForImageTextToText
 
-    from swim_fast.data.collation import Collator
+    from swim_fast.data.batch.collation import Collator
     from swim_fast.loss.mask_loss import grid_predictions
     from swim_fast.modeling import attach_noun_attention
 

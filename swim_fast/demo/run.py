@@ -62,7 +62,7 @@ def _variant(config: RunConfig, output: Path, mask_weight: float) -> RunConfig:
 def _train_and_score(config: RunConfig) -> dict[str, float]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from swim_fast.data.records import RecordFile
+    from swim_fast.data.source.records import RecordFile
     from swim_fast.demo.answers import answer_accuracy
     from swim_fast.training.run import train
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swim_fast.data.records import Record, RecordFile, read_turns
-from swim_fast.data.tags import strip_tags
+from swim_fast.data.source.records import Record, RecordFile, read_turns
+from swim_fast.data.source.tags import strip_tags
 from swim_fast.evaluation.benchmark import prompt_record, prompt_sample, question_of, read_items, text_under
 from swim_fast.evaluation.generation import generate, load_model
 from swim_fast.evaluation.judge import DIMENSIONS, PROMPT_VERSION, JudgeTask, Verdict, judge

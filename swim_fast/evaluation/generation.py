@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swim_fast.data.collation import Collator, model_inputs
-from swim_fast.data.encoding import IGNORED_LABEL
-from swim_fast.data.samples import Sample
+from swim_fast.data.batch.collation import Collator, model_inputs
+from swim_fast.data.sample.builder import Sample
+from swim_fast.data.sample.encoding import IGNORED_LABEL
 
 _PER_TOKEN = ("input_ids", "labels", "mm_token_type_ids")
 

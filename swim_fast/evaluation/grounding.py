@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from swim_fast.data.collation import Collator, model_inputs
-from swim_fast.data.records import RecordFile
-from swim_fast.data.samples import Sample
+from swim_fast.data.batch.collation import Collator, model_inputs
+from swim_fast.data.sample.builder import Sample
+from swim_fast.data.source.records import RecordFile
 from swim_fast.evaluation.generation import load_model
 from swim_fast.evaluation.predictions import Predictions
 from swim_fast.evaluation.ranks import Ranks

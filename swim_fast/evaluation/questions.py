@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import Record, RecordFile
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.evaluation.benchmark import prompt_record, prompt_sample, question_of, read_items, text_under
 from swim_fast.evaluation.generation import generate, load_model, text_scores
 from swim_fast.evaluation.predictions import Predictions

@@ -11,10 +11,10 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import Record
-from swim_fast.data.samples import MediaReader, Sample, SampleBuilder, SampleOptions
-from swim_fast.data.video import MediaInfo
+from swim_fast.data.sample.builder import MediaReader, Sample, SampleBuilder, SampleOptions
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import Record
+from swim_fast.data.video.reader import MediaInfo
 from swim_fast.evaluation.predictions import Predictions, file_state, model_state
 from swim_fast.evaluation.ranks import Ranks
 

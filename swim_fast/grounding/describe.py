@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from swim_fast.config import AttentionLossConfig, ConfigError, RunConfig, load_config
-from swim_fast.data.decode_process import IMAGE_SUFFIXES
-from swim_fast.data.encoding import Encoding
-from swim_fast.data.errors import DataError
-from swim_fast.data.samples import Sample, SampleOptions
-from swim_fast.data.video import FrameReader, MediaInfo
+from swim_fast.data.sample.builder import Sample, SampleOptions
+from swim_fast.data.sample.encoding import Encoding
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.video.decode_child import IMAGE_SUFFIXES
+from swim_fast.data.video.reader import FrameReader, MediaInfo
 from swim_fast.grounding.prompt import Prompt, encode_question, find_noun, plain_question
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def _all_frames(reader: FrameReader, media: Path, info: MediaInfo) -> Iterator[n
 
 def _model_inputs(model, processor, encoding: Encoding, rows: Sequence[tuple[int, int, int, int]] = ()):
     """Keyword arguments of the model's forward, and the queries of the rows (`Sample.rows`), on the model's device."""
-    from swim_fast.data.collation import Collator, model_inputs
+    from swim_fast.data.batch.collation import Collator, model_inputs
 
     sample = Sample("", encoding.inputs, rows=list(rows), key_sets=[encoding.visual()] if rows else [])
     batch = Collator(processor)([sample])

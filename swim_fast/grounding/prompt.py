@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from swim_fast.data.conversation import PLACEHOLDER, ConversationRenderer, Span
-from swim_fast.data.encoding import Encoder, Encoding
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import Record, Turn
-from swim_fast.data.samples import SampleOptions
-from swim_fast.data.sampling import plan_frames
-from swim_fast.data.tags import strip_tags
-from swim_fast.data.video import FrameReader, MediaInfo
+from swim_fast.data.sample.builder import SampleOptions
+from swim_fast.data.sample.conversation import PLACEHOLDER, ConversationRenderer, Span
+from swim_fast.data.sample.encoding import Encoder, Encoding
+from swim_fast.data.sample.sampling import plan_frames
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import Record, Turn
+from swim_fast.data.source.tags import strip_tags
+from swim_fast.data.video.reader import FrameReader, MediaInfo
 
 logger = logging.getLogger(__name__)
 

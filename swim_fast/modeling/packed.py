@@ -8,7 +8,7 @@ _OF_LANGUAGE_MODEL = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_len
 
 
 def accept_packed_batches(model: nn.Module) -> None:
-    """Let a model take the batches that `swim_fast.data.collation.Collator` packs, whatever its attention.
+    """Let a model take the batches that `swim_fast.data.batch.collation.Collator` packs, whatever its attention.
 
     transformers sees from the position ids which tokens belong together, but only without a key/value cache, which is
     therefore left out; and the lengths of the samples, which flash attention wants to be told, reach the language

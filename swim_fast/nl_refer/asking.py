@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import RecordFile
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import RecordFile
 from swim_fast.nl_refer.endpoint import Endpoint, EndpointOptions, RefusedError, run_workers
 from swim_fast.nl_refer.journal import Answer, Journal, answer_key
 from swim_fast.nl_refer.placeholders import Expression, Task, check_rest, find_task

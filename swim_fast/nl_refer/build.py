@@ -22,8 +22,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import RecordFile
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import RecordFile
 from swim_fast.nl_refer.asking import Asked, AskOptions, ask_all
 from swim_fast.nl_refer.endpoint import EndpointOptions
 from swim_fast.nl_refer.files import RecordWriter, check_distinct, media_note

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import RecordFile, Turn, read_turns, record_name
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import RecordFile, Turn, read_turns, record_name
 
 PLACEHOLDER = re.compile(r"<object\d*>\s*<region>|<region>|<object\d+>")
 BINDINGS = ("number", "order")

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from swim_fast.data.errors import DataError
-from swim_fast.data.masks import decode_segmentation
-from swim_fast.data.records import Record, RecordFile
-from swim_fast.data.samples import MediaReader
-from swim_fast.data.tags import strip_tags
+from swim_fast.data.sample.builder import MediaReader
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.masks import decode_segmentation
+from swim_fast.data.source.records import Record, RecordFile
+from swim_fast.data.source.tags import strip_tags
 
 logger = logging.getLogger(__name__)
 

@@ -260,9 +260,9 @@ def _settings(config: RunConfig, arguments, model, gpus: int) -> Settings:
 
 def _lengths(config: RunConfig, processor, limit: int):
     """The dataset, and of every source the lengths of its share of `limit` records."""
-    from swim_fast.data.dataset import SwimDataset
-    from swim_fast.data.lengths import sample_lengths
-    from swim_fast.data.samples import SampleBuilder
+    from swim_fast.data.batch.dataset import SwimDataset
+    from swim_fast.data.batch.lengths import sample_lengths
+    from swim_fast.data.sample.builder import SampleBuilder
 
     builder = SampleBuilder(processor, config.sample_options())
     dataset = SwimDataset(config.data.train, builder)
@@ -278,7 +278,7 @@ def _lengths(config: RunConfig, processor, limit: int):
 
 def _schedule(config: RunConfig, arguments, dataset, lengths: Sequence[Lengths], gpus: int) -> Schedule:
     """Batches and steps. Of records that were not measured, lengths are drawn from those that were."""
-    from swim_fast.data.dataset import MixtureSampler
+    from swim_fast.data.batch.dataset import MixtureSampler
 
     random = np.random.default_rng(0)
     drawn = [
@@ -305,7 +305,7 @@ def _schedule(config: RunConfig, arguments, dataset, lengths: Sequence[Lengths],
 
 def _packed(config: RunConfig, arguments, order, lengths: np.ndarray, gpus: int) -> tuple[np.ndarray, int]:
     """Tokens of the packed batches of an epoch, and how many batches a rank has of them."""
-    from swim_fast.data.packing import PackingSampler
+    from swim_fast.data.batch.packing import PackingSampler
 
     how = config.data.max_tokens_per_batch, config.data.pack_look_ahead
     sums = np.array([lengths[batch].sum() for batch in PackingSampler(order, lengths, *how)])
@@ -338,7 +338,7 @@ class Supervision:
 
 def _supervision(dataset, max_frames: int) -> Supervision:
     """Looks at some records of every source, as they are in the file; broken ones are counted elsewhere."""
-    from swim_fast.data.errors import DataError
+    from swim_fast.data.source.errors import DataError
 
     objects, pixels = 0, 0
     for file, records in zip(dataset.files, dataset.lengths, strict=True):

@@ -73,9 +73,9 @@ def build_trainer(config: RunConfig):
 
         deepspeed.init_distributed(torch.distributed.get_backend())  # else it would partition for a single rank
 
-    from swim_fast.data.collation import Collator
-    from swim_fast.data.dataset import SwimDataset
-    from swim_fast.data.samples import SampleBuilder
+    from swim_fast.data.batch.collation import Collator
+    from swim_fast.data.batch.dataset import SwimDataset
+    from swim_fast.data.sample.builder import SampleBuilder
     from swim_fast.modeling.freezing import keep_visual_in_step
     from swim_fast.training.callbacks import EarlyStopping
     from swim_fast.training.trainer import SwimTrainer
@@ -109,11 +109,11 @@ def build_trainer(config: RunConfig):
 
 def _packing(data: DataConfig, dataset, model, processor, args) -> dict[str, Any]:
     """What the trainer needs to train on packed batches; finds out the lengths of all samples."""
-    from swim_fast.data.collation import Collator
-    from swim_fast.data.dataset import MixtureSampler
-    from swim_fast.data.lengths import sample_lengths
-    from swim_fast.data.packing import PackingSampler
-    from swim_fast.data.positions import PositionIds
+    from swim_fast.data.batch.collation import Collator
+    from swim_fast.data.batch.dataset import MixtureSampler
+    from swim_fast.data.batch.lengths import sample_lengths
+    from swim_fast.data.batch.packing import PackingSampler
+    from swim_fast.data.batch.positions import PositionIds
     from swim_fast.training.trainer import data_seed
 
     sampler = PackingSampler(

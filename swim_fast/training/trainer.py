@@ -15,9 +15,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from swim_fast.config import AttentionLossConfig
-from swim_fast.data.collation import Collator, model_inputs
-from swim_fast.data.dataset import MixtureSampler
-from swim_fast.data.packing import PackingSampler
+from swim_fast.data.batch.collation import Collator, model_inputs
+from swim_fast.data.batch.dataset import MixtureSampler
+from swim_fast.data.batch.packing import PackingSampler
 from swim_fast.loss.mask_loss import pair_losses
 from swim_fast.loss.metrics import METRICS, grounding_sums
 from swim_fast.modeling.adapters import has_adapters, load_adapters

@@ -96,9 +96,9 @@ def test_collation(folder):
 
 def test_collation_does_not_copy_a_single_sample(folder):
     """What makes the target: the pixels of a long video are hundreds of megabytes."""
-    from swim_fast.data.collation import Collator
-    from swim_fast.data.dataset import SourceOptions, SwimDataset
-    from swim_fast.data.samples import SampleBuilder
+    from swim_fast.data.batch.collation import Collator
+    from swim_fast.data.batch.dataset import SourceOptions, SwimDataset
+    from swim_fast.data.sample.builder import SampleBuilder
 
     processor = training_input.processor_of(folder / "tiny")
     path = write_records(folder / "one.jsonl", [Clip(4, 112, 112)])

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swim_fast.data.records import Record, Turn
-from tests.data.clips import numbered_frames, write_clip
+from swim_fast.data.source.records import Record, Turn
+from tests.helpers.clips import numbered_frames, write_clip
 
 TEXTS = (
     "What is the dog on the left doing? The brown dog runs after the ball.",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from swim_fast.data.check import check_file
-from swim_fast.data.errors import DataError
-from swim_fast.data.samples import SampleOptions
+from swim_fast.data.sample.builder import SampleOptions
+from swim_fast.data.source.errors import DataError
 from tests.data.conftest import box, rle
 
 H, W = 64, 96
@@ -93,7 +93,7 @@ def test_without_a_processor_the_text_is_checked_for_tags_alone(file):
 
 @pytest.mark.parametrize("with_processor", [True, False])
 def test_without_decoding(file, processor, with_processor, monkeypatch):
-    monkeypatch.setattr("swim_fast.data.video._Child", None)  # would be a TypeError
+    monkeypatch.setattr("swim_fast.data.video.reader._Child", None)  # would be a TypeError
     report = check_file(file, processor=processor if with_processor else None, decode=False, workers=0, progress=False)
     found = [(problem.record, problem.key) for problem in report.problems]
     special = [(8, "conversations[0]")] if with_processor else []

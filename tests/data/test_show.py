@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from swim_fast.data import show
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import RecordFile
-from swim_fast.data.samples import SampleBuilder, SampleOptions
+from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
 from swim_fast.data.show import show_record
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import RecordFile
 from tests.data.conftest import box, rle
 
 H, W = 64, 96

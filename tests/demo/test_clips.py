@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from swim_fast.data.masks import decode_segmentation
-from swim_fast.data.records import RecordFile
-from swim_fast.data.tags import strip_tags
-from swim_fast.data.video import FrameReader
+from swim_fast.data.source.masks import decode_segmentation
+from swim_fast.data.source.records import RecordFile
+from swim_fast.data.source.tags import strip_tags
+from swim_fast.data.video.reader import FrameReader
 from swim_fast.demo.clips import annotations, render, write_demo_data, write_video
 from swim_fast.demo.drawing import COLOURS, SHADES, SHAPES, SUPERSAMPLING, background, sprite
 from swim_fast.demo.scenes import (

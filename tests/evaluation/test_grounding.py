@@ -6,9 +6,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from swim_fast import attach_noun_attention
 from swim_fast.cli import main
-from swim_fast.data.collation import Collator
-from swim_fast.data.records import RecordFile
-from swim_fast.data.samples import SampleBuilder, SampleOptions
+from swim_fast.data.batch.collation import Collator
+from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
+from swim_fast.data.source.records import RecordFile
 from swim_fast.evaluation.grounding import supervised_layers
 from swim_fast.grounding import METRICS, grounding_means, grounding_sums
 from tests.evaluation.conftest import CLIPS, arguments, lines, results

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from swim_fast.cli import main
-from swim_fast.data.errors import DataError
-from swim_fast.data.records import RecordFile
-from swim_fast.data.sampling import choose_frames
-from swim_fast.data.video import FrameReader
+from swim_fast.data.sample.sampling import choose_frames
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import RecordFile
+from swim_fast.data.video.reader import FrameReader
 from swim_fast.evaluation.benchmark import read_items
 from swim_fast.evaluation.questions import published_letter, read_question
 from swim_fast.evaluation.run import RunOptions

@@ -11,7 +11,7 @@ from PIL import Image
 
 from swim_fast.cli import main
 from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, RunConfig
-from swim_fast.data.errors import DataError
+from swim_fast.data.source.errors import DataError
 from swim_fast.grounding.describe import DescribeOptions, describe, trained_as
 from swim_fast.grounding.heatmap_video import panel_size, patch_weights, write_heatmap_video
 from swim_fast.grounding.heatmaps import PANEL_PIXELS
@@ -53,9 +53,9 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
     """The p that the loss compares with the masks, per supervised patch, averaged over the rows of the noun."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from swim_fast.data.collation import Collator
-    from swim_fast.data.records import RecordFile
-    from swim_fast.data.samples import SampleBuilder
+    from swim_fast.data.batch.collation import Collator
+    from swim_fast.data.sample.builder import SampleBuilder
+    from swim_fast.data.source.records import RecordFile
     from swim_fast.loss.mask_loss import grid_predictions
     from swim_fast.modeling import attach_noun_attention
 
@@ -127,7 +127,7 @@ def test_options_win_over_the_run(folder, tmp_path):
 def test_command_answers_as_the_stock_model_and_computes_no_maps(folder, tmp_path, capsys, monkeypatch):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from swim_fast.data.video import FrameReader
+    from swim_fast.data.video.reader import FrameReader
     from swim_fast.modeling import attach
 
     monkeypatch.setattr(attach, "attach_noun_attention", lambda *_: pytest.fail("a map was computed"))

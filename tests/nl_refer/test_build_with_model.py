@@ -5,7 +5,7 @@ import json
 import pytest
 
 from swim_fast.cli import main
-from swim_fast.data.records import RecordFile
+from swim_fast.data.source.records import RecordFile
 from swim_fast.nl_refer.build import BuildOptions, build
 from swim_fast.nl_refer.endpoint import EndpointError, EndpointOptions
 from tests.nl_refer.fake_openai import TOKENS, FakeOpenAI, raw_record, serving, tagged

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from swim_fast.data.records import RecordFile
+from swim_fast.data.source.records import RecordFile
 from swim_fast.nl_refer.files import RecordWriter, check_distinct, media_note
 
 RECORDS = [{"conversations": [{"from": "human", "value": text}]} for text in ("ä", "b\n", "c")]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from swim_fast.data.errors import DataError
+from swim_fast.data.source.errors import DataError
 from swim_fast.nl_refer.placeholders import Expression, find_task, replaced
 
 MASKS = [{"0": None}, {"1": None}, {"2": None}]

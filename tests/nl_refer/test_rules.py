@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from swim_fast.cli import main
-from swim_fast.data.records import RecordFile
+from swim_fast.data.source.records import RecordFile
 from swim_fast.demo.checkpoint import build_checkpoint
 from swim_fast.demo.clips import write_demo_data
 from swim_fast.demo.scenes import ClipOptions

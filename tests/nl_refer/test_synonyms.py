@@ -5,7 +5,7 @@ import json
 import pytest
 
 from swim_fast.cli import main
-from swim_fast.data.records import RecordFile
+from swim_fast.data.source.records import RecordFile
 from swim_fast.nl_refer.inflection import plural, takes_an
 from swim_fast.nl_refer.synonyms import SynonymTable, write_variant
 

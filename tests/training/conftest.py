@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.data.clips import write_clip
 from tests.data.conftest import box, rle
+from tests.helpers.clips import write_clip
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH, FRAMES = 64, 96, 6

@@ -6,7 +6,7 @@ Every batch with the clip of that name gets an infinite pixel, so that its loss 
 import sys
 
 from swim_fast.cli import main
-from swim_fast.data.collation import Collator
+from swim_fast.data.batch.collation import Collator
 
 _collate = Collator.__call__
 

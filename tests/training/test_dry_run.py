@@ -57,8 +57,8 @@ def test_lengths_are_those_of_the_samples(write_config, checkpoint, records):
     from transformers import AutoProcessor
 
     from swim_fast.config import SourceOptions
-    from swim_fast.data.dataset import SwimDataset
-    from swim_fast.data.samples import SampleBuilder
+    from swim_fast.data.batch.dataset import SwimDataset
+    from swim_fast.data.sample.builder import SampleBuilder
 
     path = write_config()
     text = str(report_of(path))

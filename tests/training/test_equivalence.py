@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from swim_fast.data.dataset import MixtureSampler, SourceOptions, SwimDataset
+from swim_fast.data.batch.dataset import MixtureSampler, SourceOptions, SwimDataset
 from tests.training.conftest import (
     history,
     record,

@@ -1,0 +1,152 @@
+"""Samples become one batch: padded or packed tokens, concatenated pixels, one set of noun queries and mask targets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from swim_fast.data.batch.positions import PositionIds
+from swim_fast.data.sample.builder import Sample
+from swim_fast.data.sample.encoding import IGNORED_LABEL
+from swim_fast.data.source.errors import DataError
+from swim_fast.loss.mask_loss import MaskTargets
+from swim_kernels import NounQueries, PackedMasks
+
+# What a batch holds beside the arguments of the model's forward.
+ABOUT = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes")
+
+
+def model_inputs(batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
+    """What of a batch a stock model's forward takes; on a device, if one is given."""
+    inputs = {key: value for key, value in batch.items() if key not in ABOUT}
+    if device is None:
+        return inputs
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+class Collator:
+    """Makes a batch of any number of samples; picklable, so that it can work in worker processes.
+
+    Args:
+        processor: the model's processor; its tokenizer says what to pad with.
+        positions: packs the samples of a batch one behind the other into one sequence without padding, in which these
+            position ids say where each begins; None pads them.
+    """
+
+    def __init__(self, processor: Any, positions: PositionIds | None = None):
+        tokenizer = processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._padding = {"input_ids": pad, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
+        self._end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else pad
+        self._positions = positions
+
+    def __call__(self, items: Sequence[Sample | DataError]) -> dict[str, Any]:
+        """Collate samples; errors among them are listed and left out.
+
+        With no sample left, or none given, the batch is one token of text that is not trained on, without queries or
+        targets: a rank whose clips are all broken still takes part in the step.
+
+        Args:
+            items: B samples and any number of errors.
+
+        Returns:
+            What the model's forward takes: ``input_ids``, ``mm_token_type_ids``, ``labels`` [B, L] int64, padded on the
+            right, with ``attention_mask`` [B, L]; or, of packed samples of T tokens in all,
+
+            - the same three as [1, T], without a mask; no label of a sample's first token, which nothing predicts;
+            - ``position_ids`` [4, 1, T] int64: the place in the sample, as transformers tells packed sequences apart
+              by, and the model's own three (time, height, width);
+            - ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [B + 1] and ``max_length_q``, ``max_length_k``, numbers, for
+              flash attention of the language model, see `swim_fast.modeling.packed`.
+
+            The visual tensors that occur in the batch, concatenated (``second_per_grid_ts`` as a list of numbers); and
+            beside it
+
+            - ``noun_queries``: `NounQueries`, ``mask_targets``: `MaskTargets`, their rows in the order of the samples;
+            - ``samples``: names of the samples, ``problems``: text of each error, ``notes``: ``name: note`` of each
+              note; lists of strings.
+        """
+        samples = [item for item in items if isinstance(item, Sample)]
+        inputs = [sample.inputs for sample in samples] or [self._placeholder()]
+        if self._positions is None:
+            tokens, places = self._padded(inputs), [(sequence, 0) for sequence in range(len(samples))]
+        else:
+            tokens = self._packed(inputs)
+            places = [(0, start) for start in tokens["cu_seq_lens_q"].tolist()[: len(samples)]]
+        return {
+            **tokens,
+            **self._visual(inputs),
+            "noun_queries": _noun_queries(samples, places),
+            "mask_targets": _mask_targets(samples),
+            "samples": [sample.name for sample in samples],
+            "problems": [str(item) for item in items if isinstance(item, DataError)],
+            "notes": [f"{sample.name}: {note}" for sample in samples for note in sample.notes],
+        }
+
+    def _placeholder(self) -> dict[str, Tensor]:
+        values = {"input_ids": self._end, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
+        return {key: torch.tensor([value]) for key, value in values.items()}
+
+    def _padded(self, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = {
+            key: pad_sequence([sample[key] for sample in inputs], batch_first=True, padding_value=value)
+            for key, value in self._padding.items()
+        }
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in inputs])
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        return batch
+
+    def _packed(self, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
+        batch = {key: torch.cat([sample[key] for sample in inputs])[None] for key in self._padding}
+        lengths = [len(sample["input_ids"]) for sample in inputs]
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        batch["labels"][0, ends[:-1].long()] = IGNORED_LABEL
+        batch["position_ids"] = torch.cat([self._positions(sample) for sample in inputs], dim=1)[:, None]
+        varlen = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        return batch | varlen | dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
+
+    def _visual(self, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
+        keys = dict.fromkeys(key for sample in inputs for key in sample if key not in self._padding)
+        batch: dict[str, Any] = {key: _joined([sample[key] for sample in inputs if key in sample]) for key in keys}
+        if "second_per_grid_ts" in batch:
+            # Numbers, not a tensor: DeepSpeed's trainer casts those to bf16, and 1.999 s would become 2 s.
+            batch["second_per_grid_ts"] = batch["second_per_grid_ts"].tolist()
+        return batch
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """The tensors, concatenated; a single one as it is, for a long video's pixels are hundreds of megabytes."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _noun_queries(samples: Sequence[Sample], places: Sequence[tuple[int, int]]) -> NounQueries:
+    """The rows of all samples, each of which lies in a sequence of the batch, from a token on."""
+    rows, key_sets = [], []
+    for sample, (sequence, first) in zip(samples, places, strict=True):
+        for position, key_start, key_end, key_set in sample.rows:
+            rows.append((sequence, first + position, first + key_start, first + key_end, len(key_sets) + key_set))
+        key_sets += [first + keys for keys in sample.key_sets]
+    sequence, position, key_start, key_end, key_set = _columns(rows, 5)
+    padded = pad_sequence(key_sets, batch_first=True, padding_value=-1) if key_sets else torch.empty(0, 0).long()
+    return NounQueries(
+        sequence=sequence, position=position, key_start=key_start, key_end=key_end, key_set=key_set, key_sets=padded
+    )
+
+
+def _mask_targets(samples: Sequence[Sample]) -> MaskTargets:
+    pairs, masks, first_row = [], [], 0
+    for sample in samples:
+        pairs += [(first_row + row, *patch, len(masks) + mask) for row, *patch, mask in sample.pairs]
+        masks += sample.masks
+        first_row += len(sample.rows)
+    row, start, height, width, mask = _columns(pairs, 5)
+    return MaskTargets(row=row, start=start, height=height, width=width, mask=mask, masks=PackedMasks.pack(masks))
+
+
+def _columns(table: list[tuple[int, ...]], width: int) -> tuple[Tensor, ...]:
+    return torch.tensor(table, dtype=torch.int64).reshape(-1, width).t().contiguous().unbind()

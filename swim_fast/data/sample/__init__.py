@@ -1,0 +1,1 @@
+"""One record to one training sample."""

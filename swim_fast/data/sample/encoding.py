@@ -1,0 +1,280 @@
+"""The model's own processor at work: a rendered conversation and decoded frames become the model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swim_fast.data.sample.conversation import Conversation, Span
+from swim_fast.data.sample.sampling import PixelLimits
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.tags import tokens_of_span
+from swim_fast.data.video.reader import MediaInfo
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A conversation in tokens. L tokens.
+
+    Attributes:
+        inputs: what the model takes: ``input_ids``, ``labels``, ``mm_token_type_ids`` [L] int64 and the processor's
+            visual tensors as they are.
+        offsets: [L, 2] int64, the half-open character range of each token in the expanded text.
+        nouns: character range of each tagged noun in that text, in the order of the tags.
+        patch_grid: height and width of a temporal patch in visual tokens; None for text.
+    """
+
+    inputs: dict[str, Tensor]
+    offsets: Tensor
+    nouns: tuple[Span, ...]
+    patch_grid: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+    def visual(self) -> Tensor:
+        """Positions of the visual tokens, [N] int64, ascending."""
+        return torch.nonzero(self.inputs["mm_token_type_ids"]).flatten()
+
+    def noun_tokens(self, number: int) -> list[int]:
+        """Positions of the tokens of the noun in tag ``number``.
+
+        Raises:
+            DataError: if there are none, such as for a character that the tokenizer drops.
+        """
+        tokens = tokens_of_span(self.offsets, self.nouns[number])
+        if not tokens:
+            raise DataError("the noun has no token of its own; tag a visible word", key=f"tag {number}")
+        return tokens
+
+
+class Encoder:
+    """Encodes conversations with a model's processor; picklable if the processor is.
+
+    Args:
+        processor: Qwen2.5-VL's processor, or one like it.
+        min_pixels, max_pixels: size of a frame or image after resizing, in pixels; None keeps the processor's own.
+
+    Raises:
+        ValueError: if the tokenizer is not a fast one, the limits contradict the processor's, or a temporal patch is
+            longer than two frames.
+    """
+
+    def __init__(self, processor: Any, min_pixels: int | None = None, max_pixels: int | None = None):
+        if not getattr(processor.tokenizer, "is_fast", False):
+            raise ValueError("the tokenizer has no character offsets; nouns can only be located with a fast tokenizer")
+        self.processor = processor
+        self.temporal_patch_size: int = processor.video_processor.temporal_patch_size
+        if self.temporal_patch_size not in (1, 2):
+            raise ValueError(f"a temporal patch of {self.temporal_patch_size} frames; only 1 and 2 are supported")
+        self._image_kwargs = _pixel_limits(processor.image_processor, min_pixels, max_pixels)
+        self._video_kwargs = _pixel_limits(processor.video_processor, min_pixels, max_pixels)
+        if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+            # Left at None it makes transformers warn that the default will change; today None means False.
+            self._video_kwargs["cap_pixels_per_frame"] = bool(processor.video_processor.cap_pixels_per_frame)
+
+    def text_length(self, conversation: Conversation) -> int:
+        """Number of tokens of the text, in which the placeholder of a video or image is one."""
+        return len(self.processor.tokenizer(conversation.text, add_special_tokens=False)["input_ids"])
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Number of visual tokens of an image of this many pixels.
+
+        Raises:
+            DataError: if the processor refuses the image.
+        """
+        processor = self.processor.image_processor
+        with _refusals():
+            patches = processor.get_number_of_image_patches(height, width, self._image_kwargs)
+        return patches // processor.merge_size**2
+
+    def video_tokens(self, num_frames: int, height: int, width: int, max_pixels: int | None = None) -> int:
+        """Number of visual tokens of so many frames, as many as fill whole temporal patches, of this many pixels.
+
+        ``max_pixels`` as in `video`.
+
+        Raises:
+            DataError: if the processor refuses the video.
+        """
+        processor, limits = self.processor.video_processor, self._limits(max_pixels)
+        if limits.pop("cap_pixels_per_frame", False):  # the processor's count of patches does not know this limit
+            lowest = limits.get("min_pixels") or processor.size["shortest_edge"]
+            highest = limits.get("max_pixels") or processor.size["longest_edge"]
+            all_frames = int(processor.max_video_tokens * (processor.patch_size * processor.merge_size) ** 2 * 0.9)
+            share = all_frames * self.temporal_patch_size // num_frames
+            limits = {"min_pixels": lowest, "max_pixels": max(min(highest, share), int(lowest * 1.05))}
+        with _refusals():
+            patches = processor.get_num_of_video_patches(num_frames, height, width, limits)
+        return patches // processor.merge_size**2
+
+    def text(self, conversation: Conversation) -> Encoding:
+        """Encode the text alone; a placeholder for video or image stays one token."""
+        return self._encode(conversation)
+
+    def image(self, conversation: Conversation, pixels: np.ndarray) -> Encoding:
+        """Encode with an image, uint8 [H, W, 3] RGB.
+
+        Raises:
+            DataError: if the processor refuses the image.
+        """
+        return self._encode(
+            conversation,
+            images=[torch.from_numpy(pixels).permute(2, 0, 1)],
+            images_kwargs={**self._image_kwargs, "input_data_format": "channels_first"},
+        )
+
+    @property
+    def frame_limits(self) -> PixelLimits:
+        """How the frames of a video are sized."""
+        processor, size = self.processor.video_processor, self.processor.video_processor.size
+        lowest, highest = self._video_kwargs.get("min_pixels"), self._video_kwargs.get("max_pixels")
+        return PixelLimits(
+            processor.patch_size * processor.merge_size,
+            size["shortest_edge"] if lowest is None else lowest,
+            size["longest_edge"] if highest is None else highest,
+        )
+
+    def _limits(self, max_pixels: int | None) -> dict[str, Any]:
+        """What the video processor is told of the size of frames."""
+        if max_pixels is None:
+            return dict(self._video_kwargs)
+        return {**self._video_kwargs, "min_pixels": self.frame_limits.lowest, "max_pixels": max_pixels}
+
+    def video(
+        self,
+        conversation: Conversation,
+        pixels: np.ndarray,
+        frames: Sequence[int],
+        info: MediaInfo,
+        max_pixels: int | None = None,
+    ) -> Encoding:
+        """Encode with frames of a video, uint8 [T, H, W, 3] RGB, which have the numbers ``frames`` in the source.
+
+        ``max_pixels`` lowers the limit of `frame_limits` for this video.
+
+        Raises:
+            DataError: if the processor refuses the video.
+        """
+        from transformers.video_utils import VideoMetadata
+
+        metadata = VideoMetadata(
+            total_num_frames=info.num_frames,
+            fps=info.fps,
+            height=info.height,
+            width=info.width,
+            duration=info.num_frames / info.fps,
+            frames_indices=list(frames),
+        )
+        encoding = self._encode(
+            conversation,
+            videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)],
+            videos_kwargs={
+                **self._limits(max_pixels),
+                "input_data_format": "channels_first",
+                "do_sample_frames": False,  # the frames are already chosen
+                "video_metadata": [metadata],
+            },
+        )
+        if "second_per_grid_ts" in encoding.inputs:  # the processor takes any frames for uniformly spaced ones
+            seconds = seconds_per_patch(frames, info.fps, self.temporal_patch_size)
+            encoding.inputs["second_per_grid_ts"] = torch.tensor([seconds], dtype=torch.float32)
+        return encoding
+
+    def _encode(self, conversation: Conversation, **media: Any) -> Encoding:
+        text_kwargs = {
+            "add_special_tokens": False,  # the chat template has written them
+            "return_offsets_mapping": True,
+            "return_mm_token_type_ids": True,
+            "return_text_replacement_offsets": True,
+        }
+        with _refusals():
+            outputs = self.processor(text=[conversation.text], return_tensors="pt", text_kwargs=text_kwargs, **media)
+        inputs = dict(outputs)
+        del inputs["attention_mask"]
+        offsets = inputs.pop("offset_mapping")[0]
+        replacements = inputs.pop("text_replacement_offsets")[0]
+        for key in ("input_ids", "mm_token_type_ids"):
+            inputs[key] = inputs[key][0]
+        answers = [_shifted(span, replacements) for span in conversation.answers]
+        inputs["labels"] = label_answers(inputs["input_ids"], offsets, answers)
+        nouns = tuple(_shifted(span, replacements) for span in conversation.nouns)
+        return Encoding(inputs, offsets, nouns, self._patch_grid(inputs))
+
+    def _patch_grid(self, inputs: dict[str, Tensor]) -> tuple[int, int] | None:
+        """The grid that is left of the vision tower's patches after its merging."""
+        for key, part in (("video_grid_thw", "video_processor"), ("image_grid_thw", "image_processor")):
+            if key in inputs:
+                _, height, width = inputs[key][0].tolist()
+                merge_size = getattr(self.processor, part).merge_size
+                return height // merge_size, width // merge_size
+        return None
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the processor does not take, such as an extreme aspect ratio, is the record's fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"the model's processor refuses the record: {error}") from error
+
+
+def seconds_per_patch(frames: Sequence[int], fps: float, temporal_patch_size: int) -> float:
+    """Return the time from one temporal patch to the next, in seconds, of the frames that were really sampled.
+
+    The model knows one spacing per video, so for frames that are not uniformly spaced it is the mean spacing: the time
+    covered by n distinct frames, each lasting until the next one, over n, times the frames of a patch. Repeated padding
+    frames take no time. A single frame lasts 1 / fps.
+
+    It is handed over exactly; Qwen2.5-VL in transformers 5.17 then cuts it to whole seconds before it multiplies by the
+    positions per second, so that patches less than a second apart share one temporal position. Later releases do not
+    (https://github.com/huggingface/transformers/pull/48669).
+    """
+    distinct = sorted(set(frames))
+    spacing = (distinct[-1] - distinct[0]) / (len(distinct) - 1) if len(distinct) > 1 else 1
+    return temporal_patch_size * spacing / fps
+
+
+def label_answers(input_ids: Tensor, offsets: Tensor, answers: Sequence[Span]) -> Tensor:
+    """Return labels [L]: the token where it lies wholly inside an answer, elsewhere -100.
+
+    A token that joins the end of the template's header with the beginning of an answer (two newlines, say) is left out:
+    at inference the header is tokenised alone, so the model never has to predict it.
+
+    Args:
+        input_ids: [L] int64.
+        offsets: [L, 2] character range of each token.
+        answers: character spans of the assistant's turns, end-of-turn token included.
+    """
+    inside = torch.zeros_like(input_ids, dtype=torch.bool)
+    for start, end in answers:
+        inside |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 0] < offsets[:, 1])
+    return torch.where(inside, input_ids, IGNORED_LABEL)
+
+
+def _shifted(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:
+    """Where a span of the rendered text is once the placeholder before it has grown into one token per patch."""
+    growth = sum(len(r["replacement"]) - len(r["text"]) for r in replacements if r["span"][1] <= span[0])
+    return span[0] + growth, span[1] + growth
+
+
+def _pixel_limits(processor: Any, lowest: int | None, highest: int | None) -> dict[str, int]:
+    """The two limits together: the processor ignores one that comes alone."""
+    if lowest is None and highest is None:
+        return {}
+    lowest = lowest or processor.size["shortest_edge"]
+    highest = highest or processor.size["longest_edge"]
+    if lowest > highest:
+        raise ValueError(
+            f"min_pixels {lowest} is above max_pixels {highest}, one of which is {type(processor).__name__}'s own; "
+            "give both"
+        )
+    return {"min_pixels": lowest, "max_pixels": highest}

@@ -1,0 +1,197 @@
+"""Which frames of a clip are used and at what size, and which temporal patches the masks supervise.
+
+Nothing here needs a decoded frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.masks import union
+from swim_fast.data.video.reader import MediaInfo
+
+
+@dataclass(frozen=True)
+class PixelLimits:
+    """How the model's processor sizes frames: both sides multiples of ``factor``, height · width from ``lowest`` to
+    ``highest`` as far as the shape of the frame allows."""
+
+    factor: int
+    lowest: int
+    highest: int
+
+    def size(self, height: int, width: int, highest: int | None = None) -> tuple[int, int]:
+        """Height and width of a frame after resizing, with another limit than ``highest`` if one is given.
+
+        Raises:
+            DataError: a shape that the processor does not take.
+        """
+        from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
+
+        try:
+            return smart_resize(height, width, self.factor, self.lowest, highest or self.highest)
+        except ValueError as error:
+            raise DataError(f"the model's processor refuses frames of {height} × {width}: {error}") from error
+
+
+@dataclass(frozen=True)
+class FrameChoice:
+    """What is used of a clip.
+
+    Attributes:
+        frames: sorted frame numbers, an even count.
+        max_pixels: limit for the processor's resizing where total_pixels lowers it; None: the processor's own.
+        notes: what a user would want to know about it.
+    """
+
+    frames: list[int]
+    max_pixels: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def plan_frames(
+    info: MediaInfo,
+    annotated: Sequence[int],
+    limits: PixelLimits,
+    *,
+    max_frames: int,
+    fps: float | None = None,
+    total_pixels: int | None = None,
+) -> FrameChoice:
+    """Choose frames and size of a clip, see `count_frames`, `fit_pixels` and `choose_frames`.
+
+    Args:
+        info: the clip's number of frames, rate and size.
+        annotated: distinct numbers of the frames that carry masks.
+        limits: of the model's processor.
+        max_frames, fps, total_pixels: as in `SampleOptions`.
+
+    Raises:
+        DataError: an annotated frame that the clip does not have; not even two frames within ``total_pixels``.
+    """
+    count = count_frames(info.num_frames, info.fps, len(annotated), max_frames, fps)
+    frames = choose_frames(info.num_frames, annotated, count)
+    if total_pixels is None:
+        return FrameChoice(frames)
+    before = limits.size(info.height, info.width)
+    if len(frames) * math.prod(before) <= total_pixels:
+        return FrameChoice(frames)
+    count, max_pixels = fit_pixels(len(frames), info.height, info.width, limits, total_pixels)
+    after = limits.size(info.height, info.width, max_pixels)
+    note = (
+        f"{len(frames)} frames of {before[0]} × {before[1]} pixels became {count} of {after[0]} × {after[1]} "
+        f"to keep total_pixels {total_pixels:,}"
+    )
+    return FrameChoice(choose_frames(info.num_frames, annotated, count), max_pixels, (note,))
+
+
+def count_frames(num_frames: int, rate: float, num_annotated: int, max_frames: int, fps: float | None) -> int:
+    """Most frames to take from a clip of ``num_frames`` at ``rate`` per second: ``fps`` for every second of it, rounded
+    up to an even number, as many as are annotated at least and ``max_frames`` at most; without ``fps``, ``max_frames``.
+    """
+    if fps is None:
+        return max_frames
+    wanted = max(math.ceil(num_frames / rate * fps - 1e-6), num_annotated, 2)  # 29.97 · (1 / 29.97) is not quite 1
+    return min(wanted + wanted % 2, max_frames)
+
+
+def fit_pixels(count: int, height: int, width: int, limits: PixelLimits, total_pixels: int) -> tuple[int, int]:
+    """How many frames there may be, and how large, so that all of them together have at most ``total_pixels``.
+
+    Args:
+        count: number of frames that are wanted, even.
+        height, width: of the clip.
+
+    Returns:
+        Number of frames, even, and the limit on the pixels of one: the limit is lowered first, evenly for all frames,
+        and only where ``limits.lowest`` is reached are there fewer frames.
+
+    Raises:
+        DataError: two frames are too many.
+    """
+    for fewer in range(count, 0, -2):
+        share = max(limits.lowest, min(limits.highest, total_pixels // fewer))
+        for highest in (share, limits.lowest):  # a frame one token wide comes out above the limit that it is given
+            if fewer * math.prod(limits.size(height, width, highest)) <= total_pixels:
+                return fewer, highest
+    least = limits.size(height, width, limits.lowest)
+    raise DataError(
+        f"two frames of {least[0]} × {least[1]} pixels, the least that min_pixels {limits.lowest:,} allows of "
+        f"{height} × {width}, are more than total_pixels {total_pixels:,}; raise total_pixels or lower min_pixels"
+    )
+
+
+def choose_frames(num_frames: int, annotated: Iterable[int], max_frames: int) -> list[int]:
+    """Choose the frames of a clip: every annotated one, filled up evenly with others.
+
+    Args:
+        num_frames: frames in the clip.
+        annotated: frame numbers that carry masks, in any order.
+        max_frames: limit on the length of the result; an odd one counts as the even number below.
+
+    Returns:
+        Sorted frame numbers, an even count of at most ``max_frames``. Annotated frames are thinned evenly if there are
+        too many; the other places go evenly to the frames that are left; a clip shorter than the limit gives all of
+        its frames. No frame occurs twice, except that the last one is repeated where the count would be odd.
+
+    Raises:
+        DataError: an annotated frame that the clip does not have.
+        ValueError: ``max_frames`` below 2 or an empty clip.
+    """
+    if max_frames < 2:
+        raise ValueError(f"max_frames is {max_frames}: two frames make one temporal patch, so at least 2 are needed")
+    if num_frames < 1:
+        raise ValueError("the clip has no frames")
+    annotated = np.unique(np.fromiter(annotated, dtype=np.int64))
+    beyond = annotated[(annotated < 0) | (annotated >= num_frames)]
+    if len(beyond):
+        raise DataError(
+            f"annotated frame number {beyond[0]} is past the end: the clip has {num_frames} frames, 0 to "
+            f"{num_frames - 1}; do the annotations belong to this file?"
+        )
+    limit = max_frames - max_frames % 2
+    chosen = annotated[_evenly(len(annotated), limit)]
+    rest = np.setdiff1d(np.arange(num_frames), chosen, assume_unique=True)
+    chosen = np.sort(np.concatenate((chosen, rest[_evenly(len(rest), limit - len(chosen))]))).tolist()
+    return chosen + chosen[-1:] * (len(chosen) % 2)
+
+
+def supervised_patches(
+    frames: Sequence[int], masks: Mapping[int, np.ndarray | None], temporal_patch_size: int = 2
+) -> dict[int, np.ndarray]:
+    """The temporal patches in which one object is annotated.
+
+    Args:
+        frames: the chosen frames of the clip, as many as fill whole patches; patch p holds frames
+            ``p * temporal_patch_size`` to ``(p + 1) * temporal_patch_size - 1`` of this list.
+        masks: the object's masks, uint8 ``[h, w]``, by frame number; frames that were not chosen are ignored.
+
+    Returns:
+        patch number -> union of the object's masks in that patch, in ascending order, only where there is a mask.
+
+    Raises:
+        DataError: masks of different sizes meet in one patch.
+    """
+    if len(frames) % temporal_patch_size:
+        raise ValueError(f"{len(frames)} frames do not fill patches of {temporal_patch_size}")
+    patches = {}
+    for patch in range(len(frames) // temporal_patch_size):
+        inside = dict.fromkeys(frames[patch * temporal_patch_size : (patch + 1) * temporal_patch_size])
+        mask = union(masks.get(frame) for frame in inside)
+        if mask is not None:
+            patches[patch] = mask
+    return patches
+
+
+def _evenly(length: int, count: int) -> np.ndarray:
+    """Positions of ``min(length, count)`` of ``length`` things, evenly spaced, first and last included from two on."""
+    if count >= length:
+        return np.arange(length)
+    if count == 1:
+        return np.array([length // 2])
+    return np.round(np.linspace(0, length - 1, max(count, 0))).astype(np.int64)

@@ -1,0 +1,1 @@
+"""Record files: index, records, tags, masks, and what is wrong with them."""

@@ -1,0 +1,265 @@
+"""Records of VideoRefer, NL-Refer and LLaVA-style files: read by offset, checked one by one."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.record_index import record_offsets
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+_REGION = re.compile(r"<region>|<object\d+>")
+_OBJECT_REGION = re.compile(r"<object\d*>\s*<region>")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation: ``role`` is user, assistant or system, ``text`` is as written, tags included."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as the file has it.
+
+    Attributes:
+        source: the file, as the user gave it.
+        number: 0-based place in the file (blank lines do not count).
+        name: the record's own ``index`` or ``id``, "" if it has none.
+        turns: the conversation; a system turn can only be the first.
+        kind: "video", "image" or "text".
+        media: the video (file or folder of frames) or image; None for text.
+        objects: the i-th belongs to the i-th ``<ins>`` tag, counted over all turns: frame number -> segmentation, as
+            read (see `swim_fast.data.source.masks.decode_segmentation`).
+    """
+
+    source: str
+    number: int
+    name: str
+    turns: tuple[Turn, ...]
+    kind: str
+    media: Path | None
+    objects: tuple[dict[int, Any], ...]
+
+
+class RecordFile(Sequence[Record]):
+    """The records of a JSON list or JSONL file of any size, by number.
+
+    Only the places of the records are held, for large files in a memory map that all processes share; see
+    `swim_fast.data.source.record_index`. The file itself is opened anew for each read; the object may be forked and pickled.
+
+    Indexing raises DataError for a record that is malformed. Iterating stops at the first of those: to go on behind
+    them, index in a loop.
+
+    Args:
+        path: the file.
+        media_root: folder against which relative video and image paths are resolved; by default the file's own.
+
+    Raises:
+        DataError: the file is missing, empty, or no JSON.
+    """
+
+    def __init__(self, path: str | Path, media_root: str | Path | None = None):
+        self.path = path
+        self.media_root = Path(path).parent if media_root is None else Path(media_root)
+        try:
+            self._offsets = record_offsets(Path(path))
+        except DataError as error:
+            raise DataError(error.reason, source=str(path)) from None
+        self._signature = _signature(os.stat(path))
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, number: int) -> Record:
+        """Read and check one record.
+
+        Raises:
+            DataError: malformed JSON; no or malformed conversation; both video and image; annotations that do not
+                match the ``<ins>`` tags in number or have keys that are no frame numbers; raw VideoRefer placeholders
+                instead of tags; a file that was changed since it was opened.
+            IndexError: no such record.
+        """
+        number = self._place(number)
+        return self.parse(self.raw(number), number)
+
+    def raw(self, number: int) -> dict:
+        """One record as the file has it, its contents unchecked.
+
+        Raises:
+            DataError: malformed JSON; no JSON object; a file that was changed since it was opened.
+            IndexError: no such record.
+        """
+        number = self._place(number)
+        try:
+            return self._read(number)
+        except DataError as error:
+            raise error.within(source=str(self.path), record=number, name="") from None
+
+    def parse(self, entry: dict, number: int) -> Record:
+        """Check an entry as if it stood in place ``number`` of the file.
+
+        Raises:
+            DataError: as for indexing.
+        """
+        name = record_name(entry)
+        try:
+            return _record(entry, str(self.path), number, name, self.media_root)
+        except DataError as error:
+            raise error.within(source=str(self.path), record=number, name=name) from None
+
+    def _place(self, number: int) -> int:
+        number = operator.index(number)
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.path} has {len(self)} records, there is no number {number}")
+        return number
+
+    def _read(self, number: int) -> dict:
+        start, end = map(int, self._offsets[number])
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                if _signature(os.fstat(file.fileno())) != self._signature:
+                    raise DataError("the file was changed while it was in use; start again")
+                file.seek(start)
+                raw = file.read(end - start)
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}") from None
+        try:
+            entry = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"is not UTF-8 at byte {start + error.start} of the file; save it as UTF-8") from None
+        except json.JSONDecodeError as error:
+            place = start + len(error.doc[: error.pos].encode())
+            raise DataError(f"malformed JSON at byte {place} of the file: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"malformed JSON: {error}") from None
+        if not isinstance(entry, dict):
+            raise DataError(f"is a JSON {type(entry).__name__}, not an object with conversations")
+        return entry
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_offsets": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._offsets = record_offsets(Path(self.path))
+        self._signature = state["_signature"]
+
+
+def _signature(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+def record_name(entry: dict) -> str:
+    """A record's own name, "" if it has none."""
+    value = entry.get("index", entry.get("id"))
+    return str(value) if isinstance(value, str | int) else ""
+
+
+def _record(entry: dict, source: str, number: int, name: str, media_root: Path) -> Record:
+    turns = read_turns(entry)
+    kind, media = _media(entry, media_root)
+    objects = _objects(entry, turns)
+    if objects and kind == "text":
+        raise DataError("the record has masks but neither video nor image", key="annotation")
+    return Record(source, number, name, turns, kind, media, objects)
+
+
+def read_turns(entry: dict) -> tuple[Turn, ...]:
+    """The conversation of a raw record.
+
+    Raises:
+        DataError: it is missing or malformed.
+    """
+    conversations = entry.get("conversations")
+    if not isinstance(conversations, list) or not conversations:
+        raise DataError(
+            'is missing or empty; expected a list of {"from": "human" | "gpt", "value": text}', key="conversations"
+        )
+    turns = []
+    for number, turn in enumerate(conversations):
+        key = f"conversations[{number}]"
+        if not isinstance(turn, dict):
+            raise DataError('is not an object {"from": …, "value": …}', key=key)
+        role, text = turn.get("from"), turn.get("value")
+        if not isinstance(role, str) or role not in ROLES:
+            raise DataError(f'unknown speaker "from": {role!r}; known are {", ".join(ROLES)}', key=key)
+        if role == "system" and number:
+            raise DataError("a system turn is allowed only as the first", key=key)
+        if not isinstance(text, str):
+            raise DataError(f'"value" is {"missing" if text is None else "no string"}', key=key)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError('"value" holds half a surrogate pair (\\ud800 …); repair the text', key=key) from None
+        turns.append(Turn(ROLES[role], text))
+    return tuple(turns)
+
+
+def _media(entry: dict, media_root: Path) -> tuple[str, Path | None]:
+    found = {}
+    for kind in ("video", "image"):
+        value = entry.get(kind)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if value is None or value in ("", []):
+            continue
+        if isinstance(value, list):
+            raise DataError(f"{len(value)} {kind}s in one record; one is supported", key=kind)
+        if not isinstance(value, str):
+            raise DataError(f"is not a path but {type(value).__name__}", key=kind)
+        found[kind] = media_root / value
+    if len(found) > 1:
+        raise DataError("the record has both a video and an image; one of them is supported", key="video")
+    return next(iter(found.items()), ("text", None))
+
+
+def _objects(entry: dict, turns: tuple[Turn, ...]) -> tuple[dict[int, Any], ...]:
+    annotation = entry.get("annotation")
+    if annotation is None:
+        annotation = []
+    if not isinstance(annotation, list):
+        raise DataError(f"is a {type(annotation).__name__}, not a list with one entry per <ins> tag", key="annotation")
+    text = "\n".join(turn.text for turn in turns)
+    tags = text.count("<ins>")
+    if not tags and (_OBJECT_REGION.search(text) or (annotation and _REGION.search(text))):
+        raise DataError(
+            "this is a raw VideoRefer record: its text holds <object…><region> placeholders instead of tagged nouns; "
+            "turn the file into NL-Refer first",
+            key="conversations",
+        )
+    if tags != len(annotation):
+        raise DataError(
+            f"the conversation has {tags} <ins> tags but there are {len(annotation)} annotations; the i-th annotation "
+            "belongs to the i-th tag",
+            key="annotation",
+        )
+    return tuple(_frames(value, f"annotation[{number}]") for number, value in enumerate(annotation))
+
+
+def _frames(value: Any, key: str) -> dict[int, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise DataError(f'is a {type(value).__name__}, not an object {{"frame number": segmentation}}', key=key)
+    frames = {}
+    for frame, segmentation in value.items():
+        place = f"{key}[{frame!r}]"
+        if not (frame.isascii() and frame.isdigit() and len(frame) <= 12):
+            raise DataError("the key is not a frame number of the video (0, 1, 2 …)", key=place)
+        if int(frame) in frames:
+            raise DataError(f"frame number {int(frame)} occurs twice", key=place)
+        frames[int(frame)] = segmentation
+    return frames

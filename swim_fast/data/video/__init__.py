@@ -1,0 +1,1 @@
+"""Frames and sizes of clips, decoded in a process of their own."""

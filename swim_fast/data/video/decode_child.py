@@ -1,0 +1,363 @@
+"""The decoding child process: ``python -m swim_fast.data.video.decode_child READER``.
+
+Native decoders can hang with the interpreter locked or crash the process; here neither hurts the trainer. The parent
+side is `swim_fast.data.video.reader.FrameReader`. Imports numpy and the one decoder asked for, so that it starts quickly.
+
+Requests arrive on stdin, one JSON object a line: ``{"op": "info" | "frames", "path", "kind", "indices", "seconds"}``.
+Every answer on stdout is a 4-byte little-endian length, that many bytes of JSON and, when the JSON holds ``shape``, the
+frames as raw uint8. The first answer, ``{"ready": true}`` or ``{"unavailable": reason}``, comes unasked.
+
+Frame numbers count *displayed* frames from 0 (presentation order; frames that an edit list hides do not count), and
+each frame is upright, as players show it: rotation metadata (multiples of 90 degrees) and EXIF orientation are applied.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import os
+import re
+import signal
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_PACKETS = ((0, 188), (4, 192))  # first sync byte and packet length of transport streams, plain and with time stamps
+GRACE_SECONDS = 5.0  # the parent stops a slow child first; this child's own alarm is for when the parent is gone
+
+
+class Broken(Exception):
+    """The clip cannot be used; the message says why and what to do."""
+
+
+def refuse_mpeg_stream(path: str, reader: str) -> None:
+    """Raise `Broken` for MPEG transport and program streams, which have no index.
+
+    decord starts them in the middle and torchcodec lands on wrong frames, both silently; PyAV reads them well.
+    """
+    with open(path, "rb") as file:
+        head = file.read(600)
+    packets = any(len(head) > at + 2 * size and set(head[at : at + 3 * size : size]) == {0x47} for at, size in _PACKETS)
+    if packets or head.startswith(b"\x00\x00\x01\xba"):
+        raise Broken(f"{reader} cannot number the frames of an MPEG stream; use reader pyav, or remux the clip to mp4")
+
+
+class DecordClip:
+    """decord 0.6, made exact by decoding from the start; frames in between are decoded but not converted.
+
+    Its ``get_batch`` seeks, and returns wrong frames, silently, wherever frames displayed before a key frame are coded
+    after it (open GOPs: x265's default, x264's ``open-gop``), since it numbers key frames in coding order; nothing in
+    its interface tells such files apart. For clips of many minutes torchcodec and PyAV, which seek exactly, are faster.
+    """
+
+    def __init__(self, path: str):
+        refuse_mpeg_stream(path, "decord")
+        self._path = path
+        self._open()
+        # A negative time marks frames hidden by an edit list; they are counted by decord but never delivered.
+        times = self._video.get_frame_timestamp(range(len(self._video)))[:, 0]
+        self.num_frames = len(self._video) - int((times < -1e-4).sum())
+        self.fps = float(self._video.get_avg_fps())
+        self._keys = sorted({0, *map(int, self._video.get_key_indices())})
+        self._first = self._next()
+        self.height, self.width = self._first.shape[:2]
+
+    def _open(self) -> None:
+        import decord
+
+        self._video = decord.VideoReader(self._path, num_threads=1)
+        self._position = 0
+
+    def _next(self) -> np.ndarray:
+        try:
+            frame = self._video.next().asnumpy()
+        except StopIteration:
+            raise Broken(f"frame {self._position} could not be decoded") from None
+        self._position += 1
+        height, width, _ = frame.shape
+        # Narrow frames come as their padded memory, [height, width, 4], when a row is padded to 4 bytes a pixel.
+        return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+
+    def _walk_to(self, index: int) -> None:
+        """Make ``index`` the next frame. decord skips without seeking as long as no key frame lies between."""
+        if index < self._position:
+            self._open()
+        while self._position < index:
+            following = bisect.bisect_right(self._keys, self._position)
+            last = self._keys[following] - 1 if following < len(self._keys) else index
+            if min(index, last) > self._position:
+                self._position = min(index, last)
+                self._video.seek_accurate(self._position)
+            else:
+                self._next()
+
+    def read(self, indices: list[int], out: np.ndarray) -> None:
+        for slot, index in zip(out, indices, strict=True):
+            if index == 0:
+                slot[:] = self._first
+            else:
+                self._walk_to(index)
+                slot[:] = self._next()
+
+
+class TorchCodecClip:
+    """torchcodec with its exact index (one pass over the packets)."""
+
+    def __init__(self, path: str):
+        from torchcodec.decoders import VideoDecoder
+
+        refuse_mpeg_stream(path, "torchcodec")
+        self._video = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+        self.num_frames = len(self._video)
+        self.fps = float(self._video.metadata.average_fps or 0)
+        self.height, self.width = self._video[0].shape[:2]  # the header's size is the one before rotation
+
+    def read(self, indices: list[int], out: np.ndarray) -> None:
+        out[:] = self._video.get_frames_at(indices).data.numpy()
+
+
+class PyAVClip:
+    """PyAV: one pass over the packets lists the presentation times, frames are then recognised by their time."""
+
+    def __init__(self, path: str):
+        import av
+
+        self._av, self._path, self._container = av, path, None
+        self._open()
+        packets = [
+            (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+            for packet in self._container.demux(self._stream)
+            if packet.size
+        ]
+        times = sorted(pts for pts, _, _, hidden in packets if not hidden and pts is not None)
+        self.num_frames = sum(not hidden for *_, hidden in packets)
+        # Without a time of its own for every frame, frames can only be counted from the start.
+        self._times = times if len(set(times)) == self.num_frames else None
+        self._keys = sorted(
+            (pts, pts if dts is None else dts) for pts, dts, is_key, _ in packets if is_key and pts is not None
+        )
+        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0)
+        self._open()
+        first = next(self._decoded(), None)
+        if first is None:
+            raise Broken("no frame could be decoded")
+        self.height, self.width = self._upright(first).shape[:2]
+
+    def _open(self) -> None:
+        if self._container is not None:
+            self._container.close()
+        self._container = self._av.open(self._path)
+        self._stream = self._container.streams.best("video")
+        if self._stream is None:
+            raise Broken("the file has no video stream")
+        self._stream.codec_context.thread_count = 1
+
+    def _decoded(self) -> Iterator:
+        return self._container.decode(self._stream)
+
+    @staticmethod
+    def _upright(frame) -> np.ndarray:
+        return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+
+    def read(self, indices: list[int], out: np.ndarray) -> None:
+        for slot, (index, frame) in zip(out, self._wanted(indices), strict=True):
+            image = self._upright(frame)
+            if image.shape != slot.shape:
+                raise Broken(f"frame {index} is {image.shape[:2]}, the first is {slot.shape[:2]} (height, width)")
+            slot[:] = image
+
+    def _wanted(self, indices: list[int]) -> Iterator:
+        """Yield (index, decoded frame) for sorted, distinct frame numbers."""
+        if self._times is None:
+            self._open()
+            wanted = set(indices)
+            yield from ((index, frame) for index, frame in enumerate(self._decoded()) if index in wanted)
+            return
+        reached, frames = -1, None
+        for index in indices:
+            time = self._times[index]
+            key = bisect.bisect_right(self._keys, (time, math.inf)) - 1
+            frame = self._frame_at(time, frames) if frames is not None and key <= reached else None
+            start = key
+            while frame is None:
+                frames = self._from_key(start)
+                frame = self._frame_at(time, frames)
+                if frame is None and start <= 0:
+                    raise Broken(f"frame {index} could not be decoded")
+                start //= 2  # some containers seek by decoding time and arrive late: start further back
+            reached = key
+            yield index, frame
+
+    @staticmethod
+    def _frame_at(time: int, frames: Iterator):
+        frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= time), None)
+        return frame if frame is not None and frame.pts == time else None
+
+    def _from_key(self, key: int) -> Iterator:
+        if key <= 0:
+            self._open()
+        else:
+            self._container.seek(self._keys[key][1], stream=self._stream)
+        return self._decoded()
+
+
+class Images:
+    """A folder of frames, in natural order (``9.jpg`` before ``10.jpg``), or a single image. Frame rate: 1."""
+
+    fps = 1.0
+
+    def __init__(self, paths: list[Path]):
+        self._paths = paths
+        self.num_frames = len(paths)
+        self.height, self.width = self._load(0).shape[:2]
+
+    def _load(self, index: int) -> np.ndarray:
+        from PIL import Image, ImageOps
+
+        with Image.open(self._paths[index]) as image:
+            if image.mode.startswith(("I", "F")):
+                raise Broken(f"{self._paths[index].name} has more than 8 bits per channel; convert it to 8-bit RGB")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+    def read(self, indices: list[int], out: np.ndarray) -> None:
+        for slot, index in zip(out, indices, strict=True):
+            image = self._load(index)
+            if image.shape != slot.shape:
+                raise Broken(
+                    f"{self._paths[index].name} is {image.shape[:2]}, the first frame is {slot.shape[:2]} "
+                    "(height, width); all frames of a folder must have one size"
+                )
+            slot[:] = image
+
+
+def natural_order(name: str) -> list:
+    """Sort key under which numbers inside names compare as numbers."""
+    return [(1, int(part), part) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def open_clip(path: str, kind: str, video_class: type):
+    """Open a video file, a folder of frames or an image; raises `Broken` or whatever the decoder raises."""
+    file = Path(path)
+    if not file.exists():
+        raise Broken("no such file; check the record and the media folder it is looked up in")
+    if kind == "image":
+        clip = Images([file])
+    elif file.is_dir():
+        names = sorted((name for name in os.listdir(file) if not name.startswith(".")), key=natural_order)
+        paths = [file / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not paths:
+            raise Broken(f"the folder holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        clip = Images(paths)
+    else:
+        clip = video_class(path)
+    if clip.num_frames < 1:
+        raise Broken("the clip has no frames")
+    if not (clip.fps > 0 and math.isfinite(clip.fps)):
+        if clip.num_frames > 1:
+            raise Broken("the frame rate is unknown; re-encode the clip")
+        clip.fps = 1.0
+    return clip
+
+
+def answer(clip, request: dict) -> tuple[dict, np.ndarray | None]:
+    if request["op"] == "info":
+        names = ("num_frames", "fps", "height", "width")
+        return {name: getattr(clip, name) for name in names}, None
+    indices = request["indices"]
+    beyond = [index for index in indices if not 0 <= index < clip.num_frames]
+    if beyond:
+        raise Broken(
+            f"frame number {beyond[0]} is past the end: the clip has {clip.num_frames} frames, 0 to "
+            f"{clip.num_frames - 1}; do the annotations belong to this file?"
+        )
+    frames = np.empty((len(indices), clip.height, clip.width, 3), np.uint8)
+    clip.read(indices, frames)
+    return {"shape": frames.shape}, frames
+
+
+def load_reader(name: str) -> type:
+    """Import the library behind a reader; ImportError with the remedy where it cannot be used."""
+    package = {"decord": "decord", "torchcodec": "torchcodec", "pyav": "av"}[name]
+    try:
+        module = __import__(package)
+    except ImportError as error:
+        raise ImportError(f"reader {name} cannot be imported ({error}): pip install {package}") from None
+    if name == "decord":
+        module.logging.set_level(module.logging.ERROR)
+        return DecordClip
+    if name == "pyav":
+        return PyAVClip
+    import torch
+    from torchcodec.decoders import VideoDecoder
+
+    torch.set_num_threads(1)
+    try:
+        VideoDecoder(b"not a video")  # loads FFmpeg, then complains
+    except Exception as error:
+        if "libtorchcodec" in str(error):
+            raise ImportError(
+                "reader torchcodec finds no shared FFmpeg libraries (versions 4 to 9): install FFmpeg, or choose "
+                "reader decord or pyav, which bring their own"
+            ) from None
+    return TorchCodecClip
+
+
+def explain(error: Exception) -> str:
+    """One line from a library's error, without the source positions and numbers that libraries put in front."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: |\w+, \S+\.cpp:\d+, |\[Errno \d+\] ", "", line).strip()
+    return f"cannot be decoded ({line}); check that the file is whole, re-encode it, or try another reader"
+
+
+def main() -> None:
+    # Libraries that print get the parent's stderr pipe; only we write to the answer pipe.
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and preemption reach every process; the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    def send(head: dict, frames: np.ndarray | None = None) -> None:
+        text = json.dumps(head).encode()
+        parts = [struct.pack("<I", len(text)) + text] + ([] if frames is None else [memoryview(frames).cast("B")])
+        for part in parts:
+            while len(part):
+                part = part[os.write(answers, part) :]
+
+    try:
+        video_class = load_reader(sys.argv[1])
+    except ImportError as error:
+        send({"unavailable": str(error)})
+        return
+    send({"ready": True})
+    opened, clip = None, None
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        # The default action of SIGALRM ends the process whatever the native code is doing, and needs no parent.
+        signal.setitimer(signal.ITIMER_REAL, request["seconds"] + GRACE_SECONDS)
+        frames = None
+        try:
+            if opened != (request["path"], request["kind"]):
+                opened, clip = None, None
+                clip = open_clip(request["path"], request["kind"], video_class)
+                opened = request["path"], request["kind"]
+            head, frames = answer(clip, request)
+        except Exception as error:
+            opened, clip = None, None
+            head = {"error": str(error) if isinstance(error, Broken) else explain(error)}
+        send(head, frames)
+        del frames
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:
+        pass
+    os._exit(0)  # the parent is gone or wants us gone: do not wait for decoder threads
