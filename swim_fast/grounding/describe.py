@@ -172,7 +172,7 @@ def noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -
         ValueError: a model family without adapter, or a layer that it does not have.
         DataError: a noun without a token.
     """
-    from swim_fast.modeling.attach import attach_noun_attention, attached_layers, detach_noun_attention
+    from swim_fast.modeling.noun_attention import attach_noun_attention, attached_layers, detach_noun_attention
     from swim_kernels import GridPairs
     from swim_kernels import grid_prediction as grid_prediction
 

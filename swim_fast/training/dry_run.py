@@ -141,8 +141,8 @@ def _meta_model(config: RunConfig):
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from swim_fast.modeling.attach import attach_noun_attention
     from swim_fast.modeling.freezing import freeze
+    from swim_fast.modeling.noun_attention import attach_noun_attention
 
     options, loss = config.model, config.attention_loss
     try:
@@ -226,8 +226,8 @@ def _geometry(model, config: RunConfig) -> Geometry:
 
 
 def _settings(config: RunConfig, arguments, model, gpus: int) -> Settings:
-    from swim_fast.modeling.attach import attached_layers
     from swim_fast.modeling.families import family_of
+    from swim_fast.modeling.noun_attention import attached_layers
 
     deepspeed = config.deepspeed()
     zero = (deepspeed or {}).get("zero_optimization", {})

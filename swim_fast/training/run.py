@@ -21,9 +21,9 @@ def load_model(config: RunConfig):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from swim_fast.modeling.adapters import add_adapters, quantization_config
-    from swim_fast.modeling.attach import attach_noun_attention, attached_layers
     from swim_fast.modeling.freezing import freeze
     from swim_fast.modeling.liger import apply_liger
+    from swim_fast.modeling.noun_attention import attach_noun_attention, attached_layers
     from swim_fast.modeling.offload import offload_activations
     from swim_fast.modeling.packed import accept_packed_batches
     from swim_fast.modeling.text_loss import attach_label_loss

@@ -16,7 +16,7 @@ from swim_fast.grounding.describe import DescribeOptions, describe, trained_as
 from swim_fast.grounding.heatmap_video import panel_size, patch_weights, write_heatmap_video
 from swim_fast.grounding.heatmaps import PANEL_PIXELS
 from swim_fast.grounding.prompt import find_noun, plain_question
-from swim_fast.modeling.attach import attached_layers
+from swim_fast.modeling.noun_attention import attached_layers
 from tests.training.conftest import FRAMES, HEIGHT, TEXTS, WIDTH, record, square_clip, write_records
 
 QUESTION = "What does the square do beside the zebra?"
@@ -128,7 +128,7 @@ def test_command_answers_as_the_stock_model_and_computes_no_maps(folder, tmp_pat
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from swim_fast.data.video.reader import FrameReader
-    from swim_fast.modeling import attach
+    from swim_fast.modeling import noun_attention as attach
 
     monkeypatch.setattr(attach, "attach_noun_attention", lambda *_: pytest.fail("a map was computed"))
     monkeypatch.chdir(tmp_path)

@@ -12,8 +12,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from swim_fast.modeling import attach_noun_attention, detach_noun_attention
-from swim_fast.modeling.attach import attached_layers
 from swim_fast.modeling.families import default_layers, text_layers
+from swim_fast.modeling.noun_attention import attached_layers
 from swim_kernels import NounQueries
 
 LENGTHS = (37, 29)  # second sequence is padded on the right
