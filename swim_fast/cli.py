@@ -14,7 +14,7 @@ def _train(args) -> int:
 
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        from swim_fast.training.dry_run import dry_run
+        from swim_fast.training.dry_run.report import dry_run
 
         report = dry_run(config, args.gpus, args.gpu_memory, args.limit)
         print(report)

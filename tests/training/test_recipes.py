@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, load_config
-from swim_fast.training.dry_run import dry_run
+from swim_fast.training.dry_run.report import dry_run
 from tests.training import real_geometry
 from tests.training.conftest import TEXTS, record, square_clip, text_record, write_records
 

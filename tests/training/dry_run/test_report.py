@@ -9,8 +9,8 @@ import yaml
 
 from swim_fast.cli import main
 from swim_fast.config import ConfigError, load_config
-from swim_fast.training.dry_run import dry_run
-from swim_fast.training.dry_run_text import histogram, table
+from swim_fast.training.dry_run.report import dry_run
+from swim_fast.training.dry_run.text import histogram, table
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from swim_fast.config import RunConfig
-from swim_fast.training.memory_estimate import GIB, Batch, Estimate, Part, Settings
+from swim_fast.training.dry_run.memory import GIB, Batch, Estimate, Part, Settings
 
 if TYPE_CHECKING:
-    from swim_fast.training.dry_run import Lengths, Schedule
+    from swim_fast.training.dry_run.report import Lengths, Schedule
 
 BARS = 10  # of the histogram
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swim_fast.config import ConfigError, RunConfig
-from swim_fast.training.dry_run_text import length_lines, memory_lines, model_lines, schedule_lines
-from swim_fast.training.memory_estimate import (
+from swim_fast.training.dry_run.memory import (
     GIB,
     INT8_BITS,
     NF4_BITS,
@@ -29,6 +28,7 @@ from swim_fast.training.memory_estimate import (
     estimate,
     remedies,
 )
+from swim_fast.training.dry_run.text import length_lines, memory_lines, model_lines, schedule_lines
 
 TOKENS_PER_NOUN = 2  # as tokenizers split the names of things
 RECORDS_LOOKED_AT = 200  # of each source, for their masks

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.memory import count_allocations
-from swim_fast.training.memory_estimate import (
+from swim_fast.training.dry_run.memory import (
     GIB,
     Batch,
     Geometry,
