@@ -51,7 +51,7 @@ def _descriptions(args: argparse.Namespace) -> int:
     from swim_fast.evaluation.descriptions import JudgeOptions, evaluate_descriptions
     from swim_fast.evaluation.ranks import running_ranks
     from swim_fast.evaluation.report import descriptions_report
-    from swim_fast.nl_refer.endpoint import EndpointOptions
+    from swim_fast.llm.endpoint import EndpointOptions
 
     for name in ("httpx", "httpx2"):  # would write a line for each request
         logging.getLogger(name).setLevel(logging.WARNING)

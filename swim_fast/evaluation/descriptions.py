@@ -19,7 +19,7 @@ from swim_fast.evaluation.judge import DIMENSIONS, PROMPT_VERSION, JudgeTask, Ve
 from swim_fast.evaluation.predictions import Predictions, stored_settings
 from swim_fast.evaluation.ranks import Ranks
 from swim_fast.evaluation.run import RunOptions, predict_rest
-from swim_fast.nl_refer.endpoint import EndpointOptions
+from swim_fast.llm.endpoint import EndpointOptions
 
 FRAME_MODES = ("text", "single", "multi")
 

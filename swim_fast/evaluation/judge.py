@@ -2,7 +2,7 @@
 
 Four scores from 0 to 5, whole numbers, as VideoRefer-Bench-D has them. An answer that does not give all four is
 objected to with the reason and asked for again; after the last attempt the description counts as not judged, never as
-0. Answers are kept in a journal (`swim_fast.nl_refer.journal`) and judged anew whenever they are read.
+0. Answers are kept in a journal (`swim_fast.llm.journal`) and judged anew whenever they are read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from swim_fast.nl_refer.endpoint import Endpoint, EndpointOptions, RefusedError, run_workers
-from swim_fast.nl_refer.journal import Journal, answer_key
+from swim_fast.llm.endpoint import Endpoint, EndpointOptions, RefusedError, run_workers
+from swim_fast.llm.journal import Journal, answer_key
 
 logger = logging.getLogger(__name__)
 

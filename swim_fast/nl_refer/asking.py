@@ -12,8 +12,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
-from swim_fast.nl_refer.endpoint import Endpoint, EndpointOptions, RefusedError, run_workers
-from swim_fast.nl_refer.journal import Answer, Journal, answer_key
+from swim_fast.llm.endpoint import Endpoint, EndpointOptions, RefusedError, run_workers
+from swim_fast.llm.journal import Answer, Journal, answer_key
 from swim_fast.nl_refer.placeholders import Expression, Task, check_rest, find_task
 from swim_fast.nl_refer.prompt import UnnamedError, estimate_tokens, messages, objection, read_answer
 from swim_fast.nl_refer.validation import RejectedError, check_expressions

@@ -10,7 +10,7 @@ What becomes of a record:
   placeholders in answers or without masks, answers that never name the object, and expressions that were rejected by
   the rules of `swim_fast.nl_refer.validation` in every attempt.
 
-A model's answers go to a journal (`swim_fast.nl_refer.journal`) as they arrive, and the output is made from the journal
+A model's answers go to a journal (`swim_fast.llm.journal`) as they arrive, and the output is made from the journal
 in the order of the input when all are there. So a run may be stopped or killed at any time: the same command goes on.
 """
 
@@ -24,12 +24,12 @@ from pathlib import Path
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
+from swim_fast.llm.endpoint import EndpointOptions
+from swim_fast.llm.journal import Journal
 from swim_fast.nl_refer.asking import Asked, AskOptions, ask_all
-from swim_fast.nl_refer.endpoint import EndpointOptions
+from swim_fast.nl_refer.english.rules import rules_expressions
 from swim_fast.nl_refer.files import RecordWriter, check_distinct, media_note
-from swim_fast.nl_refer.journal import Journal
 from swim_fast.nl_refer.placeholders import BINDINGS, Expression, Task, check_rest, find_task, replaced
-from swim_fast.nl_refer.rules import rules_expressions
 from swim_fast.nl_refer.validation import MAX_WORDS, RejectedError, check_expressions
 
 REWRITERS = ("rules", "openai")

@@ -7,8 +7,8 @@ import logging
 
 
 def _build(args: argparse.Namespace) -> int:
+    from swim_fast.llm.endpoint import EndpointOptions
     from swim_fast.nl_refer.build import BuildOptions, build
-    from swim_fast.nl_refer.endpoint import EndpointOptions
 
     endpoint = None
     if args.model is not None:

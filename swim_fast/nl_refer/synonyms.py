@@ -12,8 +12,8 @@ from pathlib import Path
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import ROLES, RecordFile
+from swim_fast.nl_refer.english.inflection import plural, takes_an
 from swim_fast.nl_refer.files import RecordWriter, check_distinct, media_note
-from swim_fast.nl_refer.inflection import plural, takes_an
 from swim_fast.nl_refer.validation import words
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import pytest
 from swim_fast.cli import main
 from swim_fast.evaluation.judge import DIMENSIONS
 from tests.evaluation.conftest import arguments, lines, results
-from tests.nl_refer.fake_openai import FakeOpenAI, serving
+from tests.helpers.fake_openai import FakeOpenAI, serving
 
 
 class FakeJudge(FakeOpenAI):

@@ -6,9 +6,9 @@ import pytest
 
 from swim_fast.cli import main
 from swim_fast.data.source.records import RecordFile
+from swim_fast.llm.endpoint import EndpointError, EndpointOptions
 from swim_fast.nl_refer.build import BuildOptions, build
-from swim_fast.nl_refer.endpoint import EndpointError, EndpointOptions
-from tests.nl_refer.fake_openai import TOKENS, FakeOpenAI, raw_record, serving, tagged
+from tests.helpers.fake_openai import TOKENS, FakeOpenAI, raw_record, serving, tagged
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 
-from tests.nl_refer.fake_openai import FakeOpenAI, raw_record, serving, tagged
+from tests.helpers.fake_openai import FakeOpenAI, raw_record, serving, tagged
 from tests.training.conftest import command, environment
 
 COUNT, CONCURRENCY = 80, 4

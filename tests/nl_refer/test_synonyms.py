@@ -6,7 +6,7 @@ import pytest
 
 from swim_fast.cli import main
 from swim_fast.data.source.records import RecordFile
-from swim_fast.nl_refer.inflection import plural, takes_an
+from swim_fast.nl_refer.english.inflection import plural, takes_an
 from swim_fast.nl_refer.synonyms import SynonymTable, write_variant
 
 TABLE = """# mine

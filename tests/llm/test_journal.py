@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from swim_fast.nl_refer.journal import Answer, Journal, answer_key
+from swim_fast.llm.journal import Answer, Journal, answer_key
 
 CHAT = [{"role": "user", "content": "?"}]
 

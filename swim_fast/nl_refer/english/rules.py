@@ -2,7 +2,7 @@
 
 Only what is clear is taken; all else is rejected with the reason, since a noun bound to the wrong mask teaches the
 wrong thing. An answer may name the object as the subject of its first sentence or in a sentence that presents it (see
-`swim_fast.nl_refer.phrases`). Of several objects in one question, each needs a sentence of its own, in their order.
+`swim_fast.nl_refer.english.phrases`). Of several objects in one question, each needs a sentence of its own, in their order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from swim_fast.nl_refer.phrases import Token, described_phrase, modifier_end, tag_sentence
+from swim_fast.nl_refer.english.phrases import Token, described_phrase, modifier_end, tag_sentence
 from swim_fast.nl_refer.placeholders import Expression, Placeholder, Task
 from swim_fast.nl_refer.validation import RejectedError, words
 

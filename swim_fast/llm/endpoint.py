@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from swim_fast.nl_refer.journal import Answer
+from swim_fast.llm.journal import Answer
 
 logger = logging.getLogger(__name__)
 

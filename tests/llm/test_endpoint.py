@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from swim_fast.nl_refer.endpoint import EndpointOptions, retry_after
+from swim_fast.llm.endpoint import EndpointOptions, retry_after
 
 
 def test_retry_after():
