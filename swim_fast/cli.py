@@ -60,7 +60,7 @@ def _demo(args) -> int:
 
 
 def _describe(args) -> int:
-    from swim_fast.grounding.describe import DescribeOptions, describe
+    from swim_fast.inference.describe import DescribeOptions, describe
 
     names = (field.name for field in dataclasses.fields(DescribeOptions))
     options = DescribeOptions(**{name: getattr(args, name) for name in names})

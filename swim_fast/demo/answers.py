@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
 from swim_fast.data.source.records import Record
-from swim_fast.evaluation.generation import generate, prompt_and_answer
+from swim_fast.inference.generation import generate, prompt_and_answer
 
 
 def answer_accuracy(model, processor, records: Sequence[Record], options: SampleOptions, batch_size: int = 16) -> float:

@@ -19,7 +19,7 @@ from swim_fast.data.sample.builder import Sample, SampleBuilder
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile, read_turns, record_name
 from swim_fast.data.source.tags import strip_tags
-from swim_fast.evaluation.generation import prompt_and_answer
+from swim_fast.inference.generation import prompt_and_answer
 from swim_fast.nl_refer.placeholders import PLACEHOLDER
 
 Item = TypeVar("Item")

@@ -14,11 +14,11 @@ from typing import Any
 from swim_fast.data.source.records import Record, RecordFile, read_turns
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.evaluation.benchmark import prompt_record, prompt_sample, question_of, read_items, text_under
-from swim_fast.evaluation.generation import generate, load_model
 from swim_fast.evaluation.judge import DIMENSIONS, PROMPT_VERSION, JudgeTask, Verdict, judge
 from swim_fast.evaluation.predictions import Predictions, stored_settings
 from swim_fast.evaluation.ranks import Ranks
 from swim_fast.evaluation.run import RunOptions, predict_rest
+from swim_fast.inference.generation import generate, load_model
 from swim_fast.llm.endpoint import EndpointOptions
 
 FRAME_MODES = ("text", "single", "multi")

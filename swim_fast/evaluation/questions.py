@@ -19,11 +19,11 @@ from typing import Any
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.evaluation.benchmark import prompt_record, prompt_sample, question_of, read_items, text_under
-from swim_fast.evaluation.generation import generate, load_model, text_scores
 from swim_fast.evaluation.predictions import Predictions
 from swim_fast.evaluation.published import QUESTION_TYPES
 from swim_fast.evaluation.ranks import Ranks
 from swim_fast.evaluation.run import RunOptions, predict_rest
+from swim_fast.inference.generation import generate, load_model, text_scores
 
 WAYS = ("generation", "likelihood")
 # What counts as the answer, by way; the first is the one that is put beside published numbers.

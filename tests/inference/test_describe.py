@@ -12,10 +12,10 @@ from PIL import Image
 from swim_fast.cli import main
 from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, RunConfig
 from swim_fast.data.source.errors import DataError
-from swim_fast.grounding.describe import DescribeOptions, describe, trained_as
 from swim_fast.grounding.heatmap_video import panel_size, patch_weights, write_heatmap_video
 from swim_fast.grounding.heatmaps import PANEL_PIXELS
-from swim_fast.grounding.prompt import find_noun, plain_question
+from swim_fast.inference.describe import DescribeOptions, describe, trained_as
+from swim_fast.inference.prompt import find_noun, plain_question
 from swim_fast.modeling.noun_attention import attached_layers
 from tests.training.conftest import FRAMES, HEIGHT, TEXTS, WIDTH, record, square_clip, write_records
 
@@ -90,7 +90,7 @@ def test_maps_are_those_of_training(folder, tmp_path, monkeypatch, noun, loss):
         assert attached_layers(model) == [], "the stock model answers, also when maps were computed"
         return "answer"
 
-    monkeypatch.setattr("swim_fast.grounding.describe.generate_answer", answer)
+    monkeypatch.setattr("swim_fast.inference.describe.generate_answer", answer)
     model = trained(folder, tmp_path / "run", replace(loss), max_frames=FRAMES)
     out = tmp_path / "attention.png"
     found = describe(folder / "clip.mp4", QUESTION, model, DescribeOptions(show=[noun], out=out))

@@ -26,7 +26,7 @@ from swim_fast.data.sample.encoding import Encoding
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.decode_child import IMAGE_SUFFIXES
 from swim_fast.data.video.reader import FrameReader, MediaInfo
-from swim_fast.grounding.prompt import Prompt, encode_question, find_noun, plain_question
+from swim_fast.inference.prompt import Prompt, encode_question, find_noun, plain_question
 
 logger = logging.getLogger(__name__)
 

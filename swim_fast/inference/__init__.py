@@ -1,0 +1,1 @@
+"""A checkpoint and a clip to an answer and maps."""
