@@ -43,7 +43,7 @@ def _data_check(args) -> int:
 
 def _data_show(args) -> int:
     from swim_fast.data.sample.builder import SampleOptions
-    from swim_fast.data.show import show_record
+    from swim_fast.viz.record import show_record
 
     show_record(
         args.file, args.index, args.out, _processor(args.model), SampleOptions(reader=args.reader), media=args.media

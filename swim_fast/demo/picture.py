@@ -53,7 +53,7 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     from swim_fast.data.sample.builder import SampleBuilder
     from swim_fast.data.source.records import RecordFile
     from swim_fast.data.source.tags import strip_tags
-    from swim_fast.grounding.heatmaps import HeatmapColumn, heatmap_grid
+    from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid
 
     source = next(iter(config.data.eval.values()))
     records = RecordFile(source.path, source.media)

@@ -72,7 +72,7 @@ class DescribeOptions:
             if not self.show and getattr(self, name) is not None:
                 raise ValueError(f"{name} is about the attention of a noun: name one with --show NOUN")
         if self.video is not None:
-            from swim_fast.grounding.heatmap_video import import_av
+            from swim_fast.viz.heatmap_video import import_av
 
             import_av()
 
@@ -228,7 +228,7 @@ def draw_maps(
     Returns:
         The path of the PNG.
     """
-    from swim_fast.grounding.heatmaps import HeatmapColumn, heatmap_grid
+    from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid
 
     columns = []
     for number, frames in enumerate(prompt.patches()):
@@ -257,7 +257,7 @@ def _write_video(
 ) -> Path:
     from tqdm import tqdm
 
-    from swim_fast.grounding.heatmap_video import write_heatmap_video
+    from swim_fast.viz.heatmap_video import write_heatmap_video
 
     centres = [float(np.mean(frames)) for frames in prompt.patches()]
     bar = tqdm(frames, desc="drawing", unit="frame", total=prompt.info.num_frames, leave=False)

@@ -12,11 +12,11 @@ from PIL import Image
 from swim_fast.cli import main
 from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, RunConfig
 from swim_fast.data.source.errors import DataError
-from swim_fast.grounding.heatmap_video import panel_size, patch_weights, write_heatmap_video
-from swim_fast.grounding.heatmaps import PANEL_PIXELS
 from swim_fast.inference.describe import DescribeOptions, describe, trained_as
 from swim_fast.inference.prompt import find_noun, plain_question
 from swim_fast.modeling.noun_attention import attached_layers
+from swim_fast.viz.heatmap_grid import PANEL_PIXELS
+from swim_fast.viz.heatmap_video import panel_size, patch_weights, write_heatmap_video
 from tests.training.conftest import FRAMES, HEIGHT, TEXTS, WIDTH, record, square_clip, write_records
 
 QUESTION = "What does the square do beside the zebra?"

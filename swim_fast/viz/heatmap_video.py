@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from swim_fast.grounding.heatmaps import overlay_map
+from swim_fast.viz.heatmap_grid import overlay_map
 
 # Pixels of a panel's shorter side: small clips are enlarged so that their captions can be read, large ones made
 # smaller because each frame is coloured on the CPU.
@@ -33,7 +33,7 @@ def write_heatmap_video(
         path: file to write, mp4; its folder is made.
         frames: all frames of the clip in order, uint8 [H, W, 3] of one size; panels have their shape, with a shorter
             side of 360 to 720 pixels and even sides, as H.264 wants them.
-        maps: [nouns, T, h, w], see `swim_fast.grounding.heatmaps.normalise_map`.
+        maps: [nouns, T, h, w], see `swim_fast.viz.heatmap_grid.normalise_map`.
         centres: T ascending frame numbers, fractions included, on which the maps are centred.
         labels: one per noun, written into its panel.
         fps: frames per second of the clip.

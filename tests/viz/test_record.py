@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from swim_fast.data import show
 from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
-from swim_fast.data.show import show_record
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
+from swim_fast.viz import record as show
+from swim_fast.viz.record import show_record
 from tests.data.conftest import box, rle
 
 H, W = 64, 96

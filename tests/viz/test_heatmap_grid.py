@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from swim_fast.grounding import heatmaps
-from swim_fast.grounding.heatmaps import (
+from swim_fast.viz import heatmap_grid as heatmaps
+from swim_fast.viz.heatmap_grid import (
     OUTLINE,
     HeatmapColumn,
     draw_outline,
@@ -224,7 +224,7 @@ def test_grid_refuses_no_column():
 def test_matplotlib_is_imported_late_and_pyplot_never():
     code = (
         "import sys, numpy as np\n"
-        "from swim_fast.grounding.heatmaps import HeatmapColumn, heatmap_grid\n"
+        "from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid\n"
         "assert 'matplotlib' not in sys.modules\n"
         "heatmap_grid([HeatmapColumn(np.zeros((8, 8, 3), np.uint8), None, [np.eye(2)])])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
