@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from swim_fast.demo.checkpoint import ModelSize, build_checkpoint
 from swim_fast.demo.clips import write_video
 from swim_fast.demo.scenes import ClipOptions
+from swim_fast.demo.tiny_model import ModelSize, build_checkpoint
 
 TEXTS = ["Where does the square go?", "The square goes to the right and comes to rest.", "It is grey and bright."]
 QUESTION = "Where does the <ins>square</ins> go? Is it <ins>grey</ins> and <ins>bright</ins>?"  # one object, three tags

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from swim_fast.cli import main
-from swim_fast.demo.checkpoint import build_checkpoint
+from swim_fast.demo.tiny_model import build_checkpoint
 from tests.training.conftest import TEXTS, record, square_clip, write_records
 
 

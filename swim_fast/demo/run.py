@@ -24,10 +24,10 @@ def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 100
     """
     import torch
 
-    from swim_fast.demo.checkpoint import build_checkpoint
     from swim_fast.demo.clips import write_demo_data
     from swim_fast.demo.picture import draw_attention, draw_curves
     from swim_fast.demo.texts import all_texts
+    from swim_fast.demo.tiny_model import build_checkpoint
 
     begin = time.perf_counter()
     torch.set_num_threads(1)  # too small a model for more; the other core decodes

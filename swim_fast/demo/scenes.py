@@ -26,7 +26,7 @@ def is_held_out(nouns: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """Shape of the clips; the defaults suit :class:`swim_fast.demo.checkpoint.ModelSize`.
+    """Shape of the clips; the defaults suit :class:`swim_fast.demo.tiny_model.ModelSize`.
 
     ``width`` and ``height`` are pixels (even, for H.264); ``num_frames`` at ``fps`` frames per second, of which
     ``annotated`` carry masks. An object is annotated where its visible mask covers the centre of one of the ``cell`` ×

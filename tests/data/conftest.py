@@ -19,7 +19,7 @@ TEXTS = (
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from swim_fast.demo.checkpoint import train_tokenizer
+    from swim_fast.demo.tiny_model import train_tokenizer
 
     return train_tokenizer([*TEXTS, "system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 2, 400)
 
@@ -27,7 +27,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def processor(tokenizer):
     """Qwen2.5-VL's processor; a visual token is 28 × 28 pixels of two frames."""
-    from swim_fast.demo.checkpoint import build_processor
+    from swim_fast.demo.tiny_model import build_processor
 
     return build_processor(tokenizer)
 
@@ -35,7 +35,7 @@ def processor(tokenizer):
 @pytest.fixture(scope="session")
 def model(tokenizer):
     """A random Qwen2.5-VL of two layers, in fp32."""
-    from swim_fast.demo.checkpoint import ModelSize, build_model
+    from swim_fast.demo.tiny_model import ModelSize, build_model
 
     size = ModelSize(
         hidden_size=64, intermediate_size=64, num_layers=2, vision_hidden_size=32, vision_intermediate_size=32

@@ -25,7 +25,7 @@ QUESTION = "What does the square do beside the zebra?"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A clip, its record with the tagged noun NOUN, and a random checkpoint."""
-    from swim_fast.demo.checkpoint import ModelSize, build_checkpoint
+    from swim_fast.demo.tiny_model import ModelSize, build_checkpoint
 
     folder = tmp_path_factory.mktemp("describe")
     masks = square_clip(folder / "clip.mp4", 0)

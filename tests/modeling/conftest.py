@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from swim_fast.demo.checkpoint import build_model, train_tokenizer
+from swim_fast.demo.tiny_model import build_model, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from swim_fast.demo.checkpoint import build_model, train_tokenizer
+from swim_fast.demo.tiny_model import build_model, train_tokenizer
 from swim_fast.modeling.freezing import freeze, keep_visual_in_step
 
 

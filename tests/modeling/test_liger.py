@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from swim_fast.config import load_config
-from swim_fast.demo.checkpoint import build_model, train_tokenizer
+from swim_fast.demo.tiny_model import build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention, liger
 from swim_fast.modeling.liger import apply_liger
 from swim_kernels import NounQueries

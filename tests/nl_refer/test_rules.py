@@ -8,10 +8,10 @@ import pytest
 
 from swim_fast.cli import main
 from swim_fast.data.source.records import RecordFile
-from swim_fast.demo.checkpoint import build_checkpoint
 from swim_fast.demo.clips import write_demo_data
 from swim_fast.demo.scenes import ClipOptions
 from swim_fast.demo.texts import all_texts
+from swim_fast.demo.tiny_model import build_checkpoint
 from swim_fast.nl_refer.english.rules import rules_expressions
 from swim_fast.nl_refer.placeholders import find_task, replaced
 from swim_fast.nl_refer.validation import RejectedError, check_expressions

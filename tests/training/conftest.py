@@ -54,7 +54,7 @@ def write_records(path: Path, records: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    from swim_fast.demo.checkpoint import ModelSize, build_checkpoint
+    from swim_fast.demo.tiny_model import ModelSize, build_checkpoint
 
     size = ModelSize(
         hidden_size=64, intermediate_size=64, num_layers=2, vision_hidden_size=32, vision_intermediate_size=32

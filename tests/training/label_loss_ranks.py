@@ -29,7 +29,7 @@ class Adapted(nn.Module):
 
 
 def build(head):
-    from swim_fast.demo.checkpoint import ModelSize, build_model, train_tokenizer
+    from swim_fast.demo.tiny_model import ModelSize, build_model, train_tokenizer
     from swim_fast.modeling.text_loss import attach_label_loss
 
     size = ModelSize(hidden_size=64, intermediate_size=64, num_layers=1, vision_depth=1)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from swim_fast.demo.checkpoint import ModelSize, build_config, build_processor, train_tokenizer
+from swim_fast.demo.tiny_model import ModelSize, build_config, build_processor, train_tokenizer
 
 SIZE = ModelSize(
     hidden_size=3584,

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from swim_fast.demo.checkpoint import build_model, train_tokenizer
+from swim_fast.demo.tiny_model import build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention, liger
 from swim_fast.modeling.liger import apply_liger
 from swim_fast.modeling.text_loss import attach_label_loss

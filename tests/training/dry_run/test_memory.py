@@ -131,7 +131,7 @@ def test_remedies_suffice():
 @pytest.mark.parametrize("frozen", [True, False])
 def test_activations_of_a_tiny_model(checkpointing, frozen):
     """The peak of forward and backward, allocations counted one by one, is within a third of the estimate."""
-    from swim_fast.demo.checkpoint import ModelSize, build_model, train_tokenizer
+    from swim_fast.demo.tiny_model import ModelSize, build_model, train_tokenizer
     from swim_fast.modeling.freezing import freeze
 
     size = ModelSize(hidden_size=128, intermediate_size=512, num_layers=6, num_heads=4, vision_depth=4)

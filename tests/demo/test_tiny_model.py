@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from swim_fast.demo.checkpoint import (
+from swim_fast.demo.texts import all_texts
+from swim_fast.demo.tiny_model import (
     SPECIAL_TOKENS,
     SYSTEM_PROMPT,
     ModelSize,
@@ -15,7 +16,6 @@ from swim_fast.demo.checkpoint import (
     build_processor,
     train_tokenizer,
 )
-from swim_fast.demo.texts import all_texts
 
 TEXTS = ["What is the ball doing?", "It moves to the left.", "Is the flower big or small?"] * 3
 SMALL = ModelSize(hidden_size=64, num_layers=2, vision_hidden_size=32, vision_intermediate_size=32)
