@@ -40,11 +40,11 @@ bench: $(STAMP)
 # Share of the attention loss in a training step, padding, loading: a quarter of an hour on two cores.
 bench-train: $(STAMP)
 	rm -f benchmarks/training.csv
-	PYTHONPATH=kernels $(BIN)/python -m benchmarks.training $(ARGS)
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.training.__main__ $(ARGS)
 
 # Ahead-of-time builds of every kernel configuration and bytes counted in the interpreter: an hour on two cores.
 kernel-report: $(STAMP)
-	PYTHONPATH=kernels $(BIN)/python -m benchmarks.kernel_report
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.kernels.report
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention_loss_report as report
+from benchmarks.attention_loss import report
 
 HERE = Path(__file__).parent
 LENGTHS, ROWS = (4096, 8192, 16384, 32768), (8, 64)

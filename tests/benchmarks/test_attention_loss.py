@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import attention_loss_report as report
-from benchmarks.attention_loss_agreement import SMALL, assert_methods_agree, cast, results
-from benchmarks.attention_loss_cases import (
+from benchmarks.attention_loss import report
+from benchmarks.attention_loss.agreement import SMALL, assert_methods_agree, cast, results
+from benchmarks.attention_loss.cases import (
     METHODS,
     Geometry,
     Replayed,
@@ -19,7 +19,7 @@ from benchmarks.attention_loss_cases import (
     plain_mask_loss,
     this_project,
 )
-from benchmarks.attention_loss_measure import (
+from benchmarks.attention_loss.measure import (
     ATTENTION,
     LOSS_OURS,
     LOSS_PLAIN,

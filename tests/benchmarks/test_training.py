@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import training, training_input, training_report, training_steps
-from benchmarks.training_material import Clip, write_records
-from benchmarks.training_report import Figures, record
+from benchmarks.training.__main__ import __main__ as training
+from benchmarks.training.__main__ import input as training_input
+from benchmarks.training.__main__ import report as training_report
+from benchmarks.training.__main__ import steps as training_steps
+from benchmarks.training.material import Clip, write_records
+from benchmarks.training.report import Figures, record
 from swim_fast.config import load_config
 
 SMALL = (8, 112)  # frames, pixels a side

@@ -1,10 +1,10 @@
-"""What `benchmarks/builds.py` reads from an ahead-of-time build, on kernels where it is known."""
+"""What `benchmarks/kernels/builds.py` reads from an ahead-of-time build, on kernels where it is known."""
 
 import pytest
 import triton
 import triton.language as tl
 
-from benchmarks.builds import TENSOR_CORES, build, global_accesses
+from benchmarks.kernels.builds import TENSOR_CORES, build, global_accesses
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import os
 
 import pytest
 
-from benchmarks.fixed_builds import fixed_builds
-from benchmarks.kernel_report import build_all
+from benchmarks.kernels.fixed_builds import fixed_builds
+from benchmarks.kernels.report import build_all
 from swim_kernels.noun_attention.triton.tiles import ARCHITECTURES, all_configurations
 
 EVERYTHING = list(all_configurations())

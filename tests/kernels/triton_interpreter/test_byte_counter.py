@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.byte_counter import count_bytes
+from benchmarks.kernels.byte_counter import count_bytes
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.byte_counter import count_bytes
+from benchmarks.kernels.byte_counter import count_bytes
 from swim_kernels.grid_prediction import grid_prediction
 from swim_kernels.grid_prediction.triton import kernels as triton_kernels
 from swim_kernels.structs.grid_pairs import GridPairs

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from benchmarks.byte_counter import count_bytes
+from benchmarks.kernels.byte_counter import count_bytes
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.structs import packed_masks
 from swim_kernels.structs.packed_masks import PackedMasks

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.noun_attention_bytes import BYTES, HEAD_DIM, PHASES, measure
+from benchmarks.kernels.noun_attention_bytes import BYTES, HEAD_DIM, PHASES, measure
 
 KEY_HEADS, LENGTH = 2, 1024
 

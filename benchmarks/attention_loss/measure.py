@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.attention_loss_cases import (
+from benchmarks.attention_loss.cases import (
     Geometry,
     MethodCase,
     Replayed,

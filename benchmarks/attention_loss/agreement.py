@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.attention_loss_cases import (
+from benchmarks.attention_loss.cases import (
     Geometry,
     Method,
     Step,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.training_material import SIZES, Clip, write_checkpoint, write_records
+from benchmarks.training.material import SIZES, Clip, write_checkpoint, write_records
 from swim_fast.config import AttentionLossConfig, RunConfig, load_config
 
 DTYPES = {"tiny": "float32", "0.1 B": "bfloat16"}
@@ -155,7 +155,7 @@ def run(folder: Path, size: str, ranks: int, rounds: int, frames: int = FRAMES, 
     paths = os.pathsep.join([str(root), str(root / "kernels")])
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "benchmarks.training_steps", str(config), str(rounds), str(result)],
+        [sys.executable, *launch, "-m", "benchmarks.training.steps", str(config), str(rounds), str(result)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from benchmarks.builds import SHARED_MEMORY, Build, build
+from benchmarks.kernels.builds import SHARED_MEMORY, Build, build
 from swim_kernels.grid_prediction.triton import kernels as frame_kernels
 from swim_kernels.grid_prediction.triton import launch as frame_backend
 from swim_kernels.mask_bce.triton import kernels as mask_kernels

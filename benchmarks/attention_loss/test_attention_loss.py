@@ -11,9 +11,9 @@ from functools import partial
 
 import pytest
 
-from benchmarks.attention_loss_agreement import assert_methods_agree
-from benchmarks.attention_loss_cases import METHODS, make_step, our_mask_loss, plain_mask_loss
-from benchmarks.attention_loss_measure import (
+from benchmarks.attention_loss.agreement import assert_methods_agree
+from benchmarks.attention_loss.cases import METHODS, make_step, our_mask_loss, plain_mask_loss
+from benchmarks.attention_loss.measure import (
     LOSS_OURS,
     LOSS_PLAIN,
     LossRun,
@@ -26,7 +26,7 @@ from benchmarks.attention_loss_measure import (
     measured_layers,
     missing_memory,
 )
-from benchmarks.attention_loss_report import AT
+from benchmarks.attention_loss.report import AT
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.benchmark(disable_gc=True)]
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import triton
 from triton.errors import TritonError
 
-from benchmarks import noun_attention_bytes
-from benchmarks.builds import SHARED_MEMORY, TENSOR_CORES, TENSOR_MEMORY, Build, build
-from benchmarks.fixed_builds import LAYERS, fixed_builds
+from benchmarks.kernels import noun_attention_bytes
+from benchmarks.kernels.builds import SHARED_MEMORY, TENSOR_CORES, TENSOR_MEMORY, Build, build
+from benchmarks.kernels.fixed_builds import LAYERS, fixed_builds
 from swim_kernels.noun_attention.triton.tiles import BLOCK_HEADS, DTYPES, HEAD_DIMS, Configuration, all_configurations
 
 HERE = Path(__file__).parent
@@ -257,7 +257,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.draw and not arguments.no_bytes:
         environment = os.environ | {"TRITON_INTERPRET": "1"}
-        subprocess.run([sys.executable, "-m", "benchmarks.noun_attention_bytes"], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.kernels.noun_attention_bytes"], env=environment, check=True)
     if not arguments.draw:
         chosen = all_configurations(
             dtypes=arguments.dtypes, head_dims=arguments.head_dims, block_heads=arguments.block_heads

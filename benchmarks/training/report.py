@@ -1,6 +1,6 @@
 """Tables and targets of the benchmark of training, drawn from its CSV.
 
-python -m benchmarks.training_report     # draws training.md again from training.csv
+python -m benchmarks.training.report     # draws training.md again from training.csv
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.attention_loss_measure import cpu_model
-from benchmarks.training_input import BATCH, PACK_TOKENS, RANKS, WORKERS, Collation, Loading, Padding
-from benchmarks.training_steps import DTYPES, Steps
+from benchmarks.attention_loss.measure import cpu_model
+from benchmarks.training.input import BATCH, PACK_TOKENS, RANKS, WORKERS, Collation, Loading, Padding
+from benchmarks.training.steps import DTYPES, Steps
 
 HERE = Path(__file__).parent
 NAME = "training"

@@ -1,6 +1,6 @@
 """Table, picture and targets of the attention loss benchmark, drawn from its CSV.
 
-python -m benchmarks.attention_loss_report     # draws attention_loss.md and .png again from attention_loss.csv
+python -m benchmarks.attention_loss.report     # draws attention_loss.md and .png again from attention_loss.csv
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.attention_loss_cases import Geometry
-from benchmarks.attention_loss_measure import ATTENTION, LOSS_OURS, LOSS_PLAIN, Record
+from benchmarks.attention_loss.cases import Geometry
+from benchmarks.attention_loss.measure import ATTENTION, LOSS_OURS, LOSS_PLAIN, Record
 
 HERE = Path(__file__).parent
 NAME = "attention_loss"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.training_material import SIZES, Clip, write_checkpoint, write_records
+from benchmarks.training.material import SIZES, Clip, write_checkpoint, write_records
 from swim_fast.data.batch.collation import Collator
 from swim_fast.data.batch.dataset import MixtureSampler, SourceOptions, SwimDataset
 from swim_fast.data.batch.lengths import sample_lengths
