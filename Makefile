@@ -31,7 +31,7 @@ lint: $(STAMP)
 # Time and memory of the attention loss beside flash attention, by three methods: twenty minutes on two cores. A process
 # for each part, since the largest take all of 24 GiB.
 bench: $(STAMP)
-	rm -rf benchmarks/attention_loss.csv runs/bench
+	rm -rf benchmarks/attention_loss/attention_loss.csv runs/bench
 	for length in 4096 8192 16384 32768; do for rows in 8 64; do \
 		$(BIN)/pytest benchmarks --lengths $$length --rows $$rows --attention runs/bench $(ARGS) || exit 1; \
 	done; done
@@ -39,8 +39,8 @@ bench: $(STAMP)
 
 # Share of the attention loss in a training step, padding, loading: a quarter of an hour on two cores.
 bench-train: $(STAMP)
-	rm -f benchmarks/training.csv
-	PYTHONPATH=kernels $(BIN)/python -m benchmarks.training.__main__ $(ARGS)
+	rm -f benchmarks/training/training.csv
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.training $(ARGS)
 
 # Ahead-of-time builds of every kernel configuration and bytes counted in the interpreter: an hour on two cores.
 kernel-report: $(STAMP)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.attention_loss import report
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "attention_loss"
 LENGTHS, ROWS = (4096, 8192, 16384, 32768), (8, 64)
 
 

@@ -1,6 +1,6 @@
 """Bytes that noun attention's Triton kernels move, counted in the interpreter, against the least that must be moved.
 
-    TRITON_INTERPRET=1 python -m benchmarks.kernels.noun_attention_bytes     # a few minutes; writes noun_attention_bytes.csv
+    TRITON_INTERPRET=1 python -m benchmarks.kernels.noun_attention_bytes     # minutes; writes noun_attention_bytes.csv
 
 One layer of 28 query and 4 key heads, head_dim 128, bf16: a video of most of the sequence, read out by a few tokens at
 its end. `kernel_report.py` draws the table.

@@ -1,4 +1,4 @@
-"""What the attention loss and the input cost in training: `python -m benchmarks.training.__main__`.
+"""What the attention loss and the input cost in training: `python -m benchmarks.training`.
 
 The parts are in `training_steps.py` and `training_input.py`, their clips and models in `training_material.py`, tables
 and targets in `training_report.py`.
@@ -11,9 +11,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks.training.__main__ import input as training_input
-from benchmarks.training.__main__ import report as training_report
-from benchmarks.training.__main__ import steps as training_steps
+from benchmarks.training import input as training_input
+from benchmarks.training import report as training_report
+from benchmarks.training import steps as training_steps
 
 PARTS = ("steps", "padding", "loading", "collation")
 ROUNDS = {"tiny": 12, "0.1 B": 3}  # steps of each kind

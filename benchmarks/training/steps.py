@@ -149,7 +149,7 @@ def assert_same_losses(trainer, batch) -> None:
 
 def run(folder: Path, size: str, ranks: int, rounds: int, frames: int = FRAMES, side: int = SIDE) -> Steps:
     """`measure` in processes of their own, which share the cores."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     config, result = prepare(folder, size, frames, side), folder / "steps.json"
     threads = max(1, (os.cpu_count() or 1) // ranks)
     paths = os.pathsep.join([str(root), str(root / "kernels")])

@@ -15,8 +15,8 @@ from swim_fast.data.source.records import RecordFile
 from swim_fast.evaluation.predictions import Predictions
 from swim_fast.evaluation.ranks import Ranks
 from swim_fast.evaluation.run import RunOptions, predict_rest
-from swim_fast.grounding import METRICS, grounding_means, grounding_sums
 from swim_fast.inference.generation import load_model
+from swim_fast.loss.metrics import METRICS, grounding_means, grounding_sums
 from swim_fast.modeling import attach_noun_attention
 from swim_fast.modeling.families import default_layers, text_layers
 

@@ -10,7 +10,7 @@ from typing import Any
 from swim_fast.evaluation import published
 from swim_fast.evaluation.judge import DIMENSIONS
 from swim_fast.evaluation.questions import READINGS
-from swim_fast.grounding import METRICS
+from swim_fast.loss.metrics import METRICS
 
 _READINGS = {
     "published": "letter in the answer, published rule",

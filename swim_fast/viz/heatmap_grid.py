@@ -1,7 +1,7 @@
 """Attention maps as pictures: over a frame, and as a grid of frames x {mask, map, map, …}.
 
 Arrays are numpy: frames uint8 [H, W, 3] RGB, masks any dtype [Hm, Wm] (non-zero is the object), maps [h, w] with one
-number per visual token, in any unit, for example `p` of `swim_fast.loss.mask_loss.grid_predictions`. A map's colours run
+number per visual token, in any unit, such as `p` of `swim_fast.loss.mask_loss.grid_predictions`. A map's colours run
 from its own minimum to its own maximum, as the loss sees it. matplotlib is imported only when a picture is made, and
 without pyplot: no display, no global state, safe in threads and worker processes.
 """

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.training.__main__ import __main__ as training
-from benchmarks.training.__main__ import input as training_input
-from benchmarks.training.__main__ import report as training_report
-from benchmarks.training.__main__ import steps as training_steps
+from benchmarks.training import __main__ as training
+from benchmarks.training import input as training_input
+from benchmarks.training import report as training_report
+from benchmarks.training import steps as training_steps
 from benchmarks.training.material import Clip, write_records
 from benchmarks.training.report import Figures, record
 from swim_fast.config import load_config

@@ -10,7 +10,7 @@ from swim_fast.data.batch.collation import Collator
 from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
 from swim_fast.data.source.records import RecordFile
 from swim_fast.evaluation.grounding import supervised_layers
-from swim_fast.grounding import METRICS, grounding_means, grounding_sums
+from swim_fast.loss.metrics import METRICS, grounding_means, grounding_sums
 from tests.evaluation.conftest import CLIPS, arguments, lines, results
 
 

@@ -21,7 +21,7 @@ OPS = {"noun attention": "noun_attention", "grid prediction": "grid_prediction",
     ],
 )
 def test_choice_is_said_once(op, backend, device_type, chosen, level, why, caplog, monkeypatch):
-    dispatch = importlib.import_module(f"swim_kernels.{OPS[op]}.dispatch")
+    dispatch = importlib.import_module(f"swim_kernels.{OPS[op]}.api")
     monkeypatch.setattr(dispatch, "_triton_missing", lambda *_: "no reason")
     backends.say_once.cache_clear()
     caplog.set_level(logging.DEBUG, logger=backends.__name__)

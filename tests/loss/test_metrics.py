@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from swim_fast.grounding import METRICS, grounding_means, grounding_sums
 from swim_fast.loss.mask_loss import MaskTargets, area_average, mask_alignment_loss
+from swim_fast.loss.metrics import METRICS, grounding_means, grounding_sums
 
 
 def one_frame(mask, height, width, row=0):

@@ -55,8 +55,8 @@ class Record:
 class RecordFile(Sequence[Record]):
     """The records of a JSON list or JSONL file of any size, by number.
 
-    Only the places of the records are held, for large files in a memory map that all processes share; see
-    `swim_fast.data.source.record_index`. The file itself is opened anew for each read; the object may be forked and pickled.
+    Only the offsets of the records are held, for large files in a memory map that all processes share; see
+    `swim_fast.data.source.record_index`. The file is opened anew for each read; the object may be forked and pickled.
 
     Indexing raises DataError for a record that is malformed. Iterating stops at the first of those: to go on behind
     them, index in a loop.

@@ -1,7 +1,7 @@
 """The decoding child process: ``python -m swim_fast.data.video.decode_child READER``.
 
 Native decoders can hang with the interpreter locked or crash the process; here neither hurts the trainer. The parent
-side is `swim_fast.data.video.reader.FrameReader`. Imports numpy and the one decoder asked for, so that it starts quickly.
+side is `swim_fast.data.video.reader.FrameReader`. Imports numpy and the one decoder asked for, to start quickly.
 
 Requests arrive on stdin, one JSON object a line: ``{"op": "info" | "frames", "path", "kind", "indices", "seconds"}``.
 Every answer on stdout is a 4-byte little-endian length, that many bytes of JSON and, when the JSON holds ``shape``, the

@@ -2,7 +2,7 @@
 
 Only what is clear is taken; all else is rejected with the reason, since a noun bound to the wrong mask teaches the
 wrong thing. An answer may name the object as the subject of its first sentence or in a sentence that presents it (see
-`swim_fast.nl_refer.english.phrases`). Of several objects in one question, each needs a sentence of its own, in their order.
+`swim_fast.nl_refer.english.phrases`). Of several objects in one question, each needs a sentence of its own, in order.
 """
 
 from __future__ import annotations
