@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from swim_fast.files import atomic_write
 
 
 def cache_folder(kind: str) -> Path:
@@ -30,18 +30,10 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Write an array so that other processes see all of it or none; any number may do so at the same time.
 
     Raises:
-        OSError: if the folder cannot be made or written to.
+        FileError: the folder cannot be made or written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with atomic_write(path, "wb") as file:
+        np.save(file, array)
 
 
 def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray | None:
