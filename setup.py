@@ -43,6 +43,7 @@ setup(
         "pycocotools>=2.0.8",
         "numpy>=1.26",
         "pillow>=10",
+        "pydantic>=2.8,<3",  # options of files and command lines
         "pyyaml>=6",
         "matplotlib>=3.8",
         "tensorboard>=2.16",

@@ -1,0 +1,223 @@
+"""The options of each job of the command line."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from swim_fast.options import (
+    Asking,
+    Decoding,
+    File,
+    Inference,
+    InputFile,
+    Limited,
+    Maps,
+    Media,
+    Options,
+    Positive,
+    Sampling,
+    mistake,
+)
+
+
+class Train(Options):
+    """Fine-tune a model as a YAML file says."""
+
+    words = ("config", "overrides")
+    config: File
+    """YAML file; see configs/ and docs/configuration.md."""
+    overrides: list[str] = []
+    """Values that replace those of the file: key=value, such as training.learning_rate=1e-5."""
+    resume: bool = False
+    """Resume from the last checkpoint in training.output_dir."""
+    dry_run: bool = False
+    """Say what a step will hold, without weights or GPU."""
+    gpus: Annotated[int, Positive] | None = None
+    """Number of GPUs of the dry run; without it, $WORLD_SIZE or 1."""
+    gpu_memory: float = Field(80.0, gt=0)
+    """GiB of each GPU of the dry run."""
+    limit: int = Field(2000, gt=0)
+    """Records whose lengths the dry run measures."""
+
+
+class Demo(Options):
+    """Render clips, train a tiny model with and without the mask loss, draw pictures."""
+
+    words = ("config", "overrides")
+    config: File = "configs/demo.yaml"
+    """YAML file of the run."""
+    overrides: list[str] = []
+    """Values that replace those of the file: key=value."""
+    train_clips: int = Field(1000, gt=0)
+    """Clips to train on."""
+    heldout_clips: int = Field(60, gt=0)
+    """Clips to evaluate on."""
+
+
+class Describe(Inference, Sampling, Decoding):
+    """Ask a checkpoint about a video or image, and draw where it looks.
+
+    Frames that are not asked for are taken as in the checkpoint's training.
+    """
+
+    words = ("media", "question")
+    media: File
+    """Video, folder of frames, or image."""
+    question: str
+    """Question in plain text."""
+    model: File
+    """Checkpoint: folder or name on the Hugging Face hub."""
+    max_new_tokens: int = Field(256, gt=0)
+    """Longest answer in tokens."""
+    show: list[str] = []
+    """Noun of the question whose attention is drawn; may be repeated."""
+    occurrence: Annotated[int, Positive] | None = None
+    """Occurrence of the nouns that is meant, from 1; without it, the last."""
+    layers: list[int] | None = None
+    """Decoder layers whose maps are fused; without them, those supervised in training."""
+    out: File | None = None
+    """PNG of the attention; attention.png without one."""
+    video: File | None = None
+    """mp4 of the attention over all frames of the video."""
+
+    @model_validator(mode="after")
+    def _check_nouns(self):
+        for name in ("occurrence", "layers", "out", "video"):
+            if not self.show and getattr(self, name) is not None:
+                raise mistake(name, "is about the attention of a noun: name one with {show} NOUN")
+        return self
+
+
+class Check(InputFile, Media, Limited, Sampling, Decoding):
+    """Read every record of a file and report every problem."""
+
+    words = ("file",)
+    model: File | None = None
+    """Checkpoint whose processor is checked too (tokens, lengths)."""
+    decode: bool = True
+    """Open the videos."""
+    workers: int = Field(2, ge=0)
+    """Processes that read; 0 reads in this one."""
+
+
+class Show(InputFile, Media, Sampling, Decoding):
+    """Draw one record: frames, masks, tagged nouns, tokens."""
+
+    words = ("file", "index")
+    index: int
+    """Index of the record in the file, from 0."""
+    model: File
+    """Checkpoint whose processor and tokenizer are used."""
+    out: File = "record.png"
+    """PNG to write."""
+
+
+class Build(InputFile, Limited, Asking):
+    """Replace the placeholders of raw VideoRefer records by expressions with a tagged noun."""
+
+    words = ("file", "out")
+    out: File
+    """NL-Refer file to write: a JSON list if it ends in .json, else JSONL."""
+    rewriter: Literal["rules", "openai"] = "rules"
+    """Rules, offline and without cost, or a language model behind an API (`openai`)."""
+    model: str | None = None
+    """Name of the language model at the endpoint."""
+    bind: Literal["number", "order"] = "number"
+    """Masks belong to placeholders by number or by order."""
+    max_words: int = Field(15, gt=0)
+    """Most words of an expression."""
+    review: File | None = None
+    """File of the failures; without one, it lies beside the output."""
+    price_in: float = Field(0.0, ge=0)
+    """Price of a million tokens in, in any currency."""
+    price_out: float = Field(0.0, ge=0)
+    """Price of a million tokens out."""
+    dry_run: bool = False
+    """Write and ask nothing: count, and estimate tokens and cost."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    @model_validator(mode="after")
+    def _check_model(self):
+        if (self.rewriter == "openai") != (self.model is not None):
+            raise mistake("rewriter", "openai needs a {model}, and {model} needs {rewriter} openai")
+        return self
+
+
+class Synonyms(InputFile, Limited):
+    """Write a variant of a set with synonyms of the tagged nouns."""
+
+    words = ("file", "out")
+    out: File
+    """File to write: a JSON list if it ends in .json, else JSONL."""
+    table: File | None = None
+    """TSV of one's own: noun, tab, synonyms with commas; goes before the one built in."""
+    missing: Literal["keep", "drop"] = "keep"
+    """What becomes of records without a known synonym."""
+    seed: int = 0
+    """Another seed, another choice among several synonyms."""
+
+
+class Stats(InputFile, Media, Limited, Decoding):
+    """Count nouns, tags, mask areas and annotated frames of a set."""
+
+    words = ("file",)
+    top: int = Field(20, gt=0)
+    """Nouns to show."""
+    plot: File | None = None
+    """PNG of the distributions."""
+
+
+class Evaluation(InputFile, Media, Limited, Inference, Sampling, Decoding):
+    """How a checkpoint is run over a file."""
+
+    words = ("model", "file")
+    model: File
+    """Checkpoint: folder or name on the Hugging Face hub."""
+    out: File
+    """Folder of predictions and results; a run that was ended resumes there."""
+    folder_fps: float = Field(1.0, gt=0)
+    """Frames per second of clips that are folders of frames, which do not say; training takes 1."""
+    batch_size: int = Field(4, gt=0)
+    """Samples at a time."""
+    workers: int = Field(2, ge=0)
+    """Processes of each rank that decode clips; 0 decodes between the batches."""
+
+
+class Questions(Evaluation):
+    """VideoRefer-Bench-Q: multiple choice."""
+
+    by: Literal["generation", "likelihood"] = "generation"
+    """The letter in the greedy answer, or the option that the model finds likeliest."""
+    max_new_tokens: int = Field(16, gt=0)
+    """Longest answer in tokens."""
+
+
+class Descriptions(Evaluation, Asking):
+    """VideoRefer-Bench-D: descriptions, scored by a judge."""
+
+    max_new_tokens: int = Field(256, gt=0)
+    """Longest description in tokens."""
+    frame_mode: Literal["text", "single", "multi"] = "text"
+    """How the object is pointed out, recorded with the scores: in words alone, or also drawn into one frame or all."""
+    judge_model: str | None = None
+    """Name of the judge at the endpoint; without one, predictions only."""
+    judge_only: bool = False
+    """Judge the predictions that the output folder holds; load no model."""
+    temperature: float | None = 0.0
+    """Sampling temperature of the judge."""
+
+    @model_validator(mode="after")
+    def _check_judge(self):
+        if self.judge_only and self.judge_model is None:
+            raise mistake("judge_only", "needs a {judge_model}")
+        return self
+
+
+class Grounding(Evaluation, Maps):
+    """Where the attention of tagged nouns lies, by layer."""
+
+    layers: str | list[int] = "all"
+    """Layers to look at: all, supervised, or indices such as 2,7,12."""
+    fusion: Literal["product", "mean"] = "product"
+    """How the maps of the supervised layers become one."""

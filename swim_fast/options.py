@@ -1,0 +1,285 @@
+"""Every option, said once: its name, type, default, limits and meaning.
+
+YAML sections (`swim_fast.config`), command lines (`swim_fast.jobs`), their `--help` and docs/configuration.md are made
+of these classes, and the functions that use an option take the object that holds it. So a new option is one field here
+and the line that reads it. Nothing heavy is imported: a mistake is told before torch is loaded.
+"""
+
+import difflib
+import os
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from swim_fast.errors import OptionError, explain
+
+METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou")  # of an evaluation, beside the losses
+
+Base = TypeVar("Base", bound="Options")
+File = Annotated[str, BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path)]
+Positive = Field(gt=0)
+
+
+class _OptionsClass(type(BaseModel)):
+    """Lets constructors raise `OptionError`; validation of nested options does not come through here."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            raise OptionError("; ".join(explain(mistake, key_path) for mistake in error.errors())) from None
+
+
+class Options(BaseModel, metaclass=_OptionsClass):
+    """Base of all options: immutable, checked when made, unknown names refused.
+
+    Raises:
+        OptionError: naming each option, its value and what would be accepted.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    words: ClassVar[tuple[str, ...]] = ()  # on a command line, the options without dashes, in order
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                raise mistake(str(key), f"is unknown; {nearest(str(key), cls.model_fields)}")
+        return values
+
+    def given(self) -> dict[str, Any]:
+        """Return the values that were given, without those that are defaults."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+    def replace(self, **changes: Any):
+        """Return a checked copy with other values."""
+        return type(self)(**{**self.given(), **changes})
+
+    def part(self, cls: type[Base]) -> Base:
+        """Return the options of a base class alone."""
+        values = {name: getattr(self, name) for name in cls.model_fields}
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return cls(**{n: v for n, v in values.items() if n in self.model_fields_set or v != defaults[n]})
+
+
+def mistake(key: str, text: str) -> PydanticCustomError:
+    """Return the error that a validator raises about an option: what is said behind its name.
+
+    Args:
+        key: name of the option.
+        text: other options of the same class stand in braces, so that they are spelled as the user knows them.
+    """
+    return PydanticCustomError("mistake", "{key} {text}", {"key": key, "text": text})
+
+
+def key_path(path: tuple[int | str, ...]) -> str:
+    """Spell a path of keys as in YAML: `data.train[0].path`."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+
+
+def nearest(key: str, known) -> str:
+    """Return the hint for an unknown name: the nearest known one, or all of them."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
+
+
+class InputFile(Options):
+    """Records."""
+
+    file: File
+    """JSON list or JSONL of records."""
+
+
+class Media(Options):
+    """Media of records."""
+
+    media: File | None = None
+    """Folder that relative media paths start from; without one, the folder of the file."""
+
+
+class Limited(Options):
+    """Choice of records."""
+
+    limit: Annotated[int, Positive] | None = None
+    """Use only so many records, from the first."""
+
+
+class Source(Media, Limited):
+    """One file of a mixture."""
+
+    path: File
+    """JSON list or JSONL of records."""
+    weight: float = Field(1.0, gt=0)
+    """Passes over the file per epoch: 2 takes every record twice, 0.5 a random half, another one each epoch."""
+    name: str | None = None
+    """Name of the file in tables; without one, the file's own."""
+
+
+class Sampling(Options):
+    """Frames, pixels and tokens of a sample."""
+
+    max_frames: int = Field(32, ge=2)
+    """Most frames taken from a video; two make one temporal patch."""
+    fps: Annotated[float, Positive] | None = None
+    """Frames taken per second of a video, at least the annotated and at most max_frames; without it, max_frames of any
+    video."""
+    min_pixels: Annotated[int, Positive] | None = None
+    """Least pixels of a frame after resizing; without it, the processor's own limit."""
+    max_pixels: Annotated[int, Positive] | None = None
+    """Most pixels of a frame after resizing; without it, the processor's own limit."""
+    total_pixels: Annotated[int, Positive] | None = None
+    """Most pixels of all frames of a video together: its frames are made smaller, down to min_pixels, then fewer."""
+    max_tokens: Annotated[int, Positive] | None = None
+    """Longest sample in tokens; a longer one gets fewer frames."""
+
+    @model_validator(mode="after")
+    def _check_pixels(self):
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise mistake("min_pixels", f"{self.min_pixels} is above {{max_pixels}} {self.max_pixels}")
+        if self.min_pixels and self.total_pixels and 2 * self.min_pixels > self.total_pixels:
+            text = f"{self.total_pixels} is below two frames of {{min_pixels}} {self.min_pixels}"
+            raise mistake("total_pixels", text)
+        return self
+
+
+class Decoding(Options):
+    """Decoding of videos."""
+
+    reader: Literal["decord", "torchcodec", "pyav"] = "decord"
+    """Library that decodes video."""
+    decode_timeout: float = Field(60.0, gt=0)
+    """Seconds that a clip may take to open, and again to decode."""
+
+
+class NounRows(Options):
+    """Rows of attention that belong to a tagged noun."""
+
+    query_position: Literal["noun", "predictor"] = "noun"
+    """Rows of the noun's own tokens (`noun`), or of the tokens before them, which predict them (`predictor`)."""
+    softmax: Literal["causal", "full"] = "causal"
+    """The model's own softmax (`causal`), or one over all tokens of the sequence (`full`)."""
+
+
+class Supervision(NounRows):
+    """Rows and columns of attention that a sample asks for."""
+
+    read_out: Literal["all", "supervised"] = "all"
+    """Visual tokens at which maps are read out: `all`, which the normaliser of the paper's numerics needs, or those of
+    the temporal patches in which any object has a mask (`supervised`)."""
+
+
+class Maps(NounRows):
+    """Attention maps of tagged nouns."""
+
+    backend: Literal["auto", "eager", "torch", "triton"] = "auto"
+    """Implementation of the kernels; `auto` takes Triton on a GPU and torch elsewhere."""
+
+
+class AttentionLoss(Maps):
+    """SWIM's mask loss (arXiv 2605.18018); `null` in place of the section trains on text alone, without any map."""
+
+    layers: list[int] | None = None
+    """Decoder layers whose maps are supervised; without them, every fifth counted back from the last."""
+    text_weight: float = Field(0.05, ge=0)
+    """Weight of the text loss."""
+    mask_weight: float = Field(1.0, ge=0)
+    """Weight of the mask loss; at 0 maps are measured but not trained."""
+    fusion: Literal["product", "mean", "none"] = "product"
+    """How the maps of the layers become one; `none` gives each layer a loss of its own, averaged."""
+    criterion: Literal["bce", "iou", "dice", "kl"] = "bce"
+    """What compares a map with its mask."""
+    numerics: Literal["stable", "paper"] = "stable"
+    """Maps normalised from their logarithms (`stable`), or with the released code's two epsilons (`paper`)."""
+    resolution: Literal["mask", "grid"] = "mask"
+    """Maps are enlarged to the mask (`mask`), or the mask is averaged down to the grid of visual tokens (`grid`)."""
+    fused: bool = True
+    """Compute attention output and map of a layer in one autograd node, where its attention allows it."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.layers == []:
+            remedy = "name layers, leave it out for every fifth, or write `attention_loss: null` to train on text alone"
+            raise mistake("layers", f"is empty: {remedy}")
+        if self.text_weight == self.mask_weight == 0:
+            raise mistake("text_weight", "and {mask_weight} are both 0: nothing would be trained")
+        return self
+
+    @property
+    def supervision(self) -> Supervision:
+        """What samples must hold for this loss."""
+        read_out = "all" if self.numerics == "paper" else "supervised"
+        return Supervision(query_position=self.query_position, softmax=self.softmax, read_out=read_out)
+
+
+class Lora(Options):
+    """Low-rank adapters through peft (LoRA, arXiv 2106.09685; quantised, QLoRA, arXiv 2305.14314)."""
+
+    rank: int = Field(16, gt=0)
+    """Rank of the adapters."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the adapters, divided by the rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names of linear layers that get adapters; without them, all of the language model but its head."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Quantisation of the frozen weights by bitsandbytes."""
+
+
+class Weights(Options):
+    """How the weights of a checkpoint are loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto` takes the checkpoint's own."""
+    attention: str | None = None
+    """Implementation of attention, as `attn_implementation` of transformers: sdpa, eager, flash_attention_2, …"""
+
+
+class Inference(Weights):
+    """How a model is run without training."""
+
+    attention: str | None = "sdpa"
+    """Implementation of attention, as `attn_implementation` of transformers: sdpa, eager, flash_attention_2, …"""
+    device: str | None = None
+    """Device of the weights: cpu, cuda, cuda:1, …; without one, the GPU if there is one."""
+
+
+class Requests(Options):
+    """Requests to an OpenAI-compatible API; the key is read from OPENAI_API_KEY."""
+
+    base_url: str | None = None
+    """Address of the API, such as http://localhost:8000/v1; without one, OpenAI's own."""
+    concurrency: int = Field(16, gt=0)
+    """Most requests under way at the same time."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds that one request may take."""
+    retries: int = Field(8, ge=0)
+    """Repetitions of a request after a time-out, a lost connection, a rate limit or an error of the server."""
+    backoff: float = Field(1.0, gt=0)
+    """Seconds before the first retry, doubled for each further one; a longer Retry-After of the server is honoured."""
+    temperature: float | None = None
+    """Sampling temperature; without one, the endpoint's own."""
+
+
+class Endpoint(Requests):
+    """A language model behind an API."""
+
+    model: str
+    """Name of the model at the endpoint."""
+
+
+class Asking(Requests):
+    """Requests to a language model, through an OpenAI-compatible API; the key is read from OPENAI_API_KEY."""
+
+    attempts: int = Field(3, gt=0)
+    """Answers per record until one is valid."""
+    journal: File | None = None
+    """File of the answers paid for, which are not asked for again; without one, it lies beside the output."""
+
+    def endpoint(self, model: str) -> Endpoint:
+        """Return the endpoint of a model."""
+        return Endpoint(model=model, **self.part(Requests).given())
