@@ -27,6 +27,7 @@ test-all: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Time and memory of the attention loss beside flash attention, by three methods: twenty minutes on two cores. A process
 # for each part, since the largest take all of 24 GiB.
@@ -47,4 +48,4 @@ kernel-report: $(STAMP)
 	PYTHONPATH=kernels $(BIN)/python -m benchmarks.kernels.report
 
 clean:
-	rm -rf runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

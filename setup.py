@@ -59,7 +59,7 @@ setup(
         "nl-refer": NL_REFER,
         "test": TEST,
         "bench": ["pytest-benchmark>=5"],
-        "dev": [*TEST, "ruff>=0.12", "pytest-benchmark>=5"],
+        "dev": [*TEST, "ruff>=0.12", "mypy>=1.18,<3", "pytest-benchmark>=5"],
     },
     entry_points={"console_scripts": ["swim-fast = swim_fast.cli:main"]},
 )
