@@ -1,5 +1,6 @@
-"""Distribution `swim-fast`: the packages `swim_fast` and, from `kernels/`, `swim_kernels`."""
+"""Distribution `swim-fast`: the packages `swim_fast`, with the recipes in `configs/`, and `kernels/swim_kernels`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -20,17 +21,35 @@ TEST = [
     "torchcodec>=0.10",
 ]
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "swim_fast" / "__init__.py").read_text(encoding="utf-8"), re.M)
+
 setup(
     name="swim-fast",
-    version="0.1.0",
+    version=VERSION.group(1),
     description="Teach video language models where to look, at flash-attention speed",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls={"Method (SWIM, arXiv 2605.18018)": "https://arxiv.org/abs/2605.18018"},
+    keywords=["video language models", "attention supervision", "fine-tuning", "triton", "grounding"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["swim_fast", "swim_fast.*"]), *find_packages("kernels")],
-    package_dir={"swim_kernels": "kernels/swim_kernels"},
-    package_data={"swim_fast.nl_refer": ["synonyms.tsv"]},
+    packages=[*find_packages(include=["swim_fast", "swim_fast.*"]), *find_packages("kernels"), "swim_fast.configs"],
+    package_dir={"swim_kernels": "kernels/swim_kernels", "swim_fast.configs": "configs"},
+    package_data={
+        "": ["py.typed"],
+        "swim_fast.configs": ["*.yaml", "deepspeed/*.json"],
+        "swim_fast.nl_refer": ["synonyms.tsv"],
+        "swim_fast.viz": ["*.html"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision",  # transformers' video processors resize with it

@@ -5,13 +5,20 @@ The public names load on first use, so that `import swim_fast` stays fast and ne
 
 import importlib
 
+__version__ = "0.1.0"
+
 _PUBLIC = {
     "attach_noun_attention": "swim_fast.modeling",
     "detach_noun_attention": "swim_fast.modeling",
     "mask_alignment_loss": "swim_fast.loss.mask_loss",
     "MaskTargets": "swim_fast.loss.mask_loss",
+    "NounQueries": "swim_kernels",
+    "SampleBuilder": "swim_fast.data.sample.builder",
+    "Collator": "swim_fast.data.batch.collation",
+    "load_config": "swim_fast.config",
+    "train": "swim_fast.training.run",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, "__version__"])
 
 
 def __getattr__(name):

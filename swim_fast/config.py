@@ -18,6 +18,7 @@ import yaml
 
 from swim_fast.data.batch.dataset import SourceOptions
 from swim_fast.data.sample.builder import SampleOptions
+from swim_fast.recipes import find_recipe
 
 Part = Literal["vision_tower", "merger", "language_model"]  # of a model
 
@@ -195,7 +196,8 @@ class RunConfig:
         if self.optimization.early_stopping_patience is not None:  # a resumed run counts on where it was
             values.setdefault("restore_callback_states_from_checkpoint", True)
         values.setdefault("output_dir", "runs/swim")
-        self.deepspeed()
+        if self.deepspeed() and not isinstance(values["deepspeed"], dict):
+            values["deepspeed"] = str(find_recipe(values["deepspeed"]))
         try:
             arguments = TrainingArguments(**values)
         except (TypeError, ValueError, ImportError) as error:
@@ -237,7 +239,7 @@ class RunConfig:
             return None
         if not isinstance(options, dict):
             try:
-                options = json.loads(Path(options).read_text(encoding="utf-8"))
+                options = json.loads(find_recipe(options).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise ConfigError(f"training.deepspeed: cannot read {options}: {error}") from error
         if self.optimization.learning_rates and "optimizer" in options:  # which knows of one rate only
@@ -258,12 +260,12 @@ _FIXED = {"remove_unused_columns": False, "label_names": ["labels"]}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `key.sub=value` overrides (values are YAML too) and check every key.
+    """Read a YAML file or packaged recipe, apply `key.sub=value` overrides (values are YAML too) and check every key.
 
     Raises:
         ConfigError: naming file, key, and the nearest known key or the expected type.
     """
-    path = Path(path)
+    path = find_recipe(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:

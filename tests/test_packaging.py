@@ -1,0 +1,86 @@
+"""What an installed package must bring along: recipes that are found from anywhere, types, one version."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import swim_fast
+from swim_fast.config import load_config
+from swim_fast.recipes import RECIPES, find_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/demo.yaml", "configs/demo", Path("configs/demo.yaml")])
+def test_a_recipe_is_found_by_its_name(elsewhere, name):
+    assert find_recipe(name) == RECIPES / "demo.yaml"
+    assert load_config(name, ["training.max_steps=3"]).training["max_steps"] == 3
+
+
+def test_a_file_comes_before_a_recipe(elsewhere):
+    (elsewhere / "demo").mkdir()  # which is no file
+    assert find_recipe("demo") == RECIPES / "demo.yaml"
+    (elsewhere / "configs").mkdir()
+    (elsewhere / "configs" / "demo.yaml").write_text("")
+    assert find_recipe("configs/demo.yaml") == Path("configs/demo.yaml")
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.yaml", "/configs/demo.yaml", "../configs/demo.yaml"])
+def test_what_is_no_recipe_stays_as_it_is(elsewhere, name):
+    assert find_recipe(name) == Path(name)
+    with pytest.raises(ValueError, match=f"cannot read {name}"):
+        load_config(name)
+
+
+def test_deepspeed_files_are_found_too(elsewhere):
+    config = load_config("demo", ["training.deepspeed=configs/deepspeed/zero2.json"])
+    assert config.deepspeed()["zero_optimization"]["stage"] == 2
+    assert config.training_arguments().deepspeed == str(RECIPES / "deepspeed" / "zero2.json")
+    with pytest.raises(ValueError, match="training.deepspeed: cannot read configs/deepspeed/zero9.json"):
+        load_config("demo", ["training.deepspeed=configs/deepspeed/zero9.json"]).deepspeed()
+
+
+def test_the_installed_package_brings_its_files(tmp_path):
+    """As the wheel holds them: read from an empty folder, without the repository on the path."""
+    build = [sys.executable, "setup.py", "-q", "build_py", "-d", str(tmp_path / "lib")]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    installed = tmp_path / "lib"
+    for file in ("swim_fast/py.typed", "swim_kernels/py.typed", "swim_fast/nl_refer/synonyms.tsv"):
+        assert (installed / file).is_file()
+    recipes = installed / "swim_fast" / "configs"
+    assert names(recipes) == names(ROOT / "configs") != []
+    code = (
+        "from swim_fast.config import load_config; from swim_fast.recipes import RECIPES\n"
+        f"assert str(RECIPES) == {str(recipes)!r}\n"
+        "load_config('demo')\n"
+        "load_config('long_video').deepspeed()['zero_optimization']\n"
+    )
+    (tmp_path / "empty").mkdir()
+    environment = {"PYTHONPATH": str(installed), "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "empty", env=environment, check=True)
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_one_version():
+    out = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert out.stdout.split()[-1] == swim_fast.__version__
+
+
+def test_public_names():
+    for name in swim_fast.__all__:
+        assert getattr(swim_fast, name) is not None
+    assert len(swim_fast.__all__) == 10
