@@ -1,9 +1,7 @@
 """Small callbacks of the trainer."""
 
 import logging
-import os
 import signal
-import threading
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -47,31 +45,6 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)
-
-
-def start_worker(then, worker_id: int) -> None:
-    """`worker_init_fn` of data loaders: a worker goes on when a launcher or scheduler signals every process of the run.
-
-    Else the worker would end, and with it the run, instead of the checkpoint that `StopOnSignal` is about to save. Only
-    the worker's own parent ends it.
-
-    Args:
-        then: the `worker_init_fn` there was, or None.
-    """
-    parent = os.getppid()
-
-    def wait():
-        from_parent = False
-        while not from_parent and os.getppid() == parent:
-            from_parent = signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent
-        os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=wait, daemon=True).start()
-    if then is not None:
-        then(worker_id)
 
 
 class StopOnSignal(TrainerCallback):

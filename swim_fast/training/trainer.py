@@ -18,6 +18,7 @@ from swim_fast.config import AttentionLossConfig
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.batch.dataset import MixtureSampler
 from swim_fast.data.batch.packing import PackingSampler
+from swim_fast.data.batch.workers import start_worker
 from swim_fast.loss.mask_loss import pair_losses
 from swim_fast.loss.metrics import METRICS, grounding_sums
 from swim_fast.modeling.adapters import has_adapters, load_adapters
@@ -28,7 +29,6 @@ from swim_fast.training.callbacks import (
     EarlyStopping,
     EpochOfSampler,
     StopOnSignal,
-    start_worker,
 )
 from swim_fast.training.checkpoints import CheckpointingTrainer
 from swim_fast.training.flops import StepFlops, peak_flops

@@ -18,7 +18,7 @@ import torch
 
 from swim_fast.cli import main
 from swim_fast.config import load_config
-from swim_fast.training.callbacks import start_worker
+from swim_fast.data.batch.workers import start_worker
 from swim_fast.training.checkpoints import last_checkpoint
 from tests.training.conftest import (
     command,
