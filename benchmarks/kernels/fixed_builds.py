@@ -87,10 +87,8 @@ def fixed_builds() -> Iterator[FixedBuild]:
             yield FixedBuild("grid_prediction", frame_kernels.gradient_kernel, fusion | {"DENSE": dense}, *warps, {})
     tile = {"COLUMNS": mask_backend.COLUMNS, "PIXELS": mask_backend.PIXELS}
     for want in (True, False):
-        for paper in (False, True):
-            switches = {"PAPER": paper, "WANT_GRADIENT": want} | tile
-            warps = mask_backend.NUM_WARPS, mask_backend.NUM_STAGES
-            yield FixedBuild("mask_bce", mask_kernels.bands_kernel, switches, *warps, {})
+        warps = mask_backend.NUM_WARPS, mask_backend.NUM_STAGES
+        yield FixedBuild("mask_bce", mask_kernels.bands_kernel, {"WANT_GRADIENT": want} | tile, *warps, {})
         block = {"WANT_GRADIENT": want, "BLOCK": mask_backend.COMBINE_BLOCK}
         warps = mask_backend.COMBINE_WARPS, mask_backend.NUM_STAGES
         yield FixedBuild("mask_bce", mask_kernels.combine_kernel, block, *warps, {})

@@ -14,20 +14,20 @@ probabilities nor the number of visual keys matters; what happens in the limits 
 `swim_kernels/grid_prediction/reference.py`. Prediction and cross-entropy at the mask's resolution are ops of
 `swim_kernels` that keep the maps and a gradient on the grid.
 
-**paper numerics** are the released ones: f over all visual keys and p each with an epsilon of 1e-6 in the
-denominator, everything in the maps' precision, no floor.
+**paper numerics** are the released ones, with an epsilon of 1e-6 in the denominators of f and p: see
+`swim_fast/loss/paper.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from swim_fast.loss import paper
 from swim_fast.loss.targets import MaskTargets, PairGroup
 from swim_kernels import grid_prediction as grid_prediction
 from swim_kernels import mask_bce
@@ -54,8 +54,6 @@ __all__ = [
 CRITERIA = ("bce", "iou", "dice", "kl")
 RESOLUTIONS = ("mask", "grid")
 NUMERICS = ("stable", "paper")
-
-PAPER_EPSILON = 1e-6  # of the released code, twice: in the normaliser over the video and in the min-max
 
 
 def mask_alignment_loss(
@@ -121,8 +119,10 @@ def pair_losses(
         if criterion == "kl":
             return _by_group(targets, _log_distribution(maps, targets, fusion, numerics), _cross_entropy)
         p = _predictions(maps, targets, fusion, numerics, backend)
+        if criterion == "bce" and resolution == "mask" and numerics == "stable":
+            return mask_bce(p, targets.pairs, targets.packed, backend=backend).mean(0)
         if criterion == "bce" and resolution == "mask":
-            return mask_bce(p, targets.pairs, targets.packed, numerics=numerics, backend=backend).mean(0)
+            return _by_group(targets, p, paper.mask_bce)
         if criterion == "bce":
             return _by_group(targets, p, partial(_grid_bce, numerics=numerics))
         return _by_group(targets, p, partial(_overlap_loss, criterion=criterion, resolution=resolution))
@@ -228,9 +228,9 @@ def _predictions(maps: list[Tensor], targets: MaskTargets, fusion: str, numerics
     """p [K, M] of all cells, in the order of the pairs; K = 1 or, with fusion "none", the layers."""
     if numerics == "stable":
         return grid_prediction(maps, targets.pairs, fusion=fusion, backend=backend)
-    cells = _cells(_paper_fused(maps, fusion), targets)
+    cells = _cells(paper.fuse(maps, fusion), targets)
     frames = [cells[:, part].unflatten(1, (-1, *size)) for _, part, size in targets.pairs.runs()]
-    return torch.cat([_paper_min_max(frame).flatten(1) for frame in frames], dim=1)
+    return torch.cat([paper.min_max(frame).flatten(1) for frame in frames], dim=1)
 
 
 def _cells(maps: list[Tensor], targets: MaskTargets) -> Tensor:
@@ -239,24 +239,9 @@ def _cells(maps: list[Tensor], targets: MaskTargets) -> Tensor:
     return torch.stack([layer[rows, columns] for layer in maps])
 
 
-def _paper_fused(maps: list[Tensor], fusion: str) -> list[Tensor]:
-    """f of all visual keys. Columns outside the row's key set are 0: the sum is over all its visual keys."""
-    if fusion == "product":
-        maps = [reduce(torch.mul, maps)]
-    elif fusion == "mean":
-        maps = [torch.stack(maps).mean(0)]
-    return [f / (f.sum(-1, keepdim=True) + PAPER_EPSILON) for f in maps]
-
-
-def _paper_min_max(f: Tensor) -> Tensor:
-    """p of every frame [..., h, w], same shape; 0 on a constant frame."""
-    low, high = f.amin((-2, -1), keepdim=True), f.amax((-2, -1), keepdim=True)
-    return torch.where(f == low, 0, (f - low) / (high - low + PAPER_EPSILON))
-
-
 def _log_distribution(maps: list[Tensor], targets: MaskTargets, fusion: str, numerics: str) -> Tensor:
     """log (f / sum over the frame of f) [K, M] of all cells, in the order of the pairs."""
-    cells = _cells(maps if numerics == "stable" else _paper_fused(maps, fusion), targets)
+    cells = _cells(maps if numerics == "stable" else paper.fuse(maps, fusion), targets)
     parts = []
     for _, part, size in targets.pairs.runs():
         frames = cells[:, part].unflatten(1, (-1, *size))
@@ -276,13 +261,8 @@ def _by_group(targets: MaskTargets, cells: Tensor, loss: Callable[[Tensor, MaskT
 def _grid_bce(p: Tensor, targets: MaskTargets, group: PairGroup, numerics: str) -> Tensor:
     share = mask_shares(targets, group, p.dtype)
     if numerics == "paper":
-        # Not written out: torch's also bounds the gradient's denominator p (1 - p) from below, by 1e-12. On CUDA it
-        # answers NaN with an assertion that ends the process.
-        loss = F.binary_cross_entropy(p.nan_to_num(nan=0.0), share.expand_as(p), reduction="none")
-        loss = torch.where(p.isnan(), p, loss)
-    else:
-        loss = -(share * _inside(p).log() + (1 - share) * _inside(1 - p).log())
-    return loss.mean((-2, -1))
+        return paper.bce(p, share).mean((-2, -1))
+    return -(share * _inside(p).log() + (1 - share) * _inside(1 - p).log()).mean((-2, -1))
 
 
 def _inside(p: Tensor) -> Tensor:

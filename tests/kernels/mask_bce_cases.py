@@ -17,7 +17,6 @@ chunked = importlib.import_module("swim_kernels.mask_bce.torch_backend")
 dispatch = importlib.import_module("swim_kernels.mask_bce.api")
 
 BACKENDS = ("eager", "torch")
-NUMERICS = ("stable", "paper")
 
 # name: grids of the pairs, sizes of the masks, each pair's mask
 CASES = {
@@ -91,7 +90,7 @@ def weights(pixels, cells):
     return matrix
 
 
-def formulas(cells, pairs, masks, grad, numerics):
+def formulas(cells, pairs, masks, grad):
     """losses, ∂cells in float64 by the formulas, one pair at a time."""
     cells, grad = cells.detach().double(), grad.double()
     losses, gradient = torch.empty_like(grad), torch.empty_like(cells)
@@ -103,16 +102,13 @@ def formulas(cells, pairs, masks, grad, numerics):
         down, across = weights(mask.shape[0], height), weights(mask.shape[1], width)
         for k in range(len(cells)):
             p = down @ cells[k, here].view(height, width) @ across.t()
-            loss, slope = _pixels(p, mask, numerics)
+            loss, slope = _pixels(p, mask)
             losses[k, pair] = loss.mean()
             gradient[k, here] = (grad[k, pair] * down.t() @ slope @ across / mask.numel()).flatten()
     return losses, gradient
 
 
-def _pixels(p, mask, numerics):
+def _pixels(p, mask):
     m = mask.double()
-    if numerics == "stable":
-        inside, outside = 1e-6 + (1 - 2e-6) * p, 1e-6 + (1 - 2e-6) * (1 - p)
-        return -torch.where(mask, inside, outside).log(), (1 - 2e-6) * ((1 - m) / outside - m / inside)
-    logarithm = torch.where(mask, p.log(), (-p).log1p()).clamp(min=-100)
-    return -logarithm, (p - m) / (p * (1 - p)).clamp(min=1e-12)
+    inside, outside = 1e-6 + (1 - 2e-6) * p, 1e-6 + (1 - 2e-6) * (1 - p)
+    return -torch.where(mask, inside, outside).log(), (1 - 2e-6) * ((1 - m) / outside - m / inside)

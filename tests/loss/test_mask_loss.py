@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swim_fast.loss import mask_loss as alignment
+from swim_fast.loss import paper as paper_loss
 from swim_fast.loss.mask_loss import (
     CRITERIA,
     FUSIONS,
@@ -232,7 +232,7 @@ def test_a_nearly_flat_frame_keeps_its_digits(generator):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_stable_is_the_limit_of_paper(fusion, generator, monkeypatch):
-    monkeypatch.setattr(alignment, "PAPER_EPSILON", 1e-40)
+    monkeypatch.setattr(paper_loss, "EPSILON", 1e-40)
     maps, targets = random_maps(generator), random_targets(generator)
     stable, paper = (grid_predictions(maps, targets, fusion=fusion, numerics=numerics) for numerics in NUMERICS)
     for ours, theirs in zip(stable, paper, strict=True):

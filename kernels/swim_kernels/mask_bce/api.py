@@ -16,13 +16,10 @@ from swim_kernels.structs import grid_pairs
 from swim_kernels.structs.grid_pairs import GridPairs
 from swim_kernels.structs.packed_masks import PackedMasks
 
-NUMERICS = ("stable", "paper")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def mask_bce(
-    cells: Tensor, pairs: GridPairs, masks: PackedMasks, *, numerics: str = "stable", backend: str = "auto"
-) -> Tensor:
+def mask_bce(cells: Tensor, pairs: GridPairs, masks: PackedMasks, *, backend: str = "auto") -> Tensor:
     """Binary cross-entropy between each pair's prediction, upsampled to its mask's size, and the mask; differentiable.
 
     The mean over the mask's pixels; bilinear, half-pixel centres, `align_corners=False`. Equations in `reference.py`,
@@ -35,8 +32,6 @@ def mask_bce(
             checked; on an accelerator nothing is read back ("eager" and "torch" need them, see
             `GridPairs.mask_numbers`).
         masks: on the same device; several pairs may share one.
-        numerics: "stable": p and 1 - p are mapped to 1e-6 + (1 - 2e-6) · before the logarithm; "paper": torch's
-            `binary_cross_entropy`, whose logarithms end at -100 and whose slope's denominator ends at 1e-12.
         backend: "eager" (the reference, materialises everything), "torch" (pixels in chunks, any device), "triton"
             (CUDA, or CPU tensors in Triton's interpreter; not fp64), or "auto": triton on CUDA where it can run, else
             torch.
@@ -47,17 +42,15 @@ def mask_bce(
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: shapes, devices or values that do not go together; an unknown choice.
+        ValueError: shapes, devices or values that do not go together; an unknown backend.
         RuntimeError: a backend that is not available here.
     """
     _check_arguments(cells, pairs, masks)
-    if numerics not in NUMERICS:
-        raise ValueError(f"unknown numerics {numerics!r}: choose one of {', '.join(NUMERICS)}")
     implementation = _implementation(choose_backend(backend, cells.device.type, cells.dtype))
     with no_autocast(cells.device.type):
         if cells.dtype != torch.float64:
             cells = cells.float()
-        return implementation(cells, pairs, masks, numerics)
+        return implementation(cells, pairs, masks)
 
 
 def choose_backend(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:

@@ -5,14 +5,9 @@ Of one pair, with c [h, w] its cells, m [H, W] its mask of zeros and ones, and u
 
     y     = max((Y + 1/2) h / H - 1/2, 0)       pixel row Y in units of cells; its cells are ⌊y⌋ and min(⌊y⌋ + 1, h - 1)
     u     = Σ over these and the same in x of weight · c
-    loss  = mean over the pixels of -log(m u + (1 - m)(1 - u))
+    loss  = mean over the pixels of -log(1e-6 + (1 - 2e-6) (m u + (1 - m)(1 - u)))
 
-In that logarithm, numerics
-
-* "stable": q, for u as for 1 - u, is mapped to 1e-6 + (1 - 2e-6) q. Mapping 1 - u, and not 1 less the mapped u, keeps
-  the margin's digits.
-* "paper": is bounded from below by -100, and the slope's denominator u (1 - u) by 1e-12, as in torch's
-  `binary_cross_entropy`.
+The margin is put on 1 - u where the mask is 0, not on u: 1 less the mapped u would lose its digits.
 
 A NaN among the cells of a pair makes its loss NaN.
 """
@@ -29,13 +24,12 @@ from torch import Tensor
 from swim_kernels.structs.grid_pairs import GridPairs
 from swim_kernels.structs.packed_masks import PackedMasks
 
-MARGIN = 1e-6  # stable
-LOWEST_LOG, LEAST_VARIANCE = -100.0, 1e-12  # paper
+MARGIN = 1e-6
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-def mask_bce_eager(cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str) -> Tensor:
+def mask_bce_eager(cells: Tensor, pairs: GridPairs, masks: PackedMasks) -> Tensor:
     """Losses [K, P]; arguments as `mask_bce`, already checked, fp32 or float64.
 
     Takes memory for several times K × P × H × W values.
@@ -48,22 +42,11 @@ def mask_bce_eager(cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics
     for (grid, size), members in groups.items():
         p = torch.stack([frames[pair] for pair in members], dim=1).unflatten(2, grid)  # [K, n, h, w]
         p = F.interpolate(p, size=size, mode="bilinear", align_corners=False)
-        loss = bce(p, masks.unpack([numbers[pair] for pair in members]), numerics).mean((-2, -1))
-        for pair, column in zip(members, loss.unbind(1), strict=True):
+        mask = masks.unpack([numbers[pair] for pair in members])
+        loss = -(MARGIN + (1 - 2 * MARGIN) * torch.where(mask, p, 1 - p)).log()
+        for pair, column in zip(members, loss.mean((-2, -1)).unbind(1), strict=True):
             losses[pair] = column
     return torch.stack(losses, dim=1)
-
-
-def bce(p: Tensor, mask: Tensor, numerics: str) -> Tensor:
-    """Of every pixel: p [K, n, H, W] against bool [n, H, W]."""
-    if numerics == "stable":
-        return -(MARGIN + (1 - 2 * MARGIN) * torch.where(mask, p, 1 - p)).log()
-    # Not written out: torch's also bounds the slope. But it refuses NaN, and a 1 that the interpolation has rounded up;
-    # on CUDA with an assertion that ends the process.
-    target = mask.to(p.dtype).expand_as(p)
-    inside = p - (p - p.clamp(0, 1)).detach()
-    loss = F.binary_cross_entropy(inside.nan_to_num(nan=0.0), target, reduction="none")
-    return torch.where(p.isnan(), p, loss)
 
 
 def grouped(pairs: GridPairs, key: Callable[[int], Key]) -> dict[Key, list[int]]:

@@ -4,8 +4,7 @@ The upsampling is separable, u = Ry c Rxᵀ with matrices Ry [H, h] and Rx [W, w
 gradient of the cells is made in the same pass and is all that is kept for backward:
 
     ∂c = Ryᵀ s Rx / (H W)                      s = d loss / d u of every pixel
-    s  = (1 - 2 · 1e-6) (1 - 2 m) / v          "stable", v the argument of the logarithm
-    s  = (u - m) / max(u (1 - u), 1e-12)       "paper"
+    s  = (1 - 2 · 1e-6) (1 - 2 m) / v          v the argument of the logarithm
 
 All pairs of one mask and one grid size go together: a chunk of the mask is unpacked once for them, small enough to stay
 in a core's cache. Deterministic: chunks depend on shapes only.
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swim_kernels.mask_bce.reference import LEAST_VARIANCE, LOWEST_LOG, MARGIN, by_pair, grouped
+from swim_kernels.mask_bce.reference import MARGIN, by_pair, grouped
 from swim_kernels.structs.grid_pairs import GridPairs
 from swim_kernels.structs.packed_masks import PackedMasks
 
@@ -31,30 +30,30 @@ from swim_kernels.structs.packed_masks import PackedMasks
 _CHUNK_PIXELS_CPU = 2**15 - 1
 _CHUNK_PIXELS_ACCELERATOR = 2**24
 _LOGARITHMS = 2**18  # taken at a time: they are always divided among threads
-_MULTIPLIED = 4  # arguments of the "stable" logarithms, each at least 1e-6, so that fp32 holds the product
+_MULTIPLIED = 4  # arguments of logarithms, each at least 1e-6, so that fp32 holds the product
 _FEW_ROWS = 4  # of pixels for each row of cells: for fewer a matrix product is less work
 _MOST_VALUES = 2**21  # of frames that share an unpacked chunk of their mask
 
 
-def mask_bce_torch(cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str) -> Tensor:
+def mask_bce_torch(cells: Tensor, pairs: GridPairs, masks: PackedMasks) -> Tensor:
     """Losses [K, P]; arguments as `mask_bce`, already checked, fp32 or float64. No double backward."""
-    return with_gradient(losses_and_gradient, cells, pairs, masks, numerics)
+    return with_gradient(losses_and_gradient, cells, pairs, masks)
 
 
-def with_gradient(compute: Callable, cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str) -> Tensor:
+def with_gradient(compute: Callable, cells: Tensor, pairs: GridPairs, masks: PackedMasks) -> Tensor:
     """The losses of `compute`, differentiable.
 
-    compute: (cells, pairs, masks, numerics, want_gradient) -> losses [K, P]; d loss / d cell [K, M], if wanted
+    compute: (cells, pairs, masks, want_gradient) -> losses [K, P]; d loss / d cell [K, M], if wanted
     """
     want = torch.is_grad_enabled() and cells.requires_grad
-    return _MaskBCE.apply(cells, compute, pairs, masks, numerics, want)
+    return _MaskBCE.apply(cells, compute, pairs, masks, want)
 
 
 class _MaskBCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cells, compute, pairs, masks, numerics, want):
+    def forward(ctx, cells, compute, pairs, masks, want):
         ctx.set_materialize_grads(False)
-        losses, gradient = compute(cells, pairs, masks, numerics, want)
+        losses, gradient = compute(cells, pairs, masks, want)
         if want:
             ctx.save_for_backward(gradient, pairs.table)
         return losses
@@ -63,15 +62,15 @@ class _MaskBCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_losses):
         if grad_losses is None:
-            return (None,) * 6
+            return (None,) * 5
         gradient, table = ctx.saved_tensors
         upstream = grad_losses.repeat_interleave(table[:, 2] * table[:, 3], dim=1, output_size=gradient.shape[1])
         # A pair that nothing arrives at gets nothing, also where its gradient is NaN.
-        return torch.where(upstream == 0, 0, gradient * upstream), *(None,) * 5
+        return torch.where(upstream == 0, 0, gradient * upstream), *(None,) * 4
 
 
 def losses_and_gradient(
-    cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str, want: bool
+    cells: Tensor, pairs: GridPairs, masks: PackedMasks, want: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Losses [K, P] and, if wanted, d loss / d cell [K, M]."""
     num_sets = len(cells)
@@ -88,7 +87,7 @@ def losses_and_gradient(
             some = members[first : first + together]
             stacked = torch.stack([frames[pair] for pair in some]).view(-1, *grid)  # [n · K, h, w]
             upsampling = _Upsampling(stacked, weights(size[0], grid[0]), weights(size[1], grid[1]), want)
-            loss, grad = _frames(upsampling, rows(size, grid, len(stacked)), masks, number, numerics, want)
+            loss, grad = _frames(upsampling, rows(size, grid, len(stacked)), masks, number, want)
             for pair, part in zip(some, loss.view(len(some), num_sets).unbind(), strict=True):
                 losses[pair] = part
             if want:
@@ -98,45 +97,34 @@ def losses_and_gradient(
 
 
 def _frames(
-    upsampling: _Upsampling, chunks: list[_Rows], masks: PackedMasks, number: int, numerics: str, want: bool
+    upsampling: _Upsampling, chunks: list[_Rows], masks: PackedMasks, number: int, want: bool
 ) -> tuple[Tensor, Tensor | None]:
     """n frames [h, w] against one mask: losses [n] and, if wanted, gradients [n, h, w]."""
     height, width = masks.sizes[number]
-    stable = numerics == "stable"
-    prepare, compare = (_prepare_stable, _stable) if stable else (_prepare_paper, _paper)
-    multiplied = _MULTIPLIED if stable else 1  # paper: every logarithm has its own end
     across = upsampling.across
     num_frames, num_rows = len(across), max(rows.end - rows.first for rows in chunks)
     frames = max(1, _CHUNK_PIXELS_CPU // (num_rows * width)) if across.device.type == "cpu" else num_frames
-    slots = min(-(-len(chunks) // multiplied), max(1, _LOGARITHMS // (num_frames * num_rows * width)))
-    together = slots * multiplied  # chunks whose masks are prepared and whose logarithms are taken at once
+    slots = min(-(-len(chunks) // _MULTIPLIED), max(1, _LOGARITHMS // (num_frames * num_rows * width)))
+    together = slots * _MULTIPLIED  # chunks whose masks are prepared and whose logarithms are taken at once
     losses, arguments = across.new_zeros(num_frames), across.new_empty(slots, num_frames, num_rows, width)
-    parts = list(zip(upsampling.split(frames), losses.split(frames), strict=True))
+    parts = upsampling.split(frames)
     places = [slot.split(frames) for slot in arguments]
     for start in range(0, len(chunks), together):
         some = chunks[start : start + together]
-        masked = prepare(masks.rows(number, some[0].first, some[-1].end), across.dtype)
-        masked = zip(*(part.split([rows.end - rows.first for rows in some]) for part in masked), strict=True)
+        unset = (~masks.rows(number, some[0].first, some[-1].end)).to(across.dtype)
+        slopes = (2 * unset).sub_(1).mul_(1 - 2 * MARGIN)  # d argument of the logarithm / d p, with the sign changed
+        lengths = [rows.end - rows.first for rows in some]
         arguments.fill_(1)
-        for k, (rows, mask) in enumerate(zip(some, masked, strict=True)):
-            for (part, loss), place in zip(parts, places[k // multiplied], strict=True):
-                argument, slope, lost = compare(part.upsampled(rows), *mask, want)
-                place[:, : rows.end - rows.first] *= argument
-                if lost is not None:
-                    loss -= lost
+        for k, (rows, blank, slope) in enumerate(zip(some, unset.split(lengths), slopes.split(lengths), strict=True)):
+            for part, place in zip(parts, places[k // _MULTIPLIED], strict=True):
+                p = part.upsampled(rows)
+                argument = torch.sub(blank, p, out=p).mul_(slope).add_(MARGIN)
+                place[:, : lengths[k]] *= argument
                 if want:
-                    part.add_slopes(rows, slope)
-        losses -= _sums(arguments.log_(), frames, None if stable else LOWEST_LOG)
+                    part.add_slopes(rows, slope / argument)
+        arguments.log_()
+        losses -= sum(torch.cat([logs.sum((-2, -1)) for logs in slot.split(frames)]) for slot in arguments)
     return losses / (height * width), upsampling.gradient() if want else None
-
-
-def _sums(logarithms: Tensor, frames: int, lowest: float | None) -> Tensor:
-    """[n] of [slots, n, y, x], in chunks and from a least value on."""
-
-    def total(chunk: Tensor) -> Tensor:
-        return (chunk if lowest is None else chunk.clamp_min_(lowest)).sum((-2, -1))
-
-    return sum(torch.cat([total(some) for some in slot.split(frames)]) for slot in logarithms)
 
 
 def _most_frames(grid: tuple[int, int], mask: tuple[int, int]) -> int:
@@ -233,34 +221,6 @@ def interpolation(pixels: int, cells: int, like: Tensor) -> Tensor:
     after = (place % (2 * pixels)).to(like.dtype) / (2 * pixels)
     cell = torch.arange(cells, device=like.device)
     return torch.where(cell == before, 1 - after, 0) + torch.where(cell == before + 1, after, 0)
-
-
-def _prepare_stable(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of a mask [y, x]: its complement, and d argument of the logarithm / d p with the sign changed."""
-    unset = (~mask).to(dtype)
-    return unset, (2 * unset).sub_(1).mul_(1 - 2 * MARGIN)
-
-
-def _stable(p: Tensor, unset: Tensor, slope: Tensor, want: bool) -> tuple[Tensor, Tensor | None, None]:
-    """Of p [n, y, x], which is used up: arguments of the logarithms; slopes, if wanted; what to add to the sum of the
-    logarithms."""
-    argument = torch.sub(unset, p, out=p).mul_(slope).add_(MARGIN)
-    return argument, slope / argument if want else None, None
-
-
-def _prepare_paper(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of a mask [y, x]: itself and its complement, in numbers."""
-    return mask.to(dtype), (~mask).to(dtype)
-
-
-def _paper(p: Tensor, target: Tensor, unset: Tensor, want: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `_stable`."""
-    rest = 1 - p
-    argument = (target * p).addcmul_(unset, rest)
-    # log(1 - p) with the digits that 1 - p has lost; they are none at p = 1
-    lost = (1 - rest).sub_(p).mul_(unset).div_(argument.clamp_min(1e-30)).sum((-2, -1))
-    slope = (p - target).div_(rest.mul_(p).clamp_min_(LEAST_VARIANCE)) if want else None
-    return argument, slope, lost
 
 
 def exact_product(a: Tensor, b: Tensor) -> Tensor:

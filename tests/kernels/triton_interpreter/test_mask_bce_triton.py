@@ -13,7 +13,7 @@ from benchmarks.kernels.byte_counter import count_bytes
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.structs import packed_masks
 from swim_kernels.structs.packed_masks import PackedMasks
-from tests.kernels.mask_bce_cases import CASES, NUMERICS, formulas, make_inputs, make_masks, make_pairs, run
+from tests.kernels.mask_bce_cases import CASES, formulas, make_inputs, make_masks, make_pairs, run
 from tests.kernels.test_mask_bce import (
     MANY,
     assert_right_and_wrong,
@@ -45,10 +45,10 @@ def launches(monkeypatch):
     return seen
 
 
-def sample(inputs, numerics):
+def sample(inputs):
     """(triton, eager, exact)"""
-    eager, actual = (run(*inputs, numerics=numerics, backend=name) for name in ("eager", "triton"))
-    return actual, eager, formulas(*inputs, numerics)
+    eager, actual = (run(*inputs, backend=name) for name in ("eager", "triton"))
+    return actual, eager, formulas(*inputs)
 
 
 def random_inputs(grids, sizes, numbers, num_sets=1):
@@ -58,54 +58,50 @@ def random_inputs(grids, sizes, numbers, num_sets=1):
     return cells, pairs, masks, torch.randn(num_sets, len(pairs), generator=generator)
 
 
-@pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize(
     "case, dtype",
     [*((case, torch.float32) for case in CASES), ("one pair", torch.bfloat16), ("one row, one column", torch.float16)],
 )
-def test_against_float64(case, dtype, numerics):
+def test_against_float64(case, dtype):
     layouts = ("contiguous", "transposed", "sliced")
     samples = [
-        sample(make_inputs(case, dtype, num_sets=seed + 1, seed=seed, layout=layout, saturated=seed != 1), numerics)
+        sample(make_inputs(case, dtype, num_sets=seed + 1, seed=seed, layout=layout, saturated=seed != 1))
         for seed, layout in enumerate(layouts)
     ]
     assert_within_budget(samples)
 
 
-@pytest.mark.parametrize("numerics", NUMERICS)
-def test_several_blocks_of_columns_and_chunks_of_pixels(numerics):
+def test_several_blocks_of_columns_and_chunks_of_pixels():
     """Bands of 1 to 60 pixels; more cells than a block of the kernel that combines."""
     grids = [(2, 3), (3, 2 * backend.COLUMNS + 3), (17, 16), (1, backend.COLUMNS)]
     sizes = [(9, 2 * backend.PIXELS * 4 + 5), (8, 7 * backend.PIXELS), (19, 18)]
     assert 17 * 16 > backend.COMBINE_BLOCK
-    assert_within_budget([sample(random_inputs(grids, sizes, [0, 1, 2, 0], num_sets=2), numerics)])
+    assert_within_budget([sample(random_inputs(grids, sizes, [0, 1, 2, 0], num_sets=2))])
 
 
 def test_bands_of_any_two_sizes():
     chosen = random.Random(0)
     grids = [(chosen.randint(1, 9), chosen.randint(1, 9)) for _ in range(40)]
     sizes = [(chosen.randint(1, 25), chosen.randint(1, 25)) for _ in range(40)]
-    actual, eager, exact = sample(random_inputs(grids, sizes, list(range(40))), "stable")
+    actual, eager, exact = sample(random_inputs(grids, sizes, list(range(40))))
     assert_within_budget([(actual, eager, exact)])
     # each pair for itself: an error in a small one must not hide behind the others
     torch.testing.assert_close(actual[0].double(), exact[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("numerics", NUMERICS)
-def test_small_losses_keep_their_digits(numerics):
-    assert_small_losses_keep_their_digits("triton", numerics)
+def test_small_losses_keep_their_digits():
+    assert_small_losses_keep_their_digits("triton")
 
 
 def test_predictions_that_are_all_right_or_all_wrong():
     assert_right_and_wrong("triton", torch.float32)
 
 
-@pytest.mark.parametrize("numerics", NUMERICS)
-def test_nan_stays_in_its_pair(numerics):
+def test_nan_stays_in_its_pair():
     cells, pairs, masks, grad = make_inputs("rows that share masks", torch.float32, num_sets=2)
-    losses, gradient = run(cells, pairs, masks, grad, numerics=numerics, backend="triton")
+    losses, gradient = run(cells, pairs, masks, grad, backend="triton")
     cells[1, 12 * 3 + 5] = math.nan
-    with_nan, gradient_with_nan = run(cells, pairs, masks, grad, numerics=numerics, backend="triton")
+    with_nan, gradient_with_nan = run(cells, pairs, masks, grad, backend="triton")
     assert with_nan.isnan().nonzero().tolist() == [[1, 3]]
     assert torch.equal(with_nan[~with_nan.isnan()], losses[~with_nan.isnan()])
     others = torch.ones_like(cells, dtype=torch.bool)
@@ -113,13 +109,12 @@ def test_nan_stays_in_its_pair(numerics):
     assert torch.equal(gradient_with_nan[others], gradient[others])
 
 
-@pytest.mark.parametrize("numerics", NUMERICS)
-def test_repeatable_and_the_same_without_gradient(numerics):
+def test_repeatable_and_the_same_without_gradient():
     cells, pairs, masks, grad = make_inputs(MANY, torch.float32, num_sets=2)
-    first = run(cells, pairs, masks, grad, numerics=numerics, backend="triton")
-    for a, b in zip(run(cells, pairs, masks, grad, numerics=numerics, backend="triton"), first, strict=True):
+    first = run(cells, pairs, masks, grad, backend="triton")
+    for a, b in zip(run(cells, pairs, masks, grad, backend="triton"), first, strict=True):
         assert torch.equal(a, b)
-    losses, gradient = backend.losses_and_gradient(cells, pairs, masks, numerics, False)
+    losses, gradient = backend.losses_and_gradient(cells, pairs, masks, False)
     assert gradient is None and torch.equal(losses, first[0])
 
 
@@ -147,8 +142,8 @@ def test_numbers_without_a_mask_stay_in_memory():
     wrong = make_pairs([(3, 4)] * 5, [7, -3, 1, 2, 0])
     clamped = make_pairs([(3, 4)] * 5, [1, 0, 1, 1, 0])
     for a, b in zip(
-        backend.losses_and_gradient(cells, wrong, masks, "stable", True),
-        backend.losses_and_gradient(cells, clamped, masks, "stable", True),
+        backend.losses_and_gradient(cells, wrong, masks, True),
+        backend.losses_and_gradient(cells, clamped, masks, True),
         strict=True,
     ):
         assert torch.equal(a, b)

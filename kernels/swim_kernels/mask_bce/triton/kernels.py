@@ -18,8 +18,7 @@ Offsets are int64.
 import triton
 import triton.language as tl
 
-MARGIN = tl.constexpr(1e-6)  # stable numerics
-LOWEST_LOG, LEAST_VARIANCE = tl.constexpr(-100.0), tl.constexpr(1e-12)  # paper numerics
+MARGIN = tl.constexpr(1e-6)
 
 # Numbers that differ from video to video: not to be compiled in, and no new build where one happens to be 1 or 16 · n.
 _NUMBERS = ["num_cells", "num_sets", "num_masks"]
@@ -58,32 +57,11 @@ def _after(pixel, band, cells, pixels):
     return tl.div_rn(place, tl.zeros_like(place) + (2 * pixels).to(tl.float32))
 
 
-@triton.jit
-def _stable(p, is_set):
-    """Loss and its slope in p."""
-    inside = MARGIN + (1 - 2 * MARGIN) * tl.where(is_set, p, 1.0 - p)
-    return -tl.log(inside), tl.where(is_set, 2 * MARGIN - 1, 1 - 2 * MARGIN) / inside
-
-
-@triton.jit
-def _paper(p, is_set):
-    """Loss and its slope in p, as torch's binary_cross_entropy."""
-    rest = 1.0 - p
-    argument = tl.where(is_set, p, rest)
-    # log(1 - p) with the digits that 1 - p has lost; they are none at p = 1
-    lost = tl.where(is_set, 0.0, (1.0 - rest) - p)
-    logarithm = tl.log(argument) + lost / tl.maximum(argument, 1e-30)
-    logarithm = tl.where(logarithm < LOWEST_LOG, LOWEST_LOG, logarithm)  # tl.maximum would hide NaN
-    variance = rest * p
-    variance = tl.where(variance < LEAST_VARIANCE, LEAST_VARIANCE, variance)
-    return -logarithm, (p - is_set.to(tl.float32)) / variance
-
-
 @triton.jit(do_not_specialize=_NUMBERS)
 def bands_kernel(
     cells, table, bits, mask_table, partials,
     num_cells, num_sets, num_masks,
-    PAPER: tl.constexpr, WANT_GRADIENT: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
+    WANT_GRADIENT: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """The partials of COLUMNS cells of one row. Grid: P, highest grid, blocks of the widest grid × sets.
 
@@ -133,11 +111,9 @@ def bands_kernel(
             p = upper * (1.0 - down) + lower * down
             byte = tl.load(bits + y * row_bytes + (x >> 3), mask=inside, other=0)
             is_set = ((byte.to(tl.int32) >> (x & 7)) & 1) == 1
-            if PAPER:
-                value, slope = _paper(p, is_set)
-            else:
-                value, slope = _stable(p, is_set)
-            chunk_loss += value
+            argument = MARGIN + (1 - 2 * MARGIN) * tl.where(is_set, p, 1.0 - p)
+            slope = tl.where(is_set, 2 * MARGIN - 1, 1 - 2 * MARGIN) / argument
+            chunk_loss -= tl.log(argument)
             if WANT_GRADIENT:
                 above += (1.0 - down) * slope
                 below += down * slope

@@ -22,13 +22,13 @@ COLUMNS, PIXELS, NUM_WARPS, NUM_STAGES = 16, 16, 4, 1
 COMBINE_BLOCK, COMBINE_WARPS = 256, 4  # cells
 
 
-def mask_bce_triton(cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str) -> Tensor:
+def mask_bce_triton(cells: Tensor, pairs: GridPairs, masks: PackedMasks) -> Tensor:
     """Losses [K, P] fp32; arguments as `mask_bce`, already checked, fp32. No double backward."""
-    return with_gradient(losses_and_gradient, cells, pairs, masks, numerics)
+    return with_gradient(losses_and_gradient, cells, pairs, masks)
 
 
 def losses_and_gradient(
-    cells: Tensor, pairs: GridPairs, masks: PackedMasks, numerics: str, want: bool
+    cells: Tensor, pairs: GridPairs, masks: PackedMasks, want: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Losses [K, P] and, if wanted, d loss / d cell [K, M]."""
     num_sets, num_cells = cells.shape
@@ -48,7 +48,6 @@ def losses_and_gradient(
         masks.table,
         partials,
         *numbers,
-        PAPER=numerics == "paper",
         WANT_GRADIENT=want,
         COLUMNS=COLUMNS,
         PIXELS=PIXELS,
