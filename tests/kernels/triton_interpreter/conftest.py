@@ -7,11 +7,28 @@ The variable is read when kernels are defined, and a process that has it cannot 
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def products_rounded_once(monkeypatch):
+    """Sum the products of `tl.dot` in float64.
+
+    The interpreter multiplies tiles with numpy, whose BLAS sums a row in an order that differs between processors and,
+    on some, between the rows of a tile; a tensor core's does neither.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *precision):
+        product = a.data.astype(np.float64) @ b.data.astype(np.float64) + d.data
+        return TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture
