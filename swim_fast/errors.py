@@ -13,6 +13,10 @@ class OptionError(UserError, ValueError):
     """An option that cannot be used; the message names the option, its value and what would be accepted."""
 
 
+class MissingLibraryError(UserError, ImportError):
+    """A library that a job needs and that is not installed; the message says how to install it."""
+
+
 _TYPES = {"int": "int", "float": "a number", "finite": "a finite number", "bool": "true or false", "string": "text"}
 _LIMITS = {
     "greater_than": ("gt", "above"),

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from swim_fast.viz import heatmap_grid as heatmaps
-from swim_fast.viz.heatmap_grid import (
+from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid
+from swim_fast.viz.overlay import (
     OUTLINE,
-    HeatmapColumn,
     draw_outline,
-    heatmap_grid,
     normalise_map,
     overlay_map,
     overlay_mask,
