@@ -18,9 +18,8 @@ from typing import Any, TypeVar
 from swim_fast.data.sample.builder import Sample, SampleBuilder
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile, read_turns, record_name
-from swim_fast.data.source.tags import strip_tags
+from swim_fast.data.source.tags import OBJECT_PLACEHOLDER, strip_tags
 from swim_fast.inference.generation import prompt_and_answer
-from swim_fast.nl_refer.placeholders import PLACEHOLDER
 
 Item = TypeVar("Item")
 
@@ -82,7 +81,7 @@ def question_of(entry: dict[str, Any]) -> str:
     text = strip_tags(text)[0].replace("<video>", "").replace("<image>", "").strip()
     if not text:
         raise DataError("the question is empty", key=key)
-    if found := PLACEHOLDER.search(text):
+    if found := OBJECT_PLACEHOLDER.search(text):
         raise DataError(
             f"the question points at its object by the placeholder {found.group()}, which a plain model cannot read; "
             "name the object in words instead, as NL-Refer does: `swim-fast nl-refer build` writes such names into "

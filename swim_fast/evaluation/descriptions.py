@@ -14,12 +14,13 @@ from typing import Any
 from swim_fast.data.source.records import Record, RecordFile, read_turns
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.evaluation.benchmark import prompt_record, prompt_sample, question_of, read_items, text_under
-from swim_fast.evaluation.judge import DIMENSIONS, PROMPT_VERSION, JudgeTask, Verdict, judge
+from swim_fast.evaluation.judge import DIMENSIONS, PROMPT_VERSION, JudgeTask, judge
 from swim_fast.evaluation.predictions import Predictions, stored_settings
 from swim_fast.evaluation.ranks import Ranks
 from swim_fast.evaluation.run import RunOptions, predict_rest
 from swim_fast.inference.generation import generate, load_model
 from swim_fast.llm.endpoint import EndpointOptions
+from swim_fast.llm.settle import Outcome
 
 FRAME_MODES = ("text", "single", "multi")
 
@@ -117,7 +118,7 @@ def evaluate_descriptions(
         if ranks.rank:
             return None
         entries = predictions.entries()
-    verdicts = None
+    outcomes = None
     if judging is not None:
         tasks = [
             JudgeTask(number, item.caption, entries[number]["description"])
@@ -125,21 +126,21 @@ def evaluate_descriptions(
             if "description" in entries.get(number, {})
         ]
         journal = judging.journal or options.out / "judge.journal.jsonl"
-        verdicts = judge(tasks, judging.endpoint, journal, judging.attempts)
+        outcomes = judge(tasks, judging.endpoint, journal, judging.attempts)
         settings = {
             **settings,
             "judge": judging.endpoint.model,
             "judge_temperature": judging.endpoint.temperature,
             "judge_prompt": PROMPT_VERSION,
         }
-    return {"settings": settings, **score_descriptions(items, entries, problems, verdicts)}
+    return {"settings": settings, **score_descriptions(items, entries, problems, outcomes)}
 
 
 def score_descriptions(
     items: Mapping[int, Description],
     entries: Mapping[int, Mapping[str, Any]],
     problems: Mapping[int, str],
-    verdicts: Mapping[int, Verdict] | None,
+    outcomes: Mapping[int, Outcome[tuple[int, ...]]] | None,
 ) -> dict[str, Any]:
     """Average the scores.
 
@@ -147,7 +148,7 @@ def score_descriptions(
         items: the records by number.
         entries: predictions and problems of clips by record number.
         problems: of records that could not be read.
-        verdicts: of the judge, for every description; None where nobody judged.
+        outcomes: of the judge, for every description; None where nobody judged.
 
     Returns:
         ``described``: how many; ``problems``: record number -> why there is no description, which counts nowhere;
@@ -160,14 +161,14 @@ def score_descriptions(
         entry = entries.get(number, {"problem": "was not described"})
         if "problem" in entry:
             problems[number] = entry["problem"]
-    verdicts = verdicts or {}
-    scores = {n: dict(zip(DIMENSIONS, v.scores, strict=True)) for n, v in verdicts.items() if v.scores is not None}
+    judged = outcomes or {}
+    scores = {n: dict(zip(DIMENSIONS, o.result, strict=True)) for n, o in judged.items() if o.result is not None}
     means = {name: sum(row[name] for row in scores.values()) / len(scores) for name in DIMENSIONS} if scores else None
     return {
         "described": sum(number not in problems for number in items),
         "problems": dict(sorted(problems.items())),
         "scores": scores,
-        "failed": {number: verdict.reason for number, verdict in verdicts.items() if verdict.scores is None},
+        "failed": {n: outcome.reason for n, outcome in judged.items() if outcome.result is None},
         "means": means,
         "average": sum(means.values()) / len(DIMENSIONS) if means else None,
     }

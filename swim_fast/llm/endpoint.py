@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from swim_fast.errors import OptionError, UserError
 from swim_fast.llm.journal import Answer
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ GIVE_UP_AFTER = 3  # records in a row that got no answer at all
 GRACE_SECONDS = 10  # for answers under way when a run is stopped
 
 
-class EndpointError(OSError):
+class EndpointError(UserError, OSError):
     """The endpoint cannot be used: no further request makes sense."""
 
 
@@ -32,21 +33,20 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class EndpointOptions:
-    """How the endpoint is asked.
+    """How an endpoint is asked.
 
     Attributes:
-        model: its name at the endpoint.
-        base_url: of the OpenAI-compatible API, such as http://localhost:8000/v1; None: OpenAI's own.
+        model: name of the model at the endpoint.
+        base_url: URL of the OpenAI-compatible API, such as http://localhost:8000/v1; None: OpenAI's own.
         concurrency: most requests under way at the same time.
         timeout: seconds that one request may take.
-        retries: how often a request is sent again after a time-out, a lost connection, a rate limit or an error of the
-            server.
+        retries: most repetitions of a request after a time-out, a lost connection, a rate limit or a server error.
         backoff: seconds before the first retry; doubled for each further one, up to a minute, less up to a half at
             random. A longer Retry-After of the server is honoured, by all requests.
-        temperature: None leaves it to the endpoint.
+        temperature: sampling temperature; None leaves it to the endpoint.
 
     Raises:
-        ValueError: for a value outside its range.
+        OptionError: a value outside its range.
     """
 
     model: str
@@ -60,19 +60,22 @@ class EndpointOptions:
     def __post_init__(self):
         for name in ("concurrency", "timeout", "backoff"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be positive")
+                raise OptionError(f"--{name} is {getattr(self, name)}; it must be positive")
         if self.retries < 0:
-            raise ValueError(f"--retries is {self.retries}; it must not be negative")
+            raise OptionError(f"--retries is {self.retries}; it must not be negative")
 
 
 class Endpoint:
-    """An open endpoint; use it in one event loop and close it there.
+    """An open endpoint, to be used and closed in one event loop.
 
     The key is read from the environment variable OPENAI_API_KEY and goes nowhere but to the endpoint.
 
     Raises:
         ImportError: the package openai is not installed.
         EndpointError: there is no key.
+
+    Attributes:
+        requests: number of requests sent, retries included.
     """
 
     def __init__(self, options: EndpointOptions):
@@ -83,6 +86,8 @@ class Endpoint:
         key = os.environ.get("OPENAI_API_KEY")
         if not key:
             raise EndpointError("OPENAI_API_KEY is not set; a local server that wants no key takes any value")
+        for name in ("httpx", "httpx2"):  # would log a line for each request
+            logging.getLogger(name).setLevel(logging.WARNING)
         self.options = options
         self.requests = 0
         self._openai = openai
@@ -93,7 +98,7 @@ class Endpoint:
             max_retries=0,  # retried here, with a log
         )
         self._stop = asyncio.Event()
-        self._resume = 0.0  # moment before which a rate limit allows no request
+        self._resume_at = 0.0  # monotonic time before which a rate limit allows no request
         self._unanswered = 0
 
     async def close(self) -> None:
@@ -101,16 +106,16 @@ class Endpoint:
         await self._client.close()
 
     def stop(self) -> None:
-        """Let the requests under way come to their end, and end whatever waits to send another."""
+        """Let the requests under way finish, and cancel whatever waits to send another."""
         self._stop.set()
 
     async def ask(self, chat: list[dict[str, str]]) -> Answer:
-        """The answer to a chat.
+        """Return the answer to a chat.
 
         Raises:
             CancelledError: `stop` was called before there was one.
             RefusedError: this request cannot be answered, or was not after all its retries.
-            EndpointError: no request can be: a wrong key or model, an exhausted account, or nobody there.
+            EndpointError: no request can be answered: a wrong key or model, an exhausted account, or nobody there.
         """
         for attempt in range(self.options.retries + 1):
             await self._wait_for_rate_limit()
@@ -118,7 +123,7 @@ class Endpoint:
                 self.requests += 1
                 answer = await self._request(chat)
             except (self._openai.APIError, ValueError) as error:
-                reason, wait = self._judge(error, attempt)
+                reason, wait = self._diagnose(error, attempt)
             else:
                 self._unanswered = 0
                 return answer
@@ -137,13 +142,13 @@ class Endpoint:
         done = await self._client.chat.completions.create(model=self.options.model, messages=chat, **extra)
         choices = getattr(done, "choices", None)
         if not choices or getattr(choices[0], "message", None) is None:
-            raise ValueError("the endpoint sent something else than a chat completion")
+            raise ValueError("the endpoint sent something else than a chat completion")  # retried by `ask`
         usage = getattr(done, "usage", None)
         tokens = (getattr(usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens"))
         return Answer(choices[0].message.content or "", *tokens)
 
-    def _judge(self, error: Exception, attempt: int) -> tuple[str, float]:
-        """Why a request failed and how many seconds to wait, unless a retry is useless."""
+    def _diagnose(self, error: Exception, attempt: int) -> tuple[str, float]:
+        """Return why a request failed and the seconds to wait; raise where a retry is useless."""
         wait = min(LONGEST_WAIT, self.options.backoff * 2**attempt) * random.uniform(0.5, 1.0)
         if isinstance(error, self._openai.APITimeoutError):
             return f"no answer within {self.options.timeout:g} s", wait
@@ -161,12 +166,12 @@ class Endpoint:
                 raise EndpointError(f"the endpoint asks for {asked:.0f} s of patience ({reason}); start again then")
             wait = max(wait, asked) if status != 429 else asked + random.uniform(0, 0.1) * self.options.backoff
         if status == 429:
-            self._resume = max(self._resume, time.monotonic() + wait)
+            self._resume_at = max(self._resume_at, time.monotonic() + wait)
         return reason, wait
 
     async def _wait_for_rate_limit(self) -> None:
         await self._sleep(0.0)
-        while (wait := self._resume - time.monotonic()) > 0:
+        while (wait := self._resume_at - time.monotonic()) > 0:
             await self._sleep(wait)
 
     async def _sleep(self, seconds: float) -> None:
@@ -179,15 +184,12 @@ class Endpoint:
             raise asyncio.CancelledError
 
 
-async def run_workers(
-    endpoint: Endpoint, work: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[bool], None]
-) -> None:
-    """Run as many workers as there may be requests at the same time, until all have ended or one fails; then close.
+async def run_workers(endpoint: Endpoint, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run as many workers as there may be requests at the same time, until all end or one fails; then close.
 
     Args:
         endpoint: what the workers ask.
-        work: a worker; each takes what is next to do until nothing is left.
-        ended: is told at the end whether all workers came to their own end.
+        work: a worker, which takes what is next until nothing is left.
 
     Raises:
         Exception: what the first worker that failed raised.
@@ -197,14 +199,13 @@ async def run_workers(
         await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         await _end(workers, endpoint)
-        ended(all(worker.done() and not worker.cancelled() and worker.exception() is None for worker in workers))
     for worker in workers:
         if not worker.cancelled() and worker.exception() is not None:
             raise worker.exception()
 
 
 async def _end(workers: list[asyncio.Task], endpoint: Endpoint) -> None:
-    """End workers that still run; what is under way is being paid for, so it is given some seconds to arrive."""
+    """End the workers that still run; requests under way are being paid for and get some seconds to arrive."""
     endpoint.stop()
     await asyncio.sleep(0)
     if pending := [worker for worker in workers if not worker.done()]:
@@ -217,7 +218,7 @@ async def _end(workers: list[asyncio.Task], endpoint: Endpoint) -> None:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds that a response asks to wait: its Retry-After (a number or a date) or retry-after-ms; None without."""
+    """Return the seconds that a response's Retry-After (a number or a date) or retry-after-ms asks for, or None."""
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:

@@ -1,260 +1,154 @@
-"""Asking a model about every record of a file: what is open is asked, many at once, until it is settled."""
+"""What a language model is asked about a record, and what is read out of its answer; nothing is taken on trust."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+import re
+from collections.abc import Iterator
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
-from swim_fast.llm.endpoint import Endpoint, EndpointOptions, RefusedError, run_workers
-from swim_fast.llm.journal import Answer, Journal, answer_key
-from swim_fast.nl_refer.placeholders import Expression, Task, check_rest, find_task
-from swim_fast.nl_refer.prompt import UnnamedError, estimate_tokens, messages, objection, read_answer
+from swim_fast.llm.journal import answer_key
+from swim_fast.llm.json_answer import final_text, find_values, walk
+from swim_fast.llm.settle import Request
+from swim_fast.nl_refer.english.expressions import Expression
+from swim_fast.nl_refer.placeholders import Task, check_rest, find_task
 from swim_fast.nl_refer.validation import RejectedError, check_expressions
 
-logger = logging.getLogger(__name__)
+_SYSTEM = """\
+You prepare training data for a video model. You are given a conversation about a video in which placeholders \
+{{1}}, {{2}} … stand for objects that were marked in the video. For every placeholder write a short referring \
+expression in plain English that can stand in its place.
+
+- Take the expression from what the answers say about the object. Never invent an attribute.
+- It must be minimal, yet tell the object from others: the noun with the attributes that matter (colour, clothing, \
+kind, place), for example "the brown dog with a red collar". At most {max_words} words; no full sentence.
+- Do not give away what the question asks for: no actions or changes if the question asks what happens.
+- "noun" is the single most representative noun of the expression: one word, exactly as it stands in the expression \
+("dog"; for "a pair of shoes": "shoes").
+- Placeholders of one object get the same noun. Different objects must get different expressions.
+- Read the sentence with the expression in it: it must be grammatical.
+
+Answer with JSON and nothing else:
+{{"expressions": [{{"placeholder": 1, "expression": "the brown dog with a red collar", "noun": "dog"}}]}}
+If the conversation nowhere says what an object is, answer {{"expressions": null, "reason": "…"}}."""
+
+_SPEAKERS = {"user": "Question", "assistant": "Answer", "system": "Instruction"}
+_TAGS = re.compile(r"</?ins>")
 
 
-@dataclass(frozen=True)
-class AskOptions:
-    """See `swim_fast.nl_refer.build.BuildOptions`."""
+class UnnamedError(RejectedError):
+    """The model says that the conversation does not name the object: asking again would not help."""
 
-    endpoint: EndpointOptions
-    binding: str
-    max_words: int
-    attempts: int
-    progress: bool
+    final = True
 
 
-@dataclass
-class Asked:
-    """What was asked and what it cost.
-
-    Attributes:
-        prices: of a million tokens in and out; 0 where nobody said.
-        settled_before: records that the journal had settled already.
-        open: records that were to be asked about.
-        requests: sent in this run, retries included.
-        tokens_in, tokens_out: of this run, as the endpoint counts them; of a dry run, estimated.
-        kept_in, kept_out: of all answers that the journal has for these records.
-        answers: received in this run.
-    """
-
-    prices: tuple[float, float] = (0.0, 0.0)
-    settled_before: int = 0
-    open: int = 0
-    requests: int = 0
-    answers: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    kept_in: int = 0
-    kept_out: int = 0
-
-    def add(self, answer: Answer) -> None:
-        """Count an answer of this run."""
-        self.answers += 1
-        self.tokens_in += answer.tokens_in
-        self.tokens_out += answer.tokens_out
-
-    @property
-    def cost(self) -> float:
-        """Of this run."""
-        return self._cost(self.tokens_in, self.tokens_out)
-
-    def lines(self, dry_run: bool) -> Iterator[str]:
-        """For the report.
-
-        Args:
-            dry_run: whether the tokens are estimates.
-        """
-
-        def cost(tokens_in: int, tokens_out: int) -> str:
-            return f", cost {self._cost(tokens_in, tokens_out):,.2f}" if any(self.prices) else ""
-
-        if self.settled_before:
-            yield f"  {self.settled_before:,} records were settled by the journal"
-        spent = f"{self.tokens_in:,} tokens in, {self.tokens_out:,} out{cost(self.tokens_in, self.tokens_out)}"
-        if dry_run:
-            yield f"  {self.open:,} records to ask about, at least {self.open:,} requests: about {spent}"
-            return
-        yield f"  {self.requests:,} requests, {self.answers:,} answers, {spent}"
-        if self.answers and not self.tokens_in:
-            yield "  (the endpoint does not count tokens)"
-        if self.settled_before:
-            kept = f"{self.kept_in:,} tokens in, {self.kept_out:,} out{cost(self.kept_in, self.kept_out)}"
-            yield f"  with earlier runs: {kept}"
-
-    def _cost(self, tokens_in: int, tokens_out: int) -> float:
-        return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the answers for a record amount to.
-
-    Attributes:
-        expressions: valid ones, or None.
-        is_open: whether the record should be asked about (again).
-        kind, reason: why there are no expressions: in one word for all such records, and for this one.
-        answer: the last answer.
-        chat: what is to be asked next.
-    """
-
-    expressions: Sequence[Expression] | None
-    is_open: bool
-    kind: str = ""
-    reason: str = ""
-    answer: str | None = None
-    chat: tuple[dict[str, str], ...] = ()
-
-
-def judge(task: Task, answers: Sequence[str], max_words: int, attempts: int) -> Outcome:
-    """Hold a model's answers, in the order in which they came, against the rules.
+def make_request(task: Task, entry: dict, model: str, max_words: int) -> Request[list[Expression]]:
+    """Return the request for the expressions of a record.
 
     Args:
-        task: the record.
-        answers: as the model wrote them.
+        task: placeholders of the record.
+        entry: the record as read from JSON; any change of it is another request.
+        model: name of the model at the endpoint.
         max_words: most words of an expression.
-        attempts: how many answers there may be.
     """
-    chat, reason = messages(task, max_words), ""
-    for answer in answers:
-        try:
-            expressions = read_answer(answer, task)
-            check_expressions(task, expressions, max_words)
-            return Outcome(expressions, False, answer=answer)
-        except UnnamedError as error:
-            return Outcome(None, False, "never named, says the model", str(error), answer)
-        except RejectedError as error:
-            reason = str(error)
-            chat += objection(answer, reason)
-    last = answers[-1] if answers else None
-    return Outcome(None, len(answers) < attempts, "rejected in every attempt", reason, last, tuple(chat))
+    chat = messages(task, max_words)
+
+    def read(answer: str) -> list[Expression]:
+        expressions = read_answer(answer, task)
+        check_expressions(task, expressions, max_words)
+        return expressions
+
+    key = answer_key(task.index, entry, model, chat)
+    return Request(task.index, key, chat, read, tokens_out=12 + 30 * len(task.placeholders))
 
 
-def ask_all(
-    records: RecordFile,
-    count: int,
-    options: AskOptions,
-    journal: Journal | None,
-    asked: Asked,
-    *,
-    dry_run: bool,
-) -> Callable[[Task, dict], Outcome]:
-    """Ask about the first ``count`` records until the journal settles each.
+def find_requests(
+    records: RecordFile, count: int, binding: str, model: str, max_words: int
+) -> Iterator[Request[list[Expression]] | None]:
+    """Yield the request for each of the first `count` records; None where there is nothing to ask about.
 
     Args:
-        records: the raw file.
-        count: how many of its records.
-        options: how.
-        journal: takes the answers; None only for a dry run without one.
-        asked: is filled in while this runs.
-        dry_run: only estimate.
+        binding: see `find_task`.
+        model, max_words: as for `make_request`.
+    """
+    for index in range(count):
+        try:
+            entry = records.raw(index)
+            task = find_task(entry, index, binding)
+            if task is not None:
+                check_rest(records, entry, task)
+        except DataError:
+            task = None  # reported when the output is written
+        yield None if task is None else make_request(task, entry, model, max_words)
 
-    Returns:
-        A function of a record's task and raw entry: what the journal has for it.
+
+def messages(task: Task, max_words: int) -> list[dict[str, str]]:
+    """Return the chat that asks for the expressions of a record."""
+    lines, number = [], 0
+    for i, turn in enumerate(task.turns):
+        text, last = "", 0
+        for placeholder in task.placeholders:
+            if placeholder.turn == i:
+                number += 1
+                text += f"{turn.text[last : placeholder.start]}{{{number}}}"
+                last = placeholder.end
+        lines.append(f"{_SPEAKERS[turn.role]}: {(text + turn.text[last:]).replace('<video>', '').strip()}")
+    lines += _shared_objects(task)
+    system = {"role": "system", "content": _SYSTEM.format(max_words=max_words)}
+    return [system, {"role": "user", "content": "\n".join(lines)}]
+
+
+def _shared_objects(task: Task) -> Iterator[str]:
+    numbers_of: dict[int, list[int]] = {}
+    for number, placeholder in enumerate(task.placeholders, 1):
+        numbers_of.setdefault(placeholder.object, []).append(number)
+    for numbers in numbers_of.values():
+        if len(numbers) > 1:
+            yield f"({' and '.join(f'{{{n}}}' for n in numbers)} are the same object.)"
+
+
+def read_answer(answer: str, task: Task) -> list[Expression]:
+    """Return the expressions of a model's answer, in the order of the placeholders; not yet validated.
+
+    Code fences, text before and after, Python in place of JSON, a bare list, and `<ins>` tags around the noun are
+    understood.
 
     Raises:
-        EndpointError: the endpoint cannot be used; what was answered is in the journal.
+        UnnamedError: the model says that there is no name to be found.
+        RejectedError: no JSON of the expected form; placeholder numbers that are not 1, 2 … each once.
     """
-    refused: dict[int, str] = {}
-
-    def key_of(task: Task, entry: dict) -> str:
-        return answer_key(task.number, entry, options.endpoint.model, messages(task, options.max_words))
-
-    def outcome(task: Task, key: str) -> Outcome:
-        kept = journal.answers(key) if journal is not None else []
-        return judge(task, [answer.answer for answer in kept], options.max_words, options.attempts)
-
-    def final(task: Task, entry: dict) -> Outcome:
-        key = key_of(task, entry)
-        for answer in journal.answers(key):
-            asked.kept_in += answer.tokens_in
-            asked.kept_out += answer.tokens_out
-        found = outcome(task, key)
-        if found.expressions is None and task.number in refused:
-            return Outcome(
-                None, False, "refused by the endpoint; the next run asks again", refused[task.number], found.answer
-            )
-        return found
-
-    def open_tasks() -> Iterator[tuple[Task, str] | None]:
-        """The tasks to ask about; None for each record that needs no asking."""
-        for number in range(count):
-            try:
-                entry = records.raw(number)
-                task = find_task(entry, number, options.binding)
-                if task is not None:
-                    check_rest(records, entry, task)
-            except DataError:
-                task = None  # reported when the output is written
-            if task is None:
-                yield None
-                continue
-            key = key_of(task, entry)
-            if outcome(task, key).is_open:
-                asked.open += 1
-                yield task, key
-            else:
-                asked.settled_before += 1
-                yield None
-
-    hidden = not options.progress
-    with logging_redirect_tqdm(), tqdm(total=count, desc="asking", unit="record", disable=hidden) as bar:
-        if dry_run:
-            for found in open_tasks():
-                bar.update()
-                if found:
-                    tokens = estimate_tokens(messages(found[0], options.max_words), len(found[0].placeholders))
-                    asked.tokens_in += tokens[0]
-                    asked.tokens_out += tokens[1]
-        else:
-            asyncio.run(_ask(open_tasks(), outcome, options, journal, asked, refused, bar))
-    return final
+    found = next(_candidates(answer), None)
+    if found is None:
+        raise RejectedError('there is no JSON object with "expressions" in the answer')
+    items = found.get("expressions") if isinstance(found, dict) else found
+    if items is None:
+        reason = found.get("reason")
+        raise UnnamedError(
+            f"the answers do not name the object: {reason if isinstance(reason, str) else 'no reason given'}"
+        )
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise RejectedError('"expressions" is not a list of objects with "placeholder", "expression" and "noun"')
+    for item in items:
+        if not all(isinstance(item.get(key), str) for key in ("expression", "noun")):
+            raise RejectedError('an entry lacks "expression" or "noun"')
+    expressions = [_expression(item) for item in items]
+    numbers = [item.get("placeholder") for item in items]
+    if all(number is None for number in numbers):
+        return expressions
+    wanted = list(range(1, len(task.placeholders) + 1))
+    if any(type(number) is not int for number in numbers) or sorted(numbers) != wanted:
+        raise RejectedError(f'the "placeholder" numbers are {numbers}; each of {wanted} is wanted once')
+    return [expression for _, expression in sorted(zip(numbers, expressions, strict=True), key=lambda pair: pair[0])]
 
 
-async def _ask(
-    tasks: Iterator[tuple[Task, str] | None],
-    outcome: Callable[[Task, str], Outcome],
-    options: AskOptions,
-    journal: Journal,
-    asked: Asked,
-    refused: dict[int, str],
-    bar: tqdm,
-) -> None:
-    endpoint = Endpoint(options.endpoint)
+def _expression(item: dict) -> Expression:
+    text = " ".join(_TAGS.sub("", item["expression"]).split()).strip("\"'“” ").rstrip(".,;")
+    return Expression(text, _TAGS.sub("", item["noun"]).strip("\"'“” .,"))
 
-    async def settle_all() -> None:
-        while (found := next(tasks, "end")) != "end":
-            if found is not None:
-                await settle(*found)
-            shown = {"tokens in": asked.tokens_in, "out": asked.tokens_out, "refused": len(refused)}
-            bar.set_postfix({**shown, "cost": f"{asked.cost:.2f}"} if any(asked.prices) else shown, refresh=False)
-            bar.update()
-            await asyncio.sleep(0)  # reading records must not starve the requests under way
 
-    async def settle(task: Task, key: str) -> None:
-        while (state := outcome(task, key)).is_open:
-            try:
-                answer = await endpoint.ask(list(state.chat))
-            except RefusedError as error:
-                refused[task.number] = str(error)
-                logger.warning("record %d is left out: %s", task.number, error)
-                return
-            journal.add(key, task.number, answer)
-            asked.add(answer)
-
-    def ended(whole: bool) -> None:
-        asked.requests = endpoint.requests
-        if not whole:
-            logger.warning(
-                "stopped; %d answers of this run are in %s, the same command goes on", asked.answers, journal.path
-            )
-
-    await run_workers(endpoint, settle_all, ended)
+def _candidates(answer: str) -> Iterator[dict | list]:
+    for value in (part for whole in find_values(final_text(answer)) for part in walk(whole)):
+        if isinstance(value, dict) and "expressions" in value:
+            yield value
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            yield value

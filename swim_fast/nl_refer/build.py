@@ -5,13 +5,13 @@ What becomes of a record:
 - placeholders in its questions: each is replaced by an expression with a tagged noun, its masks follow the tags (see
   `swim_fast.nl_refer.placeholders`); answers are not touched. One object named twice keeps one noun.
 - no placeholder: passed through; masks that nothing in the text refers to are left out, as nothing could use them.
-- ``<ins>`` tags already: passed through.
+- `<ins>` tags already: passed through.
 - everything else fails: it is not in the output, but in the review file, with the reason. These are malformed records,
   placeholders in answers or without masks, answers that never name the object, and expressions that were rejected by
   the rules of `swim_fast.nl_refer.validation` in every attempt.
 
-A model's answers go to a journal (`swim_fast.llm.journal`) as they arrive, and the output is made from the journal
-in the order of the input when all are there. So a run may be stopped or killed at any time: the same command goes on.
+A model's answers go to a journal (`swim_fast.llm.settle`) as they arrive. When all are there, the output is made from
+the journal in the order of the input. So a run may be stopped or killed at any time: the same command resumes it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
+from swim_fast.errors import OptionError
 from swim_fast.llm.endpoint import EndpointOptions
 from swim_fast.llm.journal import Journal
-from swim_fast.nl_refer.asking import Asked, AskOptions, ask_all
-from swim_fast.nl_refer.english.rules import rules_expressions
-from swim_fast.nl_refer.files import RecordWriter, check_distinct, media_note
-from swim_fast.nl_refer.placeholders import BINDINGS, Expression, Task, check_rest, find_task, replaced
+from swim_fast.llm.settle import Settler, Usage
+from swim_fast.nl_refer.asking import find_requests, make_request
+from swim_fast.nl_refer.english.expressions import Expression
+from swim_fast.nl_refer.english.rules import UnclearError, name_objects
+from swim_fast.nl_refer.output import check_distinct, media_note, record_writer
+from swim_fast.nl_refer.placeholders import BINDINGS, Task, check_rest, find_task, replace_placeholders
 from swim_fast.nl_refer.validation import MAX_WORDS, RejectedError, check_expressions
 
 REWRITERS = ("rules", "openai")
@@ -41,17 +46,17 @@ class BuildOptions:
 
     Attributes:
         rewriter: "rules", offline and without cost, or "openai", a language model.
-        endpoint: of the model; must be given for it.
+        endpoint: endpoint of the model; must be given for it.
         binding: see `find_task`.
         max_words: most words of an expression.
-        attempts: how often the model may answer for one record.
+        attempts: most answers for one record.
         limit: only so many records, from the first; None for all.
-        price_in, price_out: of a million tokens, in any currency.
+        price_in, price_out: price of a million tokens, in any currency.
         dry_run: write and ask nothing; estimate.
         progress: show a progress bar.
 
     Raises:
-        ValueError: for a value outside its range, and options that do not go together.
+        OptionError: a value outside its range, and options that do not go together.
     """
 
     rewriter: str = "rules"
@@ -67,31 +72,31 @@ class BuildOptions:
 
     def __post_init__(self):
         if self.rewriter not in REWRITERS:
-            raise ValueError(f"--rewriter is {self.rewriter!r}; it must be one of {', '.join(REWRITERS)}")
+            raise OptionError(f"--rewriter is {self.rewriter!r}; it must be one of {', '.join(REWRITERS)}")
         if self.binding not in BINDINGS:
-            raise ValueError(f"--bind is {self.binding!r}; it must be one of {', '.join(BINDINGS)}")
+            raise OptionError(f"--bind is {self.binding!r}; it must be one of {', '.join(BINDINGS)}")
         if (self.rewriter == "openai") != (self.endpoint is not None):
-            raise ValueError("--rewriter openai needs a --model, and --model needs --rewriter openai")
+            raise OptionError("--rewriter openai needs a --model, and --model needs --rewriter openai")
         for name in ("max_words", "attempts", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+                raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if min(self.price_in, self.price_out) < 0:
-            raise ValueError("--price-in and --price-out must not be negative")
+            raise OptionError("--price-in and --price-out must not be negative")
 
 
 @dataclass
 class BuildReport:
-    """What came of a run; ``str`` is for people.
+    """Outcome of a run; `str` is for people.
 
     Attributes:
-        source: the file that was read.
-        out, review: the files that were written; None if none was.
+        source: file that was read.
+        out, review: files that were written; None if none was.
         counts: records; rewritten, with how many tags; passed (without placeholder); failed; masks_left_out (objects
             that no placeholder names); contested (records whose placeholders are numbered in another order than they
             stand in).
         reasons: failed records by kind.
-        asked: what the model was asked and cost; None for the rules.
-        dry_run: whether nothing was written or asked.
+        usage: what the model was asked and cost; None for the rules.
+        dry_run: nothing was written or asked.
     """
 
     source: str | Path
@@ -99,7 +104,7 @@ class BuildReport:
     review: Path | None = None
     counts: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
-    asked: Asked | None = None
+    usage: Usage | None = None
     dry_run: bool = False
 
     def __str__(self) -> str:
@@ -119,8 +124,8 @@ class BuildReport:
         if count["failed"]:
             lines.append(f"  {count['failed']:,} failed:")
             lines += (f"    {number:,} {reason}" for reason, number in self.reasons.most_common())
-        if self.asked is not None:
-            lines += self.asked.lines(self.dry_run)
+        if self.usage is not None:
+            lines += self.usage.lines(self.dry_run)
         lines += [f"  {name}: {path}" for name, path in (("output", self.out), ("failures", self.review)) if path]
         return "\n".join(lines + (media_note(self.source, self.out) if self.out else []))
 
@@ -144,16 +149,17 @@ def build(
 
     Args:
         source: JSON list or JSONL.
-        out: the NL-Refer file; a JSON list if its name ends in ``.json``, else JSONL. Media paths stay as they are:
-            from another folder than the source's, the source's must be given as ``media``.
-        options: how.
-        journal: file of the model's answers; by default beside ``out``.
-        review: file of the failures; by default beside ``out``. None is left behind where nothing failed.
+        out: the NL-Refer file; a JSON list if its name ends in `.json`, else JSONL. Media paths stay as they are: from
+            another folder than the source's, the source's must be given as `media`.
+        options: how the file is rewritten.
+        journal: file of the model's answers; by default beside `out`.
+        review: file of the failures; by default beside `out`. None is left behind if nothing failed.
 
     Raises:
         DataError: the source cannot be read at all.
-        ValueError: files that are the same one.
-        OSError: files that cannot be written; an endpoint that cannot be used, see `EndpointError`.
+        OptionError: two of the files are the same one.
+        FileError: a file cannot be written.
+        EndpointError: the endpoint cannot be used.
         ImportError: HanTa or openai is missing.
     """
     review = Path(f"{out}.review.jsonl" if review is None else review)
@@ -163,30 +169,43 @@ def build(
     count = len(records) if options.limit is None else min(options.limit, len(records))
     report = BuildReport(source, dry_run=options.dry_run)
     if options.rewriter == "rules":
-        _write(records, count, options, out, review, report, lambda task, _: _by_rules(task, options.max_words))
+        _write(records, count, options, out, review, report, lambda task, _: _ask_rules(task, options.max_words))
         return report
     # A dry run makes no journal, but reads one that is there.
     with nullcontext() if options.dry_run and not journal.exists() else Journal(journal) as answers:
-        asking = AskOptions(options.endpoint, options.binding, options.max_words, options.attempts, options.progress)
-        report.asked = Asked((options.price_in, options.price_out))
-        settled = ask_all(records, count, asking, answers, report.asked, dry_run=options.dry_run)
+        settler = Settler(options.endpoint, answers, options.attempts, (options.price_in, options.price_out))
+        report.usage = usage = settler.usage
+        how = {"model": options.endpoint.model, "max_words": options.max_words}
+        requests = find_requests(records, count, options.binding, **how)
         if options.dry_run:
+            settler.estimate(requests, count, "asking", options.progress)
             report.counts.update(records=count)
             return report
+        settler.settle(requests, count, "asking", options.progress)
 
-        def by_model(task: Task, entry: dict) -> Sequence[Expression] | _Failure:
-            outcome = settled(task, entry)
-            return outcome.expressions or _Failure(outcome.kind, outcome.reason, outcome.answer)
+        def rewrite(task: Task, entry: dict) -> Sequence[Expression] | _Failure:
+            request = make_request(task, entry, **how)
+            for answer in settler.answers(request):
+                usage.kept_in += answer.tokens_in
+                usage.kept_out += answer.tokens_out
+            outcome = settler.outcome(request)
+            if outcome.result is not None:
+                return outcome.result
+            if outcome.refused:
+                kind = "refused by the endpoint; the next run asks again"
+            else:
+                kind = "never named, says the model" if outcome.final else "rejected in every attempt"
+            return _Failure(kind, outcome.reason, outcome.answers[-1] if outcome.answers else None)
 
-        _write(records, count, options, out, review, report, by_model)
+        _write(records, count, options, out, review, report, rewrite)
     return report
 
 
-def _by_rules(task: Task, max_words: int) -> Sequence[Expression] | _Failure:
+def _ask_rules(task: Task, max_words: int) -> Sequence[Expression] | _Failure:
     try:
-        expressions = rules_expressions(task)
+        expressions = name_objects(task.mentions())
         check_expressions(task, expressions, max_words)
-    except RejectedError as error:
+    except (UnclearError, RejectedError) as error:
         return _Failure("not clearly named, as far as the rules can tell", str(error))
     return expressions
 
@@ -200,27 +219,23 @@ def _write(
     report: BuildReport,
     rewrite: Callable[[Task, dict], Sequence[Expression] | _Failure],
 ) -> None:
-    """Make the output and the review file from what ``rewrite`` returns for each record."""
-    from tqdm import tqdm
-
-    def write_all(output: RecordWriter | None, failures: RecordWriter | None) -> None:
-        for number in tqdm(range(count), desc="writing", unit="record", disable=not options.progress):
-            result, entry = _converted(records, number, options.binding, report.counts, rewrite)
+    """Make the output and the review file from what `rewrite` returns for each record."""
+    dry = nullcontext(lambda _: None)
+    with (
+        dry if options.dry_run else record_writer(out) as keep,
+        dry if options.dry_run else record_writer(review) as fail,
+    ):
+        for index in tqdm(range(count), desc="writing", unit="record", disable=not options.progress):
+            result, entry = _convert(records, index, options.binding, report.counts, rewrite)
             report.counts["records"] += 1
-            if not isinstance(result, _Failure):
-                if output:
-                    output.write(result)
-                continue
-            report.counts["failed"] += 1
-            report.reasons[result.kind] += 1
-            if failures:
-                failures.write(_review_entry(number, entry, result))
-
+            if isinstance(result, _Failure):
+                report.counts["failed"] += 1
+                report.reasons[result.kind] += 1
+                fail(_review_entry(index, entry, result))
+            else:
+                keep(result)
     if options.dry_run:
-        write_all(None, None)
         return
-    with RecordWriter(out) as output, RecordWriter(review) as failures:
-        write_all(output, failures)
     report.out = Path(out)
     if report.counts["failed"]:
         report.review = review
@@ -228,32 +243,32 @@ def _write(
         review.unlink(missing_ok=True)
 
 
-def _converted(
-    records: RecordFile, number: int, binding: str, counts: Counter, rewrite: Callable
+def _convert(
+    records: RecordFile, index: int, binding: str, counts: Counter, rewrite: Callable
 ) -> tuple[dict | _Failure, dict | None]:
-    """The record of the output or why there is none, and the raw record if it could be read."""
+    """Return the record of the output or why there is none, and the raw record if it could be read."""
     entry = None
     try:
-        entry = records.raw(number)
-        task = find_task(entry, number, binding)
+        entry = records.raw(index)
+        task = find_task(entry, index, binding)
         if task is None:
-            result = _without_loose_masks(entry, counts)
-            records.parse(result, number)
+            result = _drop_loose_masks(entry, counts)
+            records.parse(result, index)
             counts["passed"] += 1
             return result, entry
         check_rest(records, entry, task)
         expressions = rewrite(task, entry)
         if isinstance(expressions, _Failure):
             return expressions, entry
-        result = replaced(entry, task, expressions)
+        result = replace_placeholders(entry, task, expressions)
     except DataError as error:
         return _Failure("malformed, or without what a rewriter needs", str(error)), entry
     counts.update(rewritten=1, tags=len(task.placeholders), masks_left_out=task.unnamed, contested=int(task.contested))
     return result, entry
 
 
-def _without_loose_masks(entry: dict, counts: Counter) -> dict:
-    """A record without placeholders; its masks are dropped if it has no tags either."""
+def _drop_loose_masks(entry: dict, counts: Counter) -> dict:
+    """Return a record that has no placeholders; without its masks if it has no tags either."""
     annotation = entry.get("annotation")
     tagged = any("<ins>" in turn["value"] for turn in entry["conversations"])
     if tagged or not isinstance(annotation, list) or not annotation:
@@ -262,7 +277,7 @@ def _without_loose_masks(entry: dict, counts: Counter) -> dict:
     return {**entry, "annotation": []}
 
 
-def _review_entry(number: int, entry: dict | None, failure: _Failure) -> dict:
+def _review_entry(index: int, entry: dict | None, failure: _Failure) -> dict:
     shown = ("index", "id", "video", "conversations")  # the masks would fill the file
     raw = {key: entry[key] for key in shown if key in entry} if entry else {}
-    return {"record": number, "reason": failure.reason, "answer": failure.answer, **raw}
+    return {"record": index, "reason": failure.reason, "answer": failure.answer, **raw}

@@ -1,8 +1,8 @@
 """VideoRefer's placeholders: found in a record, bound to their masks, and replaced by tagged expressions.
 
-A placeholder is ``<object1><region>``, ``<object1>`` or ``<region>`` in a human turn. Each becomes one ``<ins>`` tag,
-and as the i-th tag owns ``annotation[i]``, the annotations are dealt out anew: an object that is named twice gets its
-masks twice, one that no placeholder names is left out.
+A placeholder is `<object1><region>`, `<object1>` or `<region>` in a human turn. Each becomes one `<ins>` tag. As the
+i-th tag owns `annotation[i]`, the annotations are assigned anew: an object that is named twice gets its masks twice,
+one that no placeholder names is left out.
 """
 
 from __future__ import annotations
@@ -13,25 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.records import RecordFile, Turn, read_turns, record_name
+from swim_fast.data.source.records import RecordFile, Turn, read_turns
+from swim_fast.data.source.tags import OBJECT_PLACEHOLDER
+from swim_fast.nl_refer.english.expressions import Expression
+from swim_fast.nl_refer.english.rules import Mention
 
-PLACEHOLDER = re.compile(r"<object\d*>\s*<region>|<region>|<object\d+>")
 BINDINGS = ("number", "order")
 
 _DETERMINERS = frozenset("a an the this that these those his her its their our your my".split())
 
 
 @dataclass(frozen=True)
-class Expression:
-    """A referring expression without tags, and the one word of it that is to be tagged."""
-
-    text: str
-    noun: str
-
-
-@dataclass(frozen=True)
 class Placeholder:
-    """Characters ``[start, end)`` of a turn that stand for the object of ``annotation[object]``."""
+    """Characters [start, end) of a turn that stand for the object of `annotation[object]`."""
 
     turn: int
     start: int
@@ -44,44 +38,48 @@ class Task:
     """A raw record whose placeholders want expressions.
 
     Attributes:
-        number: place of the record in its file.
-        name: the record's own name, "" if it has none.
+        index: index of the record in its file.
         turns: the conversation as written.
-        placeholders: in the order in which they are read, one expression is due for each.
-        unnamed: how many objects have masks but no placeholder.
-        contested: whether the numbers of the placeholders bind them to other masks than their order does.
+        placeholders: in reading order; one expression is due for each.
+        unnamed: number of objects with masks but no placeholder.
+        contested: the numbers of the placeholders bind them to other masks than their order does.
     """
 
-    number: int
-    name: str
+    index: int
     turns: tuple[Turn, ...]
     placeholders: tuple[Placeholder, ...]
     unnamed: int
     contested: bool
 
-    def answer_to(self, turn: int) -> str:
-        """What is answered to a human turn, "" if nothing is."""
+    def mentions(self) -> list[Mention]:
+        """Return the placeholders with the questions that they stand in and the answers to these."""
+        return [
+            Mention(p.turn, self.turns[p.turn].text, p.start, p.end, p.object, self._answer_to(p.turn))
+            for p in self.placeholders
+        ]
+
+    def _answer_to(self, turn: int) -> str:
         following = self.turns[turn + 1 : turn + 2]
         return following[0].text if following and following[0].role == "assistant" else ""
 
 
-def find_task(entry: dict, number: int, binding: str = "number") -> Task | None:
-    """What there is to rewrite in a raw record; None if its conversation has no placeholder.
+def find_task(entry: dict, index: int, binding: str = "number") -> Task | None:
+    """Find the placeholders of a raw record; None if its conversation has none.
 
     Args:
-        entry: the record, as read from JSON.
-        number: its place in the file.
-        binding: "number": ``<objectN>`` is the N-th annotation (counted from 0 if the record has an ``<object0>``, from
-            1 otherwise; where the record has as many annotations as different numbers, they are simply in the same
-            order), and a bare ``<region>`` takes the next annotation that no number claims. "order": as VideoRefer's
-            own model reads them: the object that comes up first has the first annotation, whatever its number.
+        entry: the record as read from JSON.
+        index: index of the record in its file.
+        binding: "number": `<objectN>` is the N-th annotation (counted from 0 if the record has an `<object0>`, from 1
+            otherwise; where the record has as many annotations as different numbers, they are simply in the same
+            order), and a bare `<region>` takes the next annotation that no number claims. "order": as VideoRefer's own
+            model reads them: the object that comes up first has the first annotation, whatever its number.
 
     Raises:
-        DataError: no proper conversation; a placeholder in an answer or system turn; ``<ins>`` tags beside
-            placeholders; placeholders without annotation.
+        DataError: no proper conversation; a placeholder in an answer or system turn; `<ins>` tags beside placeholders;
+            placeholders without annotation.
     """
-    turns, name = read_turns(entry), record_name(entry)
-    found = [(i, match) for i, turn in enumerate(turns) for match in PLACEHOLDER.finditer(turn.text)]
+    turns = read_turns(entry)
+    found = [(i, match) for i, turn in enumerate(turns) for match in OBJECT_PLACEHOLDER.finditer(turn.text)]
     if not found:
         return None
     for i, match in found:
@@ -101,18 +99,18 @@ def find_task(entry: dict, number: int, binding: str = "number") -> Task | None:
     if objects is None or max(objects) >= count:
         names = ", ".join(match.group() for _, match in found)
         raise DataError(f"the placeholders {names} cannot be bound to {count} annotations", key="annotation")
-    places = (Placeholder(i, *match.span(), k) for (i, match), k in zip(found, objects, strict=True))
-    return Task(number, name, turns, tuple(places), count - len(set(objects)), objects != others)
+    placeholders = (Placeholder(i, *match.span(), k) for (i, match), k in zip(found, objects, strict=True))
+    return Task(index, turns, tuple(placeholders), count - len(set(objects)), objects != others)
 
 
 def check_rest(records: RecordFile, entry: dict, task: Task) -> None:
-    """Hold the rest of a raw record against what its file promises, before anything is spent on its placeholders.
+    """Check the rest of a raw record before anything is spent on its placeholders.
 
     Raises:
         DataError: what would still be wrong with the record once its placeholders are replaced.
     """
     stand_ins = [Expression("object", "object")] * len(task.placeholders)
-    records.parse(replaced(entry, task, stand_ins), task.number)
+    records.parse(replace_placeholders(entry, task, stand_ins), task.index)
 
 
 def _number(placeholder: str) -> int | None:
@@ -147,14 +145,8 @@ def _by_number(numbers: Sequence[int | None], count: int) -> list[int] | None:
     return [next(following) if number is None else number - first for number in numbers]
 
 
-def noun_place(expression: Expression) -> tuple[int, int] | None:
-    """Characters of the expression that are its noun, as a word of its own; None if it does not occur."""
-    match = re.search(rf"(?<![\w-]){re.escape(expression.noun)}(?![\w-])", expression.text, re.IGNORECASE)
-    return match.span() if match else None
-
-
-def replaced(entry: dict, task: Task, expressions: Sequence[Expression]) -> dict[str, Any]:
-    """The record with tagged expressions for its placeholders; nothing else of the conversation changes.
+def replace_placeholders(entry: dict, task: Task, expressions: Sequence[Expression]) -> dict[str, Any]:
+    """Return the record with tagged expressions for its placeholders; nothing else of the conversation changes.
 
     An article is left out where the question has one already, the first letter is capital where a sentence begins, and
     a space is added where a word would touch the question's.
@@ -165,26 +157,26 @@ def replaced(entry: dict, task: Task, expressions: Sequence[Expression]) -> dict
     """
     pieces: dict[int, list[str]] = {}
     ends: dict[int, int] = {}
-    for place, expression in zip(task.placeholders, expressions, strict=True):
-        text = task.turns[place.turn].text
-        before = text[ends.get(place.turn, 0) : place.start]
-        tagged = _fitted(_tagged(expression), text[: place.start], text[place.end :])
-        pieces.setdefault(place.turn, []).extend((before, tagged))
-        ends[place.turn] = place.end
+    for placeholder, expression in zip(task.placeholders, expressions, strict=True):
+        turn, text = placeholder.turn, task.turns[placeholder.turn].text
+        before = text[ends.get(turn, 0) : placeholder.start]
+        tagged = _fit(_add_tags(expression), text[: placeholder.start], text[placeholder.end :])
+        pieces.setdefault(turn, []).extend((before, tagged))
+        ends[turn] = placeholder.end
     conversations = [dict(turn) for turn in entry["conversations"]]
     for turn, parts in pieces.items():
         conversations[turn]["value"] = "".join(parts) + task.turns[turn].text[ends[turn] :]
-    annotation = [entry["annotation"][place.object] for place in task.placeholders]
+    annotation = [entry["annotation"][placeholder.object] for placeholder in task.placeholders]
     return {**entry, "conversations": conversations, "annotation": annotation}
 
 
-def _tagged(expression: Expression) -> str:
-    start, end = noun_place(expression)
+def _add_tags(expression: Expression) -> str:
+    start, end = expression.noun_span()
     text = expression.text
     return f"{text[:start]}<ins>{text[start:end]}</ins>{text[end:]}"
 
 
-def _fitted(tagged: str, before: str, after: str) -> str:
+def _fit(tagged: str, before: str, after: str) -> str:
     article = re.match(r"(?:the|an?)\s+", tagged, re.IGNORECASE)
     last = re.search(r"([^\W\d_]+)\s+$", before)
     if article and last and last.group(1).lower() in _DETERMINERS:

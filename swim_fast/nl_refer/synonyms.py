@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from tqdm import tqdm
+
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import ROLES, RecordFile
-from swim_fast.nl_refer.english.inflection import plural, takes_an
-from swim_fast.nl_refer.files import RecordWriter, check_distinct, media_note
-from swim_fast.nl_refer.validation import words
+from swim_fast.errors import OptionError, UserError
+from swim_fast.nl_refer.english.expressions import split_words
+from swim_fast.nl_refer.english.inflection import pluralize, takes_an
+from swim_fast.nl_refer.output import check_distinct, media_note, record_writer
 
 logger = logging.getLogger(__name__)
 
@@ -22,30 +25,36 @@ MISSING = ("keep", "drop")
 _TAG = re.compile(r"(?:(?<!\w)(an?)(\s+))?<ins>(\s*)(.*?)(\s*)</ins>", re.IGNORECASE | re.DOTALL)
 
 
+class TableError(UserError, ValueError):
+    """A table of synonyms that cannot be used."""
+
+
 class SynonymTable:
     """Synonyms by noun, in singular and plural.
 
     Args:
-        path: TSV file of one's own: noun, tab, synonyms with commas; ``#`` begins a comment. Its nouns replace those
-            of the table that is built in, and a noun without synonyms is taken out of it.
+        path: TSV file of one's own: noun, tab, synonyms with commas; `#` begins a comment. Its nouns replace those of
+            the table that is built in, and a noun without synonyms is taken out of it.
 
     Raises:
-        ValueError: a line that is not of this form.
-        OSError: the file cannot be read.
+        TableError: the file cannot be read, or a line is not of this form.
     """
 
     def __init__(self, path: str | Path | None = None):
         rows = _rows(files("swim_fast.nl_refer").joinpath("synonyms.tsv").read_text(encoding="utf-8"), "synonyms.tsv")
         if path is not None:
-            rows |= _rows(Path(path).read_text(encoding="utf-8"), str(path))
+            try:
+                rows |= _rows(Path(path).read_text(encoding="utf-8"), str(path))
+            except (OSError, UnicodeDecodeError) as error:
+                raise TableError(f"--table {path} cannot be read: {error}") from error
         self.singular = rows
-        self.plural = {plural(noun): tuple(map(plural, synonyms)) for noun, synonyms in rows.items()}
+        self.plural = {pluralize(noun): tuple(map(pluralize, synonyms)) for noun, synonyms in rows.items()}
 
     def __len__(self) -> int:
         return sum(bool(synonyms) for synonyms in self.singular.values())
 
     def of(self, noun: str) -> tuple[str, ...]:
-        """Synonyms of a noun in its own number, in lower case but for names; empty if none is known."""
+        """Return the synonyms of a noun in its own number, in lower case but for names; empty if none is known."""
         word = noun.lower()
         return self.singular[word] if word in self.singular else self.plural.get(word, ())
 
@@ -60,7 +69,7 @@ def _rows(text: str, source: str) -> dict[str, tuple[str, ...]]:
         listed = tuple(word.strip() for word in synonyms.split(",") if word.strip())
         for word in (noun, *listed):
             if not re.fullmatch(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", word):
-                raise ValueError(
+                raise TableError(
                     f"{source}, line {number}: {word!r} is not one word; expected noun, tab, synonyms with commas"
                 )
         rows[noun.lower()] = listed
@@ -69,11 +78,11 @@ def _rows(text: str, source: str) -> dict[str, tuple[str, ...]]:
 
 @dataclass
 class VariantReport:
-    """What came of `write_variant`; ``str`` is for people.
+    """Outcome of `write_variant`; `str` is for people.
 
     Attributes:
-        source, out: the files that were read and written.
-        missing: what was done with records without a known synonym.
+        source, out: files that were read and written.
+        missing: "keep" or "drop": what was done with records without a known synonym.
         counts: records; changed; partly (of those, with tags left as they were); tags, replaced (in questions);
             unknown (records with tags, of which none has a synonym); untagged; malformed.
         unknown_nouns: tagged nouns without synonym.
@@ -119,11 +128,11 @@ def write_variant(
 
     Number and capitals of a noun are kept, an article before it is corrected, and a noun that a record tags twice is
     replaced by the same synonym. A synonym that the record's questions already use is not taken. Changed records say in
-    a field ``synonyms`` what was replaced by what. The choice depends on the seed and the record's number alone.
+    a field `synonyms` what was replaced by what. The choice depends on the seed and the record's index alone.
 
     Args:
         source: NL-Refer file.
-        out: file to write; a JSON list if its name ends in ``.json``.
+        out: file to write; a JSON list if its name ends in `.json`.
         seed: another seed, another choice among several synonyms.
         table: see `SynonymTable`.
         missing: "keep" or "drop" records in which nothing can be replaced.
@@ -132,31 +141,30 @@ def write_variant(
 
     Raises:
         DataError: the file cannot be read at all.
-        ValueError: a malformed table, or options outside their range.
-        OSError: a file cannot be read or written.
+        TableError: the table cannot be read or is malformed.
+        OptionError: options outside their range, or files that are the same one.
+        FileError: the file cannot be written.
     """
-    from tqdm import tqdm
-
     if missing not in MISSING:
-        raise ValueError(f"missing is {missing!r}; it must be one of {', '.join(MISSING)}")
+        raise OptionError(f"missing is {missing!r}; it must be one of {', '.join(MISSING)}")
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit is {limit}; it must be at least 1")
+        raise OptionError(f"--limit is {limit}; it must be at least 1")
     check_distinct(source, out=out, table=table)
     known, records = SynonymTable(table), RecordFile(source)
     report = VariantReport(source, Path(out), missing)
-    with RecordWriter(out) as output:
-        for number in tqdm(range(min(len(records), limit or len(records))), unit="record", disable=not progress):
+    with record_writer(out) as write:
+        for index in tqdm(range(min(len(records), limit or len(records))), unit="record", disable=not progress):
             report.counts["records"] += 1
             try:
-                entry = records.raw(number)
-                records.parse(entry, number)
+                entry = records.raw(index)
+                records.parse(entry, index)
             except DataError as error:
                 report.counts["malformed"] += 1
                 logger.warning("%s", error)
                 continue
-            changed = _variant(entry, known, random.Random(f"{seed} {number}"), report)
+            changed = _variant(entry, known, random.Random(f"{seed} {index}"), report)
             if changed is not None or missing == "keep":
-                output.write(entry if changed is None else changed)
+                write(entry if changed is None else changed)
     return report
 
 
@@ -166,7 +174,7 @@ def _variant(entry: dict, table: SynonymTable, rng: random.Random, report: Varia
         word
         for turn, asks in zip(entry["conversations"], questions, strict=True)
         if asks
-        for word in words(re.sub(r"</?ins>", "", turn["value"]))
+        for word in split_words(re.sub(r"</?ins>", "", turn["value"]))
     }
     chosen: dict[str, str] = {}
     tags = missed = 0

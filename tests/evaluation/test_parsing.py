@@ -3,8 +3,9 @@
 import pytest
 
 from swim_fast.evaluation.descriptions import score_descriptions
-from swim_fast.evaluation.judge import DIMENSIONS, UnreadableError, Verdict, read_scores
+from swim_fast.evaluation.judge import DIMENSIONS, read_scores
 from swim_fast.evaluation.questions import Question, lenient_letter, published_letter, score_questions
+from swim_fast.llm.settle import AnswerError, Outcome
 
 
 @pytest.mark.parametrize(
@@ -81,15 +82,15 @@ def test_scores_in_every_dress(answer):
 )
 def test_scores_that_are_none(change, reason):
     answer = f"{{'SC': 4, 'AD': 3, 'TD': {change}, 'HD': 2}}"
-    with pytest.raises(UnreadableError, match="none of the dimensions" if "none" in reason else None) as error:
+    with pytest.raises(AnswerError, match="none of the dimensions" if "none" in reason else None) as error:
         read_scores(answer)
     assert reason in str(error.value)
 
 
 def test_a_missing_dimension_is_named():
-    with pytest.raises(UnreadableError, match="no score for Appearance Description and Hallucination Detection"):
+    with pytest.raises(AnswerError, match="no score for Appearance Description and Hallucination Detection"):
         read_scores('{"Subject Correspondence": 4, "Temporal Description": 0}')
-    with pytest.raises(UnreadableError, match="none of the dimensions"):
+    with pytest.raises(AnswerError, match="none of the dimensions"):
         read_scores("A fine description.")
 
 
@@ -119,8 +120,12 @@ def test_likelihood_takes_the_best_option():
 
 def test_means_leave_out_what_was_not_judged():
     entries = {n: {"description": "x"} for n in range(3)} | {3: {"problem": "broken"}}
-    verdicts = {0: Verdict((5, 4, 3, 2), "", 1), 1: Verdict((3, 1, 0, 4), "", 2), 2: Verdict(None, "no scores", 3)}
-    found = score_descriptions(dict.fromkeys(range(4)), entries, {}, verdicts)
+    outcomes = {
+        0: Outcome((5, 4, 3, 2), "", ("x",)),
+        1: Outcome((3, 1, 0, 4), "", ("x",) * 2),
+        2: Outcome(None, "no scores", ("x",) * 3),
+    }
+    found = score_descriptions(dict.fromkeys(range(4)), entries, {}, outcomes)
     assert found["means"] == dict(zip(DIMENSIONS, (4.0, 2.5, 1.5, 3.0), strict=True))
     assert found["average"] == pytest.approx(2.75)
     assert found["failed"] == {2: "no scores"} and found["problems"] == {3: "broken"} and found["described"] == 3

@@ -69,8 +69,8 @@ def test_every_misbehaviour_is_survived(tmp_path, caplog):
     assert server.requests == requests
     assert report.counts["rewritten"] == 9 and report.counts["passed"] == 1 and report.counts["failed"] == 3
     answers = sum(server.answered.values())
-    assert (report.asked.requests, report.asked.answers) == (sum(requests.values()), answers)
-    assert (report.asked.tokens_in, report.asked.tokens_out) == (answers * TOKENS[0], answers * TOKENS[1])
+    assert (report.usage.requests, report.usage.answers) == (sum(requests.values()), answers)
+    assert (report.usage.tokens_in, report.usage.tokens_out) == (answers * TOKENS[0], answers * TOKENS[1])
     assert f"cost {(answers * (2 * TOKENS[0] + 8 * TOKENS[1])) / 1e6:,.2f}" in str(report)
 
     # The rejected answer and its reason are in the chat that asks again.
@@ -104,8 +104,8 @@ def test_the_same_command_again_asks_nothing_but_what_was_refused(tmp_path):
         assert server.most_at_once == 4
         report = build(source, out, options(url))
         assert server.requests == {0: 1, 1: 3, 2: 2, 3: 1, 4: 1}
-        assert report.asked.settled_before == 4 and report.asked.open == 1
-        assert report.asked.kept_in == 7 * TOKENS[0]
+        assert report.usage.settled_before == 4 and report.usage.open == 1
+        assert report.usage.kept_in == 7 * TOKENS[0]
         assert [e["index"] for e in first] == ["raw_0", "raw_3", "raw_4"]
         assert [e["index"] for e in json.loads(out.read_text())] == ["raw_0", "raw_2", "raw_3", "raw_4"]
         # One more attempt is one more request; another model, record or place starts anew.

@@ -37,7 +37,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.005)
 
 
-def test_a_killed_build_goes_on_where_it_was(tmp_path):
+def test_a_killed_build_resumes_where_it_was(tmp_path):
     source, out, journal = (tmp_path / name for name in ("raw.jsonl", "out.jsonl", "out.jsonl.journal.jsonl"))
     source.write_text("".join(json.dumps(raw_record(n)) + "\n" for n in range(COUNT)))
     rng = random.Random(11)
@@ -53,7 +53,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
             assert not out.exists()
             if how == signal.SIGINT:
                 assert process.returncode == 130 and "Traceback" not in printed
-                assert "the same command goes on" in printed and "swim-fast: interrupted" in printed
+                assert "the same command resumes" in printed and "swim-fast: interrupted" in printed
                 # What was under way has been waited for.
                 assert sum(server.answered.values()) - len(kept(journal)) <= number * CONCURRENCY
             in_journal = len(kept(journal))

@@ -3,7 +3,8 @@
 import pytest
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.nl_refer.placeholders import Expression, find_task, replaced
+from swim_fast.nl_refer.english.expressions import Expression
+from swim_fast.nl_refer.placeholders import find_task, replace_placeholders
 
 MASKS = [{"0": None}, {"1": None}, {"2": None}]
 
@@ -42,7 +43,7 @@ def test_masks_by_number_and_by_order(case):
     raw = entry(f"<video>\n{question}", "x", masks=masks)
     task = find_task(raw, 3, "number")
     assert [place.object for place in task.placeholders] == by_number
-    assert (task.number, task.unnamed, task.contested) == (3, unnamed, by_number != by_order)
+    assert (task.index, task.unnamed, task.contested) == (3, unnamed, by_number != by_order)
     assert [place.object for place in find_task(raw, 3, "order").placeholders] == by_order
 
 
@@ -81,7 +82,7 @@ FITTED = {
 @pytest.mark.parametrize("question", FITTED)
 def test_an_expression_fits_into_the_question(question):
     raw = entry(question, "The red car.")
-    result = replaced(raw, find_task(raw, 0), [Expression("The red car", "car")])
+    result = replace_placeholders(raw, find_task(raw, 0), [Expression("The red car", "car")])
     assert result["conversations"][0]["value"] == FITTED[question]
 
 
@@ -98,7 +99,7 @@ def test_conversations_of_several_turns_and_objects():
         Expression("a man in a dog-like coat", "man"),
         Expression("dogs", "dogs"),
     ]
-    result = replaced(raw, find_task(raw, 0), names)
+    result = replace_placeholders(raw, find_task(raw, 0), names)
     assert [turn["value"] for turn in result["conversations"]] == [
         "<video>\nWho chases one of the <ins>dogs</ins>?",
         "The man does.",

@@ -12,9 +12,9 @@ from swim_fast.demo.clips import write_demo_data
 from swim_fast.demo.scenes import ClipOptions
 from swim_fast.demo.texts import all_texts
 from swim_fast.demo.tiny_model import build_checkpoint
-from swim_fast.nl_refer.english.rules import rules_expressions
-from swim_fast.nl_refer.placeholders import find_task, replaced
-from swim_fast.nl_refer.validation import RejectedError, check_expressions
+from swim_fast.nl_refer.english.rules import UnclearError, name_objects
+from swim_fast.nl_refer.placeholders import find_task, replace_placeholders
+from swim_fast.nl_refer.validation import check_expressions
 from tests.nl_refer.test_placeholders import entry
 
 SENTENCES = [
@@ -27,9 +27,9 @@ SENTENCES = [
 def rewritten(*turns, masks=1):
     raw = entry(*turns, masks=masks)
     task = find_task(raw, 0)
-    expressions = rules_expressions(task)
+    expressions = name_objects(task.mentions())
     check_expressions(task, expressions)
-    return [turn["value"] for turn in replaced(raw, task, expressions)["conversations"][::2]]
+    return [turn["value"] for turn in replace_placeholders(raw, task, expressions)["conversations"][::2]]
 
 
 def test_head_nouns_of_hand_checked_sentences(capsys):
@@ -37,9 +37,9 @@ def test_head_nouns_of_hand_checked_sentences(capsys):
     counts, wrong = Counter(), []
     for sentence, noun, origin in SENTENCES:
         try:
-            (found,) = rules_expressions(find_task(entry("<video>\nDescribe <region>.", sentence), 0))
+            (found,) = name_objects(find_task(entry("<video>\nDescribe <region>.", sentence), 0).mentions())
             got = found.noun
-        except RejectedError:
+        except UnclearError:
             got = ""
         counts["named"] += bool(noun)
         counts["found"] += bool(noun and got)
@@ -119,7 +119,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_guessed(case):
     turns, reason = REFUSED[case]
-    with pytest.raises(RejectedError, match=reason):
+    with pytest.raises(UnclearError, match=reason):
         rewritten(*turns, masks=2 if "object2" in turns[0] else 1)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from swim_fast.cli import main
 from swim_fast.data.source.records import RecordFile
-from swim_fast.nl_refer.english.inflection import plural, takes_an
+from swim_fast.nl_refer.english.inflection import pluralize, takes_an
 from swim_fast.nl_refer.synonyms import SynonymTable, write_variant
 
 TABLE = """# mine
@@ -127,7 +127,7 @@ def test_plurals():
         "couch couches,TV TVs,bus buses"
     ).split(","):
         singular, wanted = words.split()
-        assert plural(singular) == wanted
+        assert pluralize(singular) == wanted
 
 
 def test_articles():

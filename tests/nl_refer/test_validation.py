@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from swim_fast.nl_refer.placeholders import Expression, find_task
-from swim_fast.nl_refer.prompt import UnnamedError, messages, read_answer
+from swim_fast.nl_refer.asking import UnnamedError, messages, read_answer
+from swim_fast.nl_refer.english.expressions import Expression
+from swim_fast.nl_refer.placeholders import find_task
 from swim_fast.nl_refer.validation import RejectedError, check_expressions
 from tests.nl_refer.test_placeholders import entry
 

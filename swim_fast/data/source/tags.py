@@ -10,6 +10,7 @@ from torch import Tensor
 from swim_fast.data.source.errors import DataError
 
 _TAG = re.compile(r"</?ins>")
+OBJECT_PLACEHOLDER = re.compile(r"<object\d*>\s*<region>|<region>|<object\d+>")  # raw VideoRefer's, for a tagged noun
 
 
 def strip_tags(text: str) -> tuple[str, list[tuple[int, int]]]:

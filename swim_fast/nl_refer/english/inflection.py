@@ -43,8 +43,8 @@ _PLURAL_ONLY = frozenset(
 )
 
 
-def plural(noun: str) -> str:
-    """The plural of a singular noun; a word that has only a plural is returned as it is."""
+def pluralize(noun: str) -> str:
+    """Return the plural of a singular noun; a word that has only a plural is returned as it is."""
     word = noun.lower()
     if word in _UNCHANGING | _PLURAL_ONLY:
         return noun
@@ -59,7 +59,7 @@ def plural(noun: str) -> str:
 
 
 def takes_an(word: str) -> bool:
-    """Whether the indefinite article before a word is "an"."""
+    """Tell if the indefinite article before a word is "an"."""
     if len(word) > 1 and word.isupper():  # spelt out: an SUV, a TV
         return word[0] in "AEFHILMNORSX"
     word = word.lower()

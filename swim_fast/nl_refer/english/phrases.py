@@ -71,7 +71,7 @@ class Token:
 
 @dataclass(frozen=True)
 class NounPhrase:
-    """Tokens ``[start, end)`` of a sentence and the number of the head noun among them."""
+    """Tokens [start, end) of a sentence, and the index of the head noun."""
 
     start: int
     head: int
@@ -93,22 +93,22 @@ def _possible_tags(word: str) -> frozenset[str]:
 
 
 def tag_sentence(sentence: str) -> list[Token]:
-    """Split a sentence into words and marks and tag them; readings that English grammar rules out are mended."""
-    places = list(_WORD.finditer(sentence))
-    if not places:
+    """Split a sentence into words and marks and tag them; readings that English grammar rules out are corrected."""
+    found = list(_WORD.finditer(sentence))
+    if not found:
         return []
-    tagged = _tagger().tag_sent([place.group() for place in places])
+    tagged = _tagger().tag_sent([match.group() for match in found])
     tokens = [
-        Token(place.group(), tag, place.start(), place.end()) for place, (_, _, tag) in zip(places, tagged, strict=True)
+        Token(match.group(), tag, match.start(), match.end()) for match, (_, _, tag) in zip(found, tagged, strict=True)
     ]
     for i, token in enumerate(tokens):
-        tag = _mended(tokens, i)
+        tag = _corrected_tag(tokens, i)
         if tag != token.tag:
             tokens[i] = Token(token.text, tag, token.start, token.end)
     return tokens
 
 
-def _mended(tokens: list[Token], i: int) -> str:
+def _corrected_tag(tokens: list[Token], i: int) -> str:
     token, tag = tokens[i], tokens[i].tag
     before = tokens[i - 1].tag if i else ""
     after = tokens[i + 1].tag if i + 1 < len(tokens) else ""
@@ -131,7 +131,7 @@ def _mended(tokens: list[Token], i: int) -> str:
 
 
 def _has_indefinite_article(tokens: list[Token], i: int) -> bool:
-    """Whether the nouns before token ``i`` begin with "a", which no plural can have."""
+    """Tell if the nouns before token `i` begin with "a", which no plural can have."""
     while i and tokens[i - 1].tag in (*_NOUNS, *_ADJECTIVES, "VVN", "VVG"):
         i -= 1
     return i > 0 and tokens[i - 1].word in ("a", "an")
@@ -146,8 +146,8 @@ def _tags_of_clause(tokens: list[Token], i: int) -> list[str]:
     return tags
 
 
-def noun_phrase(tokens: list[Token], i: int) -> NounPhrase | None:
-    """The noun phrase that begins with token ``i``, without what follows its last noun; None if none does."""
+def find_noun_phrase(tokens: list[Token], i: int) -> NounPhrase | None:
+    """Return the noun phrase that begins with token `i`, without what follows its last noun; None if none does."""
     start, head = i, None
     has_determiner = False
     while i < len(tokens):
@@ -187,100 +187,100 @@ def _joins_adjectives(tokens: list[Token], i: int) -> bool:
     return colours and bool(followers) and (followers[0] in describing or followers[0] == "AV0")
 
 
-def resolved(tokens: list[Token], phrase: NounPhrase) -> NounPhrase:
+def follow_of(tokens: list[Token], phrase: NounPhrase) -> NounPhrase:
     """Follow "of" from quantities, positions, kinds and views to what they are of."""
     while phrase.end < len(tokens) and tokens[phrase.end].tag == "PRF":
         word = tokens[phrase.head].word
         word = word[:-1] if word.endswith("s") else word
-        inner = noun_phrase(tokens, phrase.end + 1)
+        inner = find_noun_phrase(tokens, phrase.end + 1)
         if inner is None or word not in _QUANTITY | _POSITION | _DROPPED:
             break
         phrase = inner if word in _DROPPED else NounPhrase(phrase.start, inner.head, inner.end)
     return phrase
 
 
-def described_phrase(tokens: list[Token], *, subjects: bool = True) -> NounPhrase | None:
-    """The phrase of the object that the sentence describes; None if the sentence does not name it.
+def find_described_phrase(tokens: list[Token], *, subjects: bool = True) -> NounPhrase | None:
+    """Return the phrase of the object that a sentence describes; None if the sentence does not name it.
 
     Args:
-        tokens: of one sentence, see `tag_sentence`.
+        tokens: one sentence, see `tag_sentence`.
         subjects: False: only what a sentence says about a subject that means the object itself ("it is a …", "the
             object appears to be a …"), as behind a first sentence that left the object unnamed.
     """
-    i = _after_adverbials(tokens)
+    i = _skip_adverbials(tokens)
     if i is None or i >= len(tokens):
         return None
     word, tag = tokens[i].word, tokens[i].tag
     if word in ("there", "what") or tag == "EX0":
-        return _named(tokens, _after_linking(tokens, i + 1)) if subjects else None
+        return _find_named(tokens, _skip_linking(tokens, i + 1)) if subjects else None
     if word in ("we", "you", "one", "i") and tag in ("PNP", "PNI"):
         seeing = next((j for j in range(i + 1, min(i + 4, len(tokens))) if tokens[j].word in _SEEING), None)
-        return None if seeing is None or not subjects else _named(tokens, seeing + 1)
+        return None if seeing is None or not subjects else _find_named(tokens, seeing + 1)
     if tag in ("PNP", "DT0") and (i + 1 == len(tokens) or tokens[i + 1].tag in (*_FINITE, "AV0")):
-        return _complement(tokens, i + 1)
-    phrase = _phrase_with_of(tokens, i)
+        return _find_complement(tokens, i + 1)
+    phrase = _find_phrase_with_of(tokens, i)
     if phrase is None or tag == "DPS":  # "its colour", "her hair": of an object that is not named here
         return None
     shown = tokens[phrase.head].word in _POSITION and _text_at(tokens, phrase.end) in ("shows", "displays", "contains")
     if tokens[phrase.head].word not in GENERIC | _WIDE and not shown:
         return phrase if subjects else None
     if _text_at(tokens, phrase.end) == ",":
-        apposition = _named(tokens, phrase.end + 1)
+        apposition = _find_named(tokens, phrase.end + 1)
         if apposition is not None and tokens[apposition.start].word in _ARTICLES:
             return apposition
     if tokens[phrase.head].word in _WIDE:
-        better = _complement(tokens, phrase.end)
+        better = _find_complement(tokens, phrase.end)
         return better or (phrase if subjects else None)
     verb = next((j for j in range(phrase.end, len(tokens)) if _links(tokens[j])), None)
-    return None if verb is None else _complement(tokens, verb)
+    return None if verb is None else _find_complement(tokens, verb)
 
 
 def _text_at(tokens: list[Token], i: int) -> str:
     return tokens[i].text if i < len(tokens) else ""
 
 
-def _phrase_with_of(tokens: list[Token], i: int) -> NounPhrase | None:
-    """The phrase at token ``i``, followed through "of": "two of the *players*", "a pair of *shoes*"."""
+def _find_phrase_with_of(tokens: list[Token], i: int) -> NounPhrase | None:
+    """Return the phrase at token `i`, followed through "of": "two of the *players*", "a pair of *shoes*"."""
     if i + 1 < len(tokens) and tokens[i].tag in ("CRD", "DT0", "PNI") and tokens[i + 1].tag == "PRF":
-        inner = noun_phrase(tokens, i + 2)
+        inner = find_noun_phrase(tokens, i + 2)
         return inner and NounPhrase(i, inner.head, inner.end)
-    phrase = noun_phrase(tokens, i)
-    return phrase and resolved(tokens, phrase)
+    phrase = find_noun_phrase(tokens, i)
+    return phrase and follow_of(tokens, phrase)
 
 
 def _links(token: Token) -> bool:
     return token.tag in _FINITE and (token.word in _BETWEEN_SUBJECT_AND_NOUN or token.tag == "VM0")
 
 
-def _after_linking(tokens: list[Token], i: int) -> int:
+def _skip_linking(tokens: list[Token], i: int) -> int:
     while i < len(tokens) and (tokens[i].word in _BETWEEN_SUBJECT_AND_NOUN or tokens[i].tag == "AV0"):
         i += 1
     return i
 
 
-def _complement(tokens: list[Token], verb: int) -> NounPhrase | None:
-    """What the subject is said to be; it must be clear that this is a thing, not a property ("it is light")."""
+def _find_complement(tokens: list[Token], verb: int) -> NounPhrase | None:
+    """Return what the subject is said to be, if that is clearly a thing and no property ("it is light")."""
     while verb < len(tokens) and tokens[verb].tag == "AV0":
         verb += 1
     if verb == len(tokens) or not _links(tokens[verb]):
         return None
-    i = _after_linking(tokens, verb)
-    phrase = _named(tokens, i)
+    i = _skip_linking(tokens, verb)
+    phrase = _find_named(tokens, i)
     if phrase is None:
         return None
     certain = tokens[i].tag in ("AT0", "DPS", "CRD", "DT0") or tokens[phrase.head].tag in ("NN2", "NN0")
     return phrase if certain else None
 
 
-def _named(tokens: list[Token], i: int) -> NounPhrase | None:
-    phrase = _phrase_with_of(tokens, i)
+def _find_named(tokens: list[Token], i: int) -> NounPhrase | None:
+    phrase = _find_phrase_with_of(tokens, i)
     return None if phrase is None or tokens[phrase.head].word in GENERIC else phrase
 
 
-def _after_adverbials(tokens: list[Token]) -> int | None:
-    """Where the clause begins behind "in the video,", "initially," or "wearing a hat,".
+def _skip_adverbials(tokens: list[Token]) -> int | None:
+    """Return the index of the token that begins the clause behind "in the video,", "initially," or "wearing a hat,".
 
-    Where the object stands behind its verb ("in the background stands a tower"), that is the place behind the verb.
+    If the object stands behind its verb ("in the background stands a tower"), it is the token behind the verb.
     """
     i = 0
     while i < len(tokens):
@@ -288,15 +288,15 @@ def _after_adverbials(tokens: list[Token]) -> int | None:
         if tag in ("AV0", "ITJ", "CJC") or tokens[i].text == "," or (tag == "ORD" and _comma_follows(tokens, i)):
             i += 1
         elif tag in ("PRP", "AVP"):
-            end = _end_of_places(tokens, i)
+            end = _skip_places(tokens, i)
             if end < len(tokens) and tokens[end].tag in _FINITE:
-                return _after_linking(tokens, end + 1)  # in the background stands a tower
-            i = end + 1 if end < len(tokens) and tokens[end].text == "," else _behind_comma(tokens, i)
+                return _skip_linking(tokens, end + 1)  # in the background stands a tower
+            i = end + 1 if end < len(tokens) and tokens[end].text == "," else _skip_comma(tokens, i)
         elif tag in ("CJS", "VVG", "VVN") or (tag == "AJ0" and i + 1 < len(tokens) and tokens[i + 1].tag == "PRP"):
-            comma = _behind_comma(tokens, i)
+            comma = _skip_comma(tokens, i)
             if comma is None and tag != "CJS":  # standing on the left is a man; visible behind him is a tree
                 be = next((j for j in range(i, len(tokens)) if tokens[j].tag in ("VBZ", "VBB", "VBD")), None)
-                return None if be is None else _after_linking(tokens, be)
+                return None if be is None else _skip_linking(tokens, be)
             i = comma
         else:
             return i
@@ -309,20 +309,20 @@ def _comma_follows(tokens: list[Token], i: int) -> bool:
     return i + 1 < len(tokens) and tokens[i + 1].text == ","
 
 
-def _end_of_places(tokens: list[Token], i: int) -> int:
+def _skip_places(tokens: list[Token], i: int) -> int:
     while i < len(tokens) and tokens[i].tag in ("PRP", "PRF", "AVP"):
         i += 1
         if i < len(tokens) and tokens[i].tag in ("PRP", "PRF", "AVP"):
             continue
-        phrase = noun_phrase(tokens, i)
+        phrase = find_noun_phrase(tokens, i)
         if phrase is None:
             break
         i = phrase.end
     return i
 
 
-def _behind_comma(tokens: list[Token], i: int) -> int | None:
-    """Behind the first comma after which a clause may begin."""
+def _skip_comma(tokens: list[Token], i: int) -> int | None:
+    """Return the index of the token behind the first comma after which a clause may begin."""
     begins = ("AT0", "DT0", "DPS", "CRD", "NP0", "NN0", "NN2", "PNP", "EX0")
     for j in range(i, len(tokens) - 1):
         if tokens[j].text == "," and (tokens[j + 1].tag in begins or tokens[j + 1].word == "there"):
@@ -330,11 +330,11 @@ def _behind_comma(tokens: list[Token], i: int) -> int | None:
     return None
 
 
-def modifier_end(tokens: list[Token], phrase: NounPhrase) -> int:
-    """Where the phrase ends with the one modifier that follows it, if that tells the object from others.
+def find_modifier_end(tokens: list[Token], phrase: NounPhrase) -> int:
+    """Return the end of the phrase with the one modifier that follows it, if that tells the object from others.
 
-    These are places and possessions ("with a red collar", "on the left") and appearance ("wearing a black jacket"), not
-    what happens: a question must not give the answer away.
+    Such modifiers are places and possessions ("with a red collar", "on the left") and appearance ("wearing a black
+    jacket"), not what happens: a question must not give the answer away.
     """
     i = phrase.end
     if i >= len(tokens):
@@ -347,7 +347,7 @@ def modifier_end(tokens: list[Token], phrase: NounPhrase) -> int:
             i += 1
     else:
         return phrase.end
-    inner = noun_phrase(tokens, i)
+    inner = find_noun_phrase(tokens, i)
     if inner is None:
         # in black
         colour = i < len(tokens) and tokens[i].tag == "AJ0" and tokens[i - 1].word in ("in", "wearing")
@@ -355,7 +355,7 @@ def modifier_end(tokens: list[Token], phrase: NounPhrase) -> int:
     if tokens[inner.head].word in GENERIC:
         return phrase.end
     end = inner.end
-    while end < len(tokens) and tokens[end].tag == "PRF" and (more := noun_phrase(tokens, end + 1)) is not None:
+    while end < len(tokens) and tokens[end].tag == "PRF" and (more := find_noun_phrase(tokens, end + 1)) is not None:
         end = more.end
     # "the leaves of the plant move": in a sentence without a verb, the last of two nouns may be the verb.
     if (tokens[end - 2].tag in _NOUNS or tokens[end - 2].word in ("left", "right")) and not any(

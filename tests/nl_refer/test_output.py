@@ -5,7 +5,7 @@ import json
 import pytest
 
 from swim_fast.data.source.records import RecordFile
-from swim_fast.nl_refer.files import RecordWriter, check_distinct, media_note
+from swim_fast.nl_refer.output import check_distinct, media_note, record_writer
 
 RECORDS = [{"conversations": [{"from": "human", "value": text}]} for text in ("채", "b\n", "c")]
 
@@ -13,9 +13,9 @@ RECORDS = [{"conversations": [{"from": "human", "value": text}]} for text in ("�
 @pytest.mark.parametrize("name", ["set.json", "set.jsonl", "deep/er/set.jsonl"])
 def test_what_is_written_can_be_read(tmp_path, name):
     path = tmp_path / name
-    with RecordWriter(path) as writer:
+    with record_writer(path) as write:
         for record in RECORDS:
-            writer.write(record)
+            write(record)
         assert not path.exists()
     file = RecordFile(path)
     assert [file.raw(i) for i in range(len(file))] == RECORDS and "채" in path.read_text(encoding="utf-8")
@@ -27,21 +27,21 @@ def test_what_is_written_can_be_read(tmp_path, name):
 def test_an_exception_leaves_the_old_file(tmp_path):
     path = tmp_path / "set.json"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), RecordWriter(path) as writer:
-        writer.write(RECORDS[0])
+    with pytest.raises(KeyboardInterrupt), record_writer(path) as write:
+        write(RECORDS[0])
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_no_records(tmp_path):
-    with RecordWriter(tmp_path / "set.json"):
+    with record_writer(tmp_path / "set.json"):
         pass
     assert json.loads((tmp_path / "set.json").read_text()) == []
 
 
 def test_half_a_surrogate_pair(tmp_path):
-    with RecordWriter(tmp_path / "set.jsonl") as writer:
-        writer.write({"name": "\ud800", "other": "채"})
+    with record_writer(tmp_path / "set.jsonl") as write:
+        write({"name": "\ud800", "other": "채"})
     assert json.loads((tmp_path / "set.jsonl").read_text()) == {"name": "\ud800", "other": "채"}
 
 
