@@ -1,4 +1,4 @@
-"""Where the parts of each supported model family are found.
+"""Where the parts of each supported model family are.
 
 A family is one entry of `FAMILIES`. Nothing else in the project names a module of a model.
 """
@@ -6,6 +6,12 @@ A family is one entry of `FAMILIES`. Nothing else in the project names a module 
 from dataclasses import dataclass
 
 from torch import nn
+
+from swim_fast.errors import UserError
+
+
+class UnsupportedModelError(UserError, ValueError):
+    """A model without an entry in `FAMILIES`, or one that was loaded without its language-model head."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,15 @@ FAMILIES = {
 }
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of `model`.
+def get_family(model: nn.Module) -> Family:
+    """Return the family of a model.
 
     Raises:
-        ValueError: no adapter for this `config.model_type`, or not the model with the language-model head.
+        UnsupportedModelError: no entry for this `config.model_type`, or not the model with the language-model head.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in FAMILIES:
-        raise ValueError(
+        raise UnsupportedModelError(
             f"no adapter for model type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}. "
             "An adapter is one entry of swim_fast.modeling.families.FAMILIES."
         )
@@ -47,20 +53,20 @@ def family_of(model: nn.Module) -> Family:
         model.get_submodule(family.language_model)
         model.get_submodule(family.head)
     except AttributeError as error:
-        raise ValueError(
+        raise UnsupportedModelError(
             f"{type(model).__name__} has no {family.language_model!r} and {family.head!r}: "
             "load it with AutoModelForImageTextToText.from_pretrained"
         ) from error
     return family
 
 
-def text_layers(model: nn.Module) -> list[nn.Module]:
-    """The self-attention modules of the decoder layers, first to last."""
-    family = family_of(model)
+def get_attentions(model: nn.Module) -> list[nn.Module]:
+    """Return the self-attention modules of the decoder layers, first to last."""
+    family = get_family(model)
     layers = model.get_submodule(family.language_model).layers
     return [layer.get_submodule(family.attention) for layer in layers]
 
 
-def default_layers(num_layers: int) -> list[int]:
-    """Every fifth layer counted back from the last: 2, 7, …, 27 of 28 as in the paper (SWIM, arXiv 2605.18018)."""
+def get_default_layers(num_layers: int) -> list[int]:
+    """Return every fifth layer counted back from the last: 2, 7, …, 27 of 28 as in the paper (arXiv 2605.18018)."""
     return list(range((num_layers - 1) % 5, num_layers, 5))

@@ -1,16 +1,20 @@
-"""What is trained and what is frozen."""
+"""Freezing of model parts, and their share in every step of a distributed run."""
+
+import contextlib
 
 import torch
 from torch import nn
 
-from swim_fast.modeling.families import family_of
+from swim_fast.errors import OptionError
+from swim_fast.modeling.families import get_family
+from swim_fast.modeling.hooks import add_context, add_keyword_step, remove_context, remove_keyword_step
 
 PARTS = ("vision_tower", "merger", "language_model")
 
 
-def parameters_of_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of each part: `vision_tower` (without its merger), `merger`, `language_model` (with its head)."""
-    family = family_of(model)
+def get_part_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of `vision_tower` (without merger), `merger` and `language_model` (with head)."""
+    family = get_family(model)
     merger = list(model.get_submodule(family.merger).parameters())
     inside = {id(p) for p in merger}
     text = (*model.get_submodule(family.language_model).parameters(), *model.get_submodule(family.head).parameters())
@@ -22,25 +26,32 @@ def parameters_of_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def freeze(model: nn.Module, parts: list[str]) -> None:
-    """Freeze parts of a model, see `parameters_of_parts`.
+    """Freeze parts of a model, see `get_part_parameters`.
 
     A visual module that is frozen as a whole runs under `no_grad`, so that activation checkpointing does not recompute
     it either.
 
     Raises:
-        ValueError: an unknown part, or nothing left to train.
+        OptionError: an unknown part, or nothing left to train.
     """
-    visual = model.get_submodule(family_of(model).visual)
-    of_part = parameters_of_parts(model)
+    visual = model.get_submodule(get_family(model).visual)
+    by_part = get_part_parameters(model)
     for part in parts:
-        if part not in of_part:
-            raise ValueError(f"cannot freeze {part!r}: the parts are {', '.join(PARTS)}")
-        for parameter in of_part[part]:
+        if part not in by_part:
+            raise OptionError(f"cannot freeze {part!r}: the parts are {', '.join(PARTS)}")
+        for parameter in by_part[part]:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"freezing {', '.join(parts)} leaves nothing to train")
+        raise OptionError(f"freezing {', '.join(parts)} leaves nothing to train")
     if not any(p.requires_grad for p in visual.parameters()):
-        visual.forward = torch.no_grad()(visual.forward)
+        add_context(visual, "frozen", lambda visual, kwargs: torch.no_grad())
+
+
+def unfreeze(model: nn.Module, trainable: set[nn.Parameter]) -> None:
+    """Undo `freeze`: train these parameters and no others."""
+    remove_context(model.get_submodule(get_family(model).visual), "frozen")
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trainable)
 
 
 def keep_visual_in_step(model: nn.Module, sharded: bool = False) -> None:
@@ -54,32 +65,48 @@ def keep_visual_in_step(model: nn.Module, sharded: bool = False) -> None:
         sharded: the parameters are gathered for each pass (ZeRO-3), so that the number of passes must be the same on
             all ranks: a batch with both images and videos has two. Costs a reduction of one number per forward.
     """
-    family = family_of(model)
-    visual = model.get_submodule(family.visual)
-    config = model.config.vision_config
-    merge = config.spatial_merge_size
-    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    passes = {"made": 0, "wanted": 1}
+    in_step = _VisualInStep(model)
+    visual = model.get_submodule(get_family(model).visual)
+    add_context(visual, "in_step", in_step.count_pass)
+    add_keyword_step(model, "visual_in_step", in_step.add_passes)
+    if sharded:
+        add_context(model, "visual_in_step", in_step.agree)
 
-    def before_model(module, args, kwargs):
+
+def leave_visual_out_of_step(model: nn.Module) -> None:
+    """Undo `keep_visual_in_step`."""
+    remove_context(model.get_submodule(get_family(model).visual), "in_step")
+    remove_keyword_step(model, "visual_in_step")
+    remove_context(model, "visual_in_step")
+
+
+class _VisualInStep:
+    """Passes through the visual module, made and wanted, within one forward."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.made, self.wanted = 0, 1
+
+    @contextlib.contextmanager
+    def agree(self, model: nn.Module, kwargs: dict):
         own = sum(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
         wanted = torch.tensor(max(own, 1), device=kwargs["input_ids"].device)
         torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
-        passes["wanted"] = int(wanted)
+        self.wanted = int(wanted)
+        yield
 
-    def after_visual(module, args, output):
-        passes["made"] += 1
+    @contextlib.contextmanager
+    def count_pass(self, visual: nn.Module, kwargs: dict):
+        yield
+        self.made += 1
 
-    def before_language_model(module, args, kwargs):
+    def add_passes(self, language_model: nn.Module, kwargs: dict) -> dict:
+        config, visual = self.model.config.vision_config, self.model.get_submodule(get_family(self.model).visual)
+        merge, width = config.spatial_merge_size, config.in_channels * config.temporal_patch_size * config.patch_size**2
         embeds = kwargs["inputs_embeds"]
-        while passes["made"] < passes["wanted"]:
+        while self.made < self.wanted:
             pixels = embeds.new_zeros(merge * merge, width, dtype=visual.dtype)
             features = visual(pixels, grid_thw=torch.tensor([[1, merge, merge]], device=embeds.device)).pooler_output
             embeds = embeds + features.to(embeds.dtype).sum() * 0
-        passes["made"] = 0
-        return args, kwargs | {"inputs_embeds": embeds}
-
-    if sharded:
-        model.register_forward_pre_hook(before_model, with_kwargs=True)
-    visual.register_forward_hook(after_visual)
-    model.get_submodule(family.language_model).register_forward_pre_hook(before_language_model, with_kwargs=True)
+        self.made = 0
+        return kwargs | {"inputs_embeds": embeds}

@@ -2,8 +2,8 @@
 
 Liger's own `apply_liger_kernel_to_…` functions set names in transformers' modules, which changes every model of the
 process, and its rotary embedding takes a name there that transformers 5.17 does not call. Here only the `forward` of
-this model's own modules is replaced: each reads its weights in its own call, where ZeRO-3 has them gathered; submodules
-are called as before, so that adapters go on working; the state, and what is saved, stays the same.
+this model's own modules is replaced. Each reads its weights in its own call, where ZeRO-3 has them gathered, and calls
+its submodules as before, so that adapters work. The state, and what is saved, stays the same.
 """
 
 import functools
@@ -15,17 +15,17 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from swim_fast.modeling.families import family_of, text_layers
+from swim_fast.modeling.families import get_attentions, get_family
 
 logger = logging.getLogger(__name__)
 
 VERSIONS = ("0.8.5", "0.9")  # from, and below
 
-_ROTARY = "apply_rotary_pos_emb"  # the function that a decoder's attention calls, a global of its modeling file
+_ROTARY = "apply_rotary_pos_emb"  # called by the decoder's attention, a global of its modeling file
 
 
-def refusal(device_type: str) -> str | None:
-    """Why Liger's kernels cannot be used on a type of device; None: they can."""
+def get_refusal(device_type: str) -> str | None:
+    """Return the reason why Liger's kernels cannot be used on a type of device, None if they can."""
     if device_type != "cuda":
         return f"its kernels need CUDA, and the model is on {device_type}"
     version = _installed_version()
@@ -45,23 +45,23 @@ def _installed_version() -> str | None:
 
 
 def apply_liger(model: nn.Module, device: torch.device | str) -> list[str]:
-    """Let Liger compute RMSNorm, SwiGLU and the rotary embedding of a model; one log line says what it computes.
+    """Let Liger compute RMSNorm, SwiGLU and the rotary embedding of a model; one log line lists what it computes.
 
-    In the language model all three, in the vision tower (with its merger) the first two: the tower's rotary embedding
-    works in fp32 on tensors laid out otherwise, so that Liger's would copy as much as it saves.
+    In the vision tower (with its merger) only the first two: its rotary embedding works in fp32 on another layout, so
+    that Liger's would copy as much as it saves.
 
     Args:
         model: a stock `…ForConditionalGeneration` of a supported family, before adapters wrap parts of it.
         device: where the model is going to run. Not CUDA, or without liger-kernel: nothing is replaced.
 
     Returns:
-        What was replaced, as "language model: RMSNorm × 57"; empty if nothing was.
+        The replaced parts, as "language model: RMSNorm × 57"; empty if nothing was replaced.
 
     Raises:
-        ValueError: family without adapter.
+        UnsupportedModelError: no entry for the model's family.
     """
-    family = family_of(model)
-    reason = refusal(torch.device(device).type)
+    family = get_family(model)
+    reason = get_refusal(torch.device(device).type)
     if reason:
         logger.info("Liger is not used: %s", reason)
         return []
@@ -75,7 +75,7 @@ def apply_liger(model: nn.Module, device: torch.device | str) -> list[str]:
             else:
                 continue
             found[f"{part}: {name}"] = found.get(f"{part}: {name}", 0) + 1
-    for module in text_layers(model):
+    for module in get_attentions(model):
         forward = _with_rotary(type(module).forward)
         if forward is not None:
             module.forward = types.MethodType(forward, module)
@@ -87,8 +87,16 @@ def apply_liger(model: nn.Module, device: torch.device | str) -> list[str]:
     return replaced
 
 
+def remove_liger(model: nn.Module) -> None:
+    """Undo `apply_liger`."""
+    for module in model.modules():
+        function = getattr(vars(module).get("forward"), "__func__", None)
+        if function in (_rms_norm, _swiglu) or getattr(function, "__globals__", {}).get(_ROTARY) is _rotary:
+            del module.forward
+
+
 def _is_rms_norm(module: nn.Module) -> bool:
-    """Normalisations that multiply by the weight itself: those that multiply by 1 + weight call the other field eps."""
+    # normalisations that multiply by 1 + weight call this field eps
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
@@ -115,18 +123,20 @@ def _swiglu(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Of q `[B, Hq, L, D]` and k `[B, Hkv, L, D]`, cos and sin `[B, L, D]`, in which transformers has already put
-    together what belongs to time, height and width: the plain rotary embedding and not Liger's multimodal one."""
+    """Plain rotary embedding of q `[B, Hq, L, D]` and k `[B, Hkv, L, D]` with cos and sin `[B, L, D]`.
+
+    Not Liger's multimodal one: transformers has already merged time, height and width in cos and sin.
+    """
     from liger_kernel.ops import LigerRopeFunction
 
     return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim)
 
 
 def _with_rotary(forward: types.FunctionType) -> types.FunctionType | None:
-    """The same function with another rotary embedding, or None if it calls none by that name.
+    """Return the same function with Liger's rotary embedding, or None if it calls none by that name.
 
-    A forward finds its rotary embedding among the globals of its file. A function of the same code with globals of its
-    own finds ours there, and every other model of the process goes on with theirs.
+    A forward finds its rotary embedding among the globals of its file. A function with the same code and globals of its
+    own finds Liger's there; other models of the process keep theirs.
     """
     if not isinstance(forward, types.FunctionType) or _ROTARY not in forward.__code__.co_names:
         return None

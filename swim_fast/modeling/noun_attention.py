@@ -1,9 +1,9 @@
 """Noun attention on an unmodified Hugging Face model.
 
 `attach_noun_attention` points the decoder's self-attention modules at an attention function of our own, registered
-under one name in transformers' `AttentionInterface`. It runs whatever attention the model had for the layer's output
-and, at the chosen layers, returns the noun maps in the place of the attention weights, which transformers collects in
-`outputs.attentions`. Where output and maps can come from one autograd node, they do (`fused_attention.py`).
+under one name in transformers' `AttentionInterface`. It runs the model's own attention for the layer's output and, at
+the chosen layers, returns the noun maps in place of the attention weights, which transformers collects in
+`outputs.attentions`. Where one autograd node can give output and maps, it does (`fused_attention.py`).
 
 Only this model instance changes: its attention modules get a copy of the text configuration that names our function.
 The configuration that is saved, the weights and the mask construction stay as they were.
@@ -12,30 +12,37 @@ The configuration that is saved, the weights and the mask construction stay as t
 import copy
 import dataclasses
 import functools
+import sys
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from swim_fast.errors import OptionError, UserError
 from swim_fast.modeling import fused_attention
-from swim_fast.modeling.families import default_layers, family_of, text_layers
+from swim_fast.modeling.families import get_attentions, get_default_layers, get_family
+from swim_fast.modeling.hooks import add_keyword_step, remove_keyword_step
 from swim_kernels import flash_noun_attention, noun_attention
 
 ATTENTION_NAME = "swim_noun_attention"
 
 
+class ReentrantCheckpointingError(UserError, ValueError):
+    """Maps asked for under the kind of activation checkpointing that drops their gradient."""
+
+
 @dataclasses.dataclass
 class _Attached:
-    """What one attention module needs to know; lives on the module as `_noun_attention`."""
+    """State of one attention module, kept on it as `_noun_attention`."""
 
-    config: object  # the text configuration the module had, which names the attention of its output
+    config: object  # the module's own text configuration, which names the attention of its output
     backend: str | None  # None: this layer answers no map
-    fused: bool = True  # with the attention, where that is possible
+    fused: bool  # output and map from one node, where that is possible
 
 
 class _WithConfig:
-    """The module as the wrapped attention must see it: with its own configuration (flash attention reads its name)."""
+    """An attention module with its own configuration, in which flash attention reads its name."""
 
     def __init__(self, module: nn.Module, config):
         self._module = module
@@ -45,22 +52,20 @@ class _WithConfig:
         return getattr(self._module, name)
 
 
-def _attention_of(module: nn.Module, name: str):
-    """The attention function called `name`; "eager" is a function of the module's own modeling file."""
+def _get_attention(module: nn.Module, name: str):
+    """Return the attention function called `name`; "eager" is a function of the module's own modeling file."""
     if name == "eager":
-        import sys
-
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
 def noun_attention_forward(module, query, key, value, attention_mask, noun_queries=None, right_padded=None, **kwargs):
-    """Attention function of an attached layer: the layer's own output, and its noun map if queries came along.
+    """Attention function of an attached layer: its own output, and its noun map if there are queries.
 
     Args:
         query: `[B, Hq, L, D]` after rotary embedding; `key`, `value`: `[B, Hkv, L, D]`.
         noun_queries: `NounQueries` or None.
-        right_padded: of `fused_attention.right_padded`, for the whole batch.
+        right_padded: from `fused_attention.is_right_padded`, for the whole batch.
 
     Returns:
         The wrapped attention's output `[B, L, Hq, D]`, and the map `[R, N]` fp32 (None at layers that were not chosen;
@@ -69,7 +74,7 @@ def noun_attention_forward(module, query, key, value, attention_mask, noun_queri
     attached = module._noun_attention
     name = attached.config._attn_implementation
     wrapped = functools.partial(
-        _attention_of(module, name), _WithConfig(module, attached.config), query, key, value, attention_mask
+        _get_attention(module, name), _WithConfig(module, attached.config), query, key, value, attention_mask
     )
     if noun_queries is None:
         return wrapped(**kwargs)
@@ -105,28 +110,23 @@ def _is_reentrant(layer: nn.Module) -> bool:
     return getattr(function, "keywords", {}).get("use_reentrant", False) is not False
 
 
-def _before_language_model(module: nn.Module, args, kwargs):
+def _ask_for_maps(language_model: nn.Module, kwargs: dict) -> dict:
     if kwargs.get("noun_queries") is None:
         kwargs.pop("noun_queries", None)
-        return args, kwargs
+        return kwargs
     if kwargs.get("past_key_values") is not None:
         raise ValueError(
             "noun_queries cannot be used while generating (a key/value cache is in use): generate without them, then "
             "call model(**inputs, noun_queries=...) once on the whole sequence"
         )
-    if torch.is_grad_enabled() and any(_is_reentrant(layer) for layer in module.layers):
-        raise ValueError(
+    if torch.is_grad_enabled() and any(_is_reentrant(layer) for layer in language_model.layers):
+        raise ReentrantCheckpointingError(
             "reentrant activation checkpointing drops the gradient of the noun maps: use "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
-    attention = module.config._attn_implementation
-    padded = fused_attention.right_padded(kwargs.get("attention_mask"), attention)
-    return args, kwargs | {"output_attentions": True, "use_cache": False, "right_padded": padded}
-
-
-def _before_visual(module: nn.Module, args, kwargs):
-    kwargs.pop("noun_queries", None)  # models hand every keyword to the vision tower too
-    return args, kwargs
+    attention = language_model.config._attn_implementation
+    right_padded = fused_attention.is_right_padded(kwargs.get("attention_mask"), attention)
+    return kwargs | {"output_attentions": True, "use_cache": False, "right_padded": right_padded}
 
 
 def attach_noun_attention(
@@ -148,46 +148,41 @@ def attach_noun_attention(
         in layer order; without, the model behaves as before. Attaching again replaces the choice of layers.
 
     Raises:
-        ValueError: family without adapter; layer out of range or named twice. At the forward: reentrant activation
-            checkpointing; generation with noun queries.
+        UnsupportedModelError: no entry for the model's family.
+        OptionError: a layer that is out of range or named twice.
+        ValueError: at the forward: reentrant activation checkpointing (`ReentrantCheckpointingError`), or noun queries
+            while generating.
     """
-    family = family_of(model)
-    attentions = text_layers(model)
-    chosen = default_layers(len(attentions)) if layers is None else list(layers)
+    attentions = get_attentions(model)
+    chosen = get_default_layers(len(attentions)) if layers is None else list(layers)
     for layer in chosen:
         if not -len(attentions) <= layer < len(attentions):
-            raise ValueError(f"layer {layer} is out of range: the model has layers 0 … {len(attentions) - 1}")
+            raise OptionError(f"layer {layer} is out of range: the model has layers 0 … {len(attentions) - 1}")
     chosen = [layer % len(attentions) for layer in chosen]
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"layers {sorted(chosen)} name one layer twice")
+        raise OptionError(f"layers {sorted(chosen)} name one layer twice")
 
     detach_noun_attention(model)
-    language_model = model.get_submodule(family.language_model)
-    config = copy.copy(language_model.config)
+    config = copy.copy(model.get_submodule(get_family(model).language_model).config)
     config._attn_implementation_internal = ATTENTION_NAME
     for index, module in enumerate(attentions):
         module._noun_attention = _Attached(module.config, backend if index in chosen else None, fused)
         module.config = config
-    language_model._noun_attention_hooks = [
-        language_model.register_forward_pre_hook(_before_language_model, with_kwargs=True),
-        model.get_submodule(family.visual).register_forward_pre_hook(_before_visual, with_kwargs=True),
-    ]
+    add_keyword_step(model, "noun_attention", _ask_for_maps)
     return model
 
 
 def detach_noun_attention(model: nn.Module) -> nn.Module:
     """Undo `attach_noun_attention`; does nothing to a model that is not attached. Returns the same model."""
-    language_model = model.get_submodule(family_of(model).language_model)
-    for module in text_layers(model):
+    for module in get_attentions(model):
         if hasattr(module, "_noun_attention"):
             module.config = module._noun_attention.config
             del module._noun_attention
-    for hook in language_model.__dict__.pop("_noun_attention_hooks", []):
-        hook.remove()
+    remove_keyword_step(model, "noun_attention")
     return model
 
 
-def attached_layers(model: nn.Module) -> list[int]:
-    """The layers of `model` that answer noun maps, in order; empty for a model that is not attached."""
-    modules = enumerate(text_layers(model))
-    return [index for index, module in modules if getattr(module, "_noun_attention", _Attached(None, None)).backend]
+def get_attached_layers(model: nn.Module) -> list[int]:
+    """Return the layers that answer noun maps, in order; none for a model that is not attached."""
+    states = [getattr(module, "_noun_attention", None) for module in get_attentions(model)]
+    return [index for index, state in enumerate(states) if state and state.backend]

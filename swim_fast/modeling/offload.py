@@ -1,36 +1,36 @@
-"""What backward needs of the decoder layers, in the host's memory meanwhile.
+"""Activations of the decoder layers, kept in host memory between forward and backward.
 
-With activation checkpointing (not the reentrant kind) that is the input of each layer: at 128 k tokens of a 7B model
-28 × 0.9 GB in bf16. Without it, it is every large activation, and one that several operations save goes several times.
+With (non-reentrant) activation checkpointing these are the layers' inputs: 28 × 0.9 GB in bf16 at 128 k tokens of a 7B
+model. Without, they are all large activations, and one that several operations save is copied several times.
 
 The copies are asynchronous for the host, through pinned memory, and in order with the computation on its own stream:
-what they cost is their time on the bus. On the CPU they are plain copies, which save nothing.
+they cost their time on the bus. On the CPU they are plain copies, which save nothing.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from swim_fast.modeling.families import family_of
+from swim_fast.modeling.families import get_family
+from swim_fast.modeling.hooks import add_context, remove_context
 
-SMALLEST = 1 << 20  # bytes of a tensor that is worth the way
+SMALLEST = 1 << 20  # bytes of a tensor that is worth a copy
 
 
 @dataclass
 class OnHost:
-    """A saved tensor, of the same strides, in the host's memory."""
+    """A saved tensor in host memory, with the same strides."""
 
     tensor: Tensor
-    device: torch.device  # where it belongs
+    device: torch.device  # to go back to
 
 
 def to_host(tensor: Tensor) -> Tensor | OnHost:
-    """Take a tensor that autograd saves to the host, if it is a large activation.
+    """Copy a tensor that autograd saves to the host, if it is a large activation.
 
-    Weights stay, as they are there anyway: parameters, views of them, and their casts by autocast. So does what has no
-    gradient: frozen weights, masks, and rotary tables, which all layers share.
+    Weights stay, which are on the device anyway: parameters, views of them, and their casts by autocast. So does what
+    has no gradient: frozen weights, masks, and the rotary tables that all layers share.
     """
     if tensor.nbytes < SMALLEST or not tensor.requires_grad or _is_weight(tensor):
         return tensor
@@ -39,25 +39,26 @@ def to_host(tensor: Tensor) -> Tensor | OnHost:
 
 
 def to_device(saved: Tensor | OnHost) -> Tensor:
-    """Bring back what `to_host` gave; the same bits."""
+    """Return the tensor that was given to `to_host`, with the same bits."""
     return saved.tensor.to(saved.device, non_blocking=True) if isinstance(saved, OnHost) else saved
 
 
 def offload_activations(model: nn.Module) -> None:
-    """Let the decoder of a supported model save its large activations in the host's memory.
+    """Keep the large activations of a model's decoder in host memory.
 
     Gradients are the same bits. Works with noun attention and with checkpointing, enabled before or after.
     """
-    language_model = model.get_submodule(family_of(model).language_model)
-    forward = language_model.forward
+    # Around the stack and not inside a layer, where checkpointing has hooks of its own for what it recomputes.
+    add_context(
+        model.get_submodule(get_family(model).language_model),
+        "offload",
+        lambda language_model, kwargs: torch.autograd.graph.saved_tensors_hooks(to_host, to_device),
+    )
 
-    # Around the stack and not inside a layer: there, checkpointing has hooks of its own for what it computes again.
-    @functools.wraps(forward)
-    def offloaded(*args, **kwargs):
-        with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
-            return forward(*args, **kwargs)
 
-    language_model.forward = offloaded
+def keep_activations(model: nn.Module) -> None:
+    """Undo `offload_activations`."""
+    remove_context(model.get_submodule(get_family(model).language_model), "offload")
 
 
 def _is_weight(tensor: Tensor) -> bool:

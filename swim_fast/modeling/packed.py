@@ -2,26 +2,23 @@
 
 from torch import nn
 
-from swim_fast.modeling.families import family_of
-
-_OF_LANGUAGE_MODEL = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+from swim_fast.modeling.hooks import add_keyword_step, remove_keyword_step
 
 
 def accept_packed_batches(model: nn.Module) -> None:
     """Let a model take the batches that `swim_fast.data.batch.collation.Collator` packs, whatever its attention.
 
     transformers sees from the position ids which tokens belong together, but only without a key/value cache, which is
-    therefore left out; and the lengths of the samples, which flash attention wants to be told, reach the language
-    model alone: otherwise they are handed to the vision tower too, and contradict its own.
+    therefore left out. The lengths of the samples, which flash attention wants to be told, reach the language model
+    alone: the vision tower has lengths of its own.
     """
-    family = family_of(model)
+    add_keyword_step(model, "packed", _leave_out_cache)
 
-    def before_visual(module, args, kwargs):
-        return args, {key: value for key, value in kwargs.items() if key not in _OF_LANGUAGE_MODEL}
 
-    def before_language_model(module, args, kwargs):
-        packed = kwargs.get("cu_seq_lens_q") is not None
-        return args, kwargs | {"use_cache": False} if packed else kwargs
+def refuse_packed_batches(model: nn.Module) -> None:
+    """Undo `accept_packed_batches`."""
+    remove_keyword_step(model, "packed")
 
-    model.get_submodule(family.visual).register_forward_pre_hook(before_visual, with_kwargs=True)
-    model.get_submodule(family.language_model).register_forward_pre_hook(before_language_model, with_kwargs=True)
+
+def _leave_out_cache(language_model: nn.Module, kwargs: dict) -> dict:
+    return kwargs | {"use_cache": False} if kwargs.get("cu_seq_lens_q") is not None else kwargs

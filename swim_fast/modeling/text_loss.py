@@ -5,11 +5,12 @@ head, and no tensor of all their logits exists. The loss is computed in the head
 else, do DeepSpeed ZeRO-3 and FSDP have the head's weight at hand, in forward and in backward.
 """
 
-import dataclasses
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swim_fast.modeling import liger
-from swim_fast.modeling.families import family_of
+from swim_fast.modeling.families import get_family
+from swim_fast.modeling.hooks import add_context, add_keyword_step, remove_context, remove_keyword_step
 from swim_fast.modeling.linear_cross_entropy import BLOCK_LOGITS, linear_cross_entropy_sum
 
 logger = logging.getLogger(__name__)
@@ -26,16 +28,16 @@ IGNORE = -100
 
 
 def count_labels(labels: Tensor) -> Tensor:
-    """Number of labels that are predicted (the first token of a sequence never is); scalar int64."""
+    """Return the number of labels that are predicted (the first token of a sequence never is); scalar int64."""
     return (labels[:, 1:] != IGNORE).sum()
 
 
-def attach_label_loss(model: nn.Module, use_liger: bool = True, block_logits: int = BLOCK_LOGITS) -> nn.Module:
-    """Make `model(**inputs, text_labels=labels)` answer the text loss in the place of the logits.
+def attach_text_loss(model: nn.Module, use_liger: bool = True, block_logits: int = BLOCK_LOGITS) -> nn.Module:
+    """Make `model(**inputs, labels=labels)` compute its loss on the label positions alone.
 
-    `text_labels` are `[B, L]` int64, -100 where there is no label; label t is predicted at position t - 1. Then
-    `outputs.logits` is the sum of -log p(label) over all labels: a scalar, fp32, 0 with a graph through hidden states
-    and head if there is no label. Without `text_labels` the model behaves as before.
+    `outputs.loss` is the stock model's: the mean over the labels, or their sum divided by `num_items_in_batch` where
+    that is given; 0 with a graph through hidden states and head if there is no label. `outputs.logits` is the sum, a
+    scalar, since all logits exist nowhere. Without `labels` the model behaves as before.
 
     Args:
         model: a stock `…ForConditionalGeneration` of a supported family. Its head may be wrapped later (adapters).
@@ -46,100 +48,90 @@ def attach_label_loss(model: nn.Module, use_liger: bool = True, block_logits: in
         The same model. Nothing in its state, nor in what it saves, is changed.
 
     Raises:
-        ValueError: family without adapter. At the forward: `text_labels` of another shape than the tokens whose hidden
-            states reach the head (leave `logits_to_keep` out).
+        UnsupportedModelError: no entry for the model's family.
+        ValueError: at the forward: labels of another shape than the tokens whose hidden states reach the head (leave
+            `logits_to_keep` out).
     """
-    family = family_of(model)
-    detach_label_loss(model)
-    language_model = model.get_submodule(family.language_model)
-    language_model._label_loss = _LabelLoss(model, use_liger, block_logits)
-    language_model._label_loss_hooks = [
-        language_model.register_forward_pre_hook(_before_language_model, with_kwargs=True),
-        language_model.register_forward_hook(_after_language_model),
-        model.get_submodule(family.visual).register_forward_pre_hook(_before_visual, with_kwargs=True),
-    ]
+    detach_text_loss(model)
+    model._text_loss = _Attached(use_liger, block_logits, vars(model).get("_loss_function"))
+    model.loss_function = functools.partial(_scale, model.loss_function)
+    add_context(model, "text_loss", lambda model, kwargs: _loss_at_head(model, kwargs.get("labels")))
+    add_keyword_step(model, "text_loss")  # num_items_in_batch is not for the vision tower
     return model
 
 
-def detach_label_loss(model: nn.Module) -> nn.Module:
-    """Undo `attach_label_loss`; does nothing to a model that is not attached. Returns the same model."""
-    language_model = model.get_submodule(family_of(model).language_model)
-    for hook in language_model.__dict__.pop("_label_loss_hooks", []):
-        hook.remove()
-    language_model.__dict__.pop("_label_loss", None)
+def detach_text_loss(model: nn.Module) -> nn.Module:
+    """Undo `attach_text_loss`; does nothing to a model that is not attached. Returns the same model."""
+    attached = vars(model).pop("_text_loss", None)
+    if attached is not None:
+        remove_context(model, "text_loss")
+        remove_keyword_step(model, "text_loss")
+        del model._loss_function
+        if attached.loss_function is not None:
+            model.loss_function = attached.loss_function
     return model
 
 
-@dataclasses.dataclass(eq=False)
-class _LabelLoss:
-    """What an attached model knows; lives on its language model as `_label_loss`."""
+class _Attached(NamedTuple):
+    """State of an attached model, kept on it as `_text_loss`."""
 
-    model: nn.Module  # whose head is looked up at every call: it may have been wrapped since
     use_liger: bool
     block_logits: int
-    labels: Tensor | None = None  # of the call under way
-    disarm: Callable[[], None] | None = None  # gives the head its own forward back
+    loss_function: Callable | None  # the one that was set before
 
 
-# Models hand every keyword on to the language model and to the vision tower.
+def _scale(stock: Callable, logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, **kwargs):
+    """`loss_function` of an attached model, whose head has answered the summed loss in place of logits."""
+    if logits.ndim:  # labels given by position
+        return stock(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
+    items = count_labels(labels).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return logits / (items.to(logits.device) if isinstance(items, Tensor) else items)
 
 
-def _before_language_model(module: nn.Module, args, kwargs):
-    state = module._label_loss
-    if state.disarm:  # the head was not called, as by somebody who wanted the hidden states alone
-        state.disarm()
-    state.labels = kwargs.pop("text_labels", None)
-    return args, kwargs
-
-
-def _before_visual(module: nn.Module, args, kwargs):
-    kwargs.pop("text_labels", None)
-    return args, kwargs
-
-
-def _after_language_model(module: nn.Module, args, output) -> None:
-    """Let the head's next call, and that one alone, answer the loss."""
-    state = module._label_loss
-    labels, state.labels = state.labels, None
+@contextlib.contextmanager
+def _loss_at_head(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
+    """Let the head answer the summed loss of these labels."""
     if labels is None:
+        yield
         return
-    head = state.model.get_submodule(family_of(state.model).head)
-    of_instance = vars(head).get("forward")
-    forward = head.forward
-
-    def disarm() -> None:
-        state.disarm = None
+    head = model.get_submodule(get_family(model).head)  # which may have been wrapped since
+    former, forward = vars(head).get("forward"), head.forward
+    is_linear = former is None and type(head).forward is nn.Linear.forward
+    head.forward = lambda hidden: _sum_at_head(model, head, None if is_linear else forward, hidden, labels)
+    try:
+        yield
+    finally:
         del head.forward
-        if of_instance is not None:
-            head.forward = of_instance
-
-    def label_loss(hidden: Tensor) -> Tensor:
-        disarm()
-        return _loss_of_head(head, forward, hidden, labels, state)
-
-    head.forward, state.disarm = label_loss, disarm
+        if former is not None:
+            head.forward = former
 
 
-def _loss_of_head(head: nn.Module, forward: Callable, hidden: Tensor, labels: Tensor, state: _LabelLoss) -> Tensor:
-    """Text loss of hidden states `[B, L, H]` and labels `[B, L]`, inside the head's call."""
+def _sum_at_head(
+    model: nn.Module, head: nn.Module, forward: Callable | None, hidden: Tensor, labels: Tensor
+) -> Tensor:
+    """Summed loss of hidden states `[B, L, H]` and labels `[B, L]`, inside the head's call.
+
+    forward: of a head that is more than a linear layer.
+    """
     if hidden.shape[:2] != labels.shape:
         raise ValueError(
-            f"text_labels are {list(labels.shape)} and the head gets hidden states {list(hidden.shape[:2])}: give a "
+            f"labels are {list(labels.shape)} and the head gets hidden states {list(hidden.shape[:2])}: give a "
             "label for every token, and no logits_to_keep"
         )
+    use_liger, block_logits, _ = model._text_loss
     predicted = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # by each position
     rows = (predicted != IGNORE).nonzero().squeeze(1)
     targets = predicted[rows]
     hidden = hidden.flatten(0, 1).index_select(0, rows)
-    if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
-        _say(hidden.device.type, f"checkpointed chunks of {type(head).__name__}, which is more than a linear layer")
-        vocabulary = state.model.config.get_text_config().vocab_size
+    if forward is not None:
+        _log_once(hidden.device.type, f"checkpointed chunks of {type(head).__name__}, which is more than a linear layer")
+        vocabulary = model.config.get_text_config().vocab_size
         in_step = any(hasattr(p, "ds_id") for p in head.parameters())  # ZeRO-3 partitioned
-        return _through(forward, hidden, targets, max(1, state.block_logits // vocabulary), in_step)
-    why_not = liger.refusal(hidden.device.type) if state.use_liger else "model.liger is false"
+        return _through(forward, hidden, targets, max(1, block_logits // vocabulary), in_step)
+    why_not = liger.get_refusal(hidden.device.type) if use_liger else "model.liger is false"
     how = "Liger's fused linear cross-entropy" if why_not is None else f"blocks of the vocabulary in torch ({why_not})"
-    _say(hidden.device.type, how)
-    arguments = hidden, head.weight, targets, head.bias, state.block_logits
+    _log_once(hidden.device.type, how)
+    arguments = hidden, head.weight, targets, head.bias, block_logits
     # Liger divides by zero without a token, and gives the weight no gradient where the hidden states need none.
     without_gradient = torch.is_grad_enabled() and not hidden.requires_grad
     if why_not is None and len(targets) and not without_gradient:
@@ -150,7 +142,7 @@ def _loss_of_head(head: nn.Module, forward: Callable, hidden: Tensor, labels: Te
 def _through(forward: Callable, hidden: Tensor, targets: Tensor, tokens: int, in_step: bool) -> Tensor:
     """Summed loss of any head, chunks of `tokens` tokens at a time; backward calls the head again.
 
-    in_step: every call gathers weights from all ranks, so that all make as many, with empty chunks at last.
+    in_step: each call gathers weights from all ranks, so that all ranks make the same number, the last ones empty.
     """
 
     def loss_of(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -169,9 +161,8 @@ def _through(forward: Callable, hidden: Tensor, targets: Tensor, tokens: int, in
 def _by_liger(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, block_logits: int) -> Tensor:
     """Summed loss by Liger, which makes the gradients in its forward.
 
-    Weight gradients are added up in fp32 over Liger's chunks of tokens, which are cut by `block_logits` (but never
-    below N · H logits): left alone, Liger cuts 300 tokens of a 7B model into chunks of 8 and reads the whole weight
-    for each.
+    Weight gradients are added up in fp32 over Liger's chunks of tokens. `block_logits` sets their size (at least N · H
+    logits): Liger's own is 8 tokens for 300 of a 7B model, and each chunk reads the whole weight.
     """
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
 
@@ -193,6 +184,6 @@ def _by_liger(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | No
 
 
 @functools.cache
-def _say(device_type: str, how: str) -> None:
-    """One log line per process for every choice."""
+def _log_once(device_type: str, how: str) -> None:
+    """Write one log line per process and choice."""
     logger.info("text loss on %s: %s", device_type, how)
