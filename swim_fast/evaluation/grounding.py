@@ -18,7 +18,7 @@ from swim_fast.evaluation.run import RunOptions, predict_rest
 from swim_fast.inference.generation import load_model
 from swim_fast.loss.metrics import METRICS, grounding_means, grounding_sums
 from swim_fast.modeling import attach_noun_attention
-from swim_fast.modeling.families import default_layers, text_layers
+from swim_fast.modeling.families import get_attentions, get_default_layers
 
 FUSIONS = ("product", "mean")
 
@@ -47,7 +47,7 @@ def supervised_layers(folder: str, num_layers: int) -> list[int]:
         chosen = yaml.safe_load(path.read_text(encoding="utf-8"))["attention_loss"]["layers"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         chosen = None
-    return sorted(layer % num_layers for layer in chosen) if chosen else default_layers(num_layers)
+    return sorted(layer % num_layers for layer in chosen) if chosen else get_default_layers(num_layers)
 
 
 def evaluate_grounding(
@@ -84,7 +84,7 @@ def evaluate_grounding(
     with Predictions(options.out, settings) as predictions:
         if any(number not in predictions.done for number in numbers):
             model, processor = load_model(options.model, options.dtype, options.attention, ranks.device)
-            count = len(text_layers(model))
+            count = len(get_attentions(model))
             supervised = supervised_layers(options.model, count)
             chosen = {"all": list(range(count)), "supervised": supervised}.get(str(layers), layers)
             attach_noun_attention(model, chosen, backend)

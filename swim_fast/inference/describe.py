@@ -172,7 +172,7 @@ def noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -
         ValueError: a model family without adapter, or a layer that it does not have.
         DataError: a noun without a token.
     """
-    from swim_fast.modeling.noun_attention import attach_noun_attention, attached_layers, detach_noun_attention
+    from swim_fast.modeling.noun_attention import attach_noun_attention, detach_noun_attention, get_attached_layers
     from swim_kernels import GridPairs
     from swim_kernels import grid_prediction as grid_prediction
 
@@ -182,7 +182,7 @@ def noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -
     rows = [(position, 0, position + 1, 0) for position in positions]
     inputs, queries = _model_inputs(model, processor, encoding, rows)
     attach_noun_attention(model, loss.layers or None)  # a run without maps names none
-    logger.info("attention of layers %s", ", ".join(map(str, attached_layers(model))))
+    logger.info("attention of layers %s", ", ".join(map(str, get_attached_layers(model))))
     try:  # the maps need no logits
         maps = model(**inputs, noun_queries=queries, use_cache=False, logits_to_keep=1).attentions
     finally:

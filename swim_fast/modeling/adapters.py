@@ -133,7 +133,9 @@ def add_adapters(model: nn.Module, options, frozen: list[str], seed: int) -> Non
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Undo `add_adapters`, except that the weights stay frozen."""
+    """Undo `add_adapters`, except that the weights stay frozen; does nothing to a model without adapters."""
+    if not has_adapters(model):
+        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
@@ -171,7 +173,7 @@ def load_adapters(model: nn.Module, folder: str | PathLike[str]) -> None:
 def merge_adapters(
     base: str, adapter: str | PathLike[str], folder: str | PathLike[str], dtype: str | torch.dtype = "auto"
 ) -> None:
-    """Merge adapters into the weights of their base and save a plain checkpoint, which needs neither peft nor swim_fast.
+    """Merge adapters into the weights of their base and save a plain checkpoint that needs neither peft nor us.
 
     Args:
         base: folder or hub name of the checkpoint that the adapters were trained on; loaded in host memory and without

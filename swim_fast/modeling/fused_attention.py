@@ -25,9 +25,11 @@ _FLASH = tuple(name for name in PROVIDERS if name != "sdpa")
 _OTHER_SOFTMAX = ("softcap", "s_aux", "position_bias")
 
 
-def right_padded(attention_mask: Tensor | None, attention: str) -> bool | None:
-    """Whether all padding of a batch [B, L] comes last; None where nobody asks. Waits for the device, as transformers
-    does anyway to see whether there is padding."""
+def is_right_padded(attention_mask: Tensor | None, attention: str) -> bool | None:
+    """Return True if all padding of a batch [B, L] comes last, None if the attention does not ask.
+
+    Waits for the device, as transformers does too to see if there is padding.
+    """
     if attention not in _FLASH or attention_mask is None or attention_mask.ndim != 2:
         return None
     return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())

@@ -106,9 +106,7 @@ def _loss_at_head(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
             head.forward = former
 
 
-def _sum_at_head(
-    model: nn.Module, head: nn.Module, forward: Callable | None, hidden: Tensor, labels: Tensor
-) -> Tensor:
+def _sum_at_head(model: nn.Module, head: nn.Module, forward: Callable | None, hidden: Tensor, labels: Tensor) -> Tensor:
     """Summed loss of hidden states `[B, L, H]` and labels `[B, L]`, inside the head's call.
 
     forward: of a head that is more than a linear layer.
@@ -124,7 +122,9 @@ def _sum_at_head(
     targets = predicted[rows]
     hidden = hidden.flatten(0, 1).index_select(0, rows)
     if forward is not None:
-        _log_once(hidden.device.type, f"checkpointed chunks of {type(head).__name__}, which is more than a linear layer")
+        _log_once(
+            hidden.device.type, f"checkpointed chunks of {type(head).__name__}, which is more than a linear layer"
+        )
         vocabulary = model.config.get_text_config().vocab_size
         in_step = any(hasattr(p, "ds_id") for p in head.parameters())  # ZeRO-3 partitioned
         return _through(forward, hidden, targets, max(1, block_logits // vocabulary), in_step)

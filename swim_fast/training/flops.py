@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from swim_fast.modeling.families import family_of
+from swim_fast.modeling.families import get_family
 
 # Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets (where these give the figure with sparsity,
 # half of it). The first whose words occur in the device's name is taken.
@@ -65,7 +65,7 @@ class StepFlops:
 
     def __init__(self, model: nn.Module):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        family = family_of(model)
+        family = get_family(model)
         visual, language_model = model.get_submodule(family.visual), model.get_submodule(family.language_model)
         text, vision = model.config.get_text_config(), model.config.vision_config
         merger = set(model.get_submodule(family.merger).modules())

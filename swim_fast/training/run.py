@@ -10,30 +10,25 @@ from swim_fast.config import ConfigError, DataConfig, RunConfig
 logger = logging.getLogger(__name__)
 
 
-def load_model(config: RunConfig):
-    """Model and processor of a configuration: attached, frozen as told.
+def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
+    """Load model and processor of a run, the model prepared for training (`prepare_model`).
 
-    Returns:
-        `(model, processor)`; the model's dtype and attention are those of the configuration, and it answers the text
-        loss (`attach_label_loss`).
+    Raises:
+        ConfigError: `model.path` is no checkpoint.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from swim_fast.modeling.adapters import add_adapters, quantization_config
-    from swim_fast.modeling.freezing import freeze
-    from swim_fast.modeling.liger import apply_liger
-    from swim_fast.modeling.noun_attention import attach_noun_attention, attached_layers
-    from swim_fast.modeling.offload import offload_activations
-    from swim_fast.modeling.packed import accept_packed_batches
-    from swim_fast.modeling.text_loss import attach_label_loss
+    from swim_fast.modeling.adapters import build_quantization_config
+    from swim_fast.modeling.noun_attention import get_attached_layers
+    from swim_fast.modeling.prepare import prepare_model
 
-    options = config.model
+    options, loss = config.model, config.attention_loss
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     quantized = {}
     if options.lora and options.lora.quantize:
         compute = torch.bfloat16 if dtype == "auto" else dtype
-        quantized = {"quantization_config": quantization_config(options.lora.quantize, compute)}
+        quantized = {"quantization_config": build_quantization_config(options.lora.quantize, compute)}
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             options.path, dtype=dtype, attn_implementation=options.attention, **quantized
@@ -42,20 +37,22 @@ def load_model(config: RunConfig):
     except OSError as error:
         message = f"model.path {options.path!r} is neither a checkpoint folder nor to be had: {error}"
         raise ConfigError(message) from error
-    if config.attention_loss.layers != []:
-        loss = config.attention_loss
-        attach_noun_attention(model, loss.layers, loss.backend, loss.fused)
-        loss.layers = attached_layers(model)  # so that the saved configuration names them
-    attach_label_loss(model, options.liger)
-    if options.liger:
-        apply_liger(model, "cuda" if torch.cuda.is_available() and not config.training.get("use_cpu") else "cpu")
-    if options.lora:  # after Liger, which looks for plain modules
-        add_adapters(model, options.lora, options.freeze, seed=config.training.get("seed", 0))
-    freeze(model, options.freeze)
-    if config.data.max_tokens_per_batch is not None:
-        accept_packed_batches(model)
-    if options.activation_offload:
-        offload_activations(model)
+    prepare_model(
+        model,
+        liger=options.liger,
+        device="cuda" if torch.cuda.is_available() and not config.training.get("use_cpu") else "cpu",
+        lora=options.lora,
+        seed=config.training.get("seed", 0),
+        frozen=options.freeze,
+        layers=loss.layers,
+        backend=loss.backend,
+        fused=loss.fused,
+        packed=config.data.max_tokens_per_batch is not None,
+        activation_offload=options.activation_offload,
+        ranks=ranks,
+        sharded=sharded,
+    )
+    loss.layers = get_attached_layers(model)  # so that the saved configuration names them
     return model, processor
 
 
@@ -76,11 +73,11 @@ def build_trainer(config: RunConfig):
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.batch.dataset import SwimDataset
     from swim_fast.data.sample.builder import SampleBuilder
-    from swim_fast.modeling.freezing import keep_visual_in_step
     from swim_fast.training.callbacks import EarlyStopping
     from swim_fast.training.trainer import SwimTrainer
 
-    model, processor = load_model(config)
+    zero = getattr(args, "hf_deepspeed_config", None)
+    model, processor = load_model(config, args.world_size, sharded=zero is not None and zero.is_zero3())
     builder = SampleBuilder(processor, config.sample_options())
 
     train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
@@ -88,7 +85,7 @@ def build_trainer(config: RunConfig):
     if train_dataset is not None and config.data.max_tokens_per_batch is not None:
         packing = _packing(config.data, train_dataset, model, processor, args)
     patience = config.optimization.early_stopping_patience
-    trainer = SwimTrainer(
+    return SwimTrainer(
         model=model,
         args=args,
         loss=config.attention_loss,
@@ -101,10 +98,6 @@ def build_trainer(config: RunConfig):
         data_collator=Collator(processor),
         processing_class=processor,
     )
-    if args.world_size > 1:
-        zero = getattr(args, "hf_deepspeed_config", None)
-        keep_visual_in_step(model, sharded=zero is not None and zero.is_zero3())
-    return trainer
 
 
 def _packing(data: DataConfig, dataset, model, processor, args) -> dict[str, Any]:

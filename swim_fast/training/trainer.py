@@ -22,7 +22,7 @@ from swim_fast.data.batch.workers import start_worker
 from swim_fast.loss.mask_loss import pair_losses
 from swim_fast.loss.metrics import METRICS, grounding_sums
 from swim_fast.modeling.adapters import has_adapters, load_adapters
-from swim_fast.modeling.freezing import parameters_of_parts
+from swim_fast.modeling.freezing import get_part_parameters
 from swim_fast.modeling.text_loss import count_labels
 from swim_fast.training.callbacks import (
     BackwardWhereTrained,
@@ -61,7 +61,7 @@ class SwimTrainer(CheckpointingTrainer):
             and one wait for the device, per micro-batch. Which sample a gradient comes from is not known: all those of
             the step are named. With DeepSpeed the engine checks the gradient and leaves the step out itself; with fp16
             that is how the loss scale is found, so that gradients are not checked here.
-        learning_rates: of parts of the model, see `parameters_of_parts`; the others have `args.learning_rate`.
+        learning_rates: of parts of the model, see `get_part_parameters`; the others have `args.learning_rate`.
         batch_sampler: batches of packed samples to train on, with `train_collator`, which packs them; None: batches of
             `per_device_train_batch_size` samples, of `data_collator`, as for evaluation.
         kwargs: as of `transformers.Trainer`; `data_collator([])` must give a batch that counts nothing.
@@ -104,7 +104,7 @@ class SwimTrainer(CheckpointingTrainer):
         there_was_one = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if not there_was_one and self.learning_rates:
-            divide_groups(optimizer, parameters_of_parts(self.model), self.learning_rates)
+            divide_groups(optimizer, get_part_parameters(self.model), self.learning_rates)
         return optimizer
 
     def _get_learning_rate(self) -> float:
@@ -181,10 +181,10 @@ class SwimTrainer(CheckpointingTrainer):
         inputs = model_inputs(batch)
         if self.loss_options.layers != []:  # else the model is a stock one
             inputs["noun_queries"] = queries
-        outputs = model(**inputs, text_labels=labels, use_cache=False)
-        text = outputs.logits  # the sum over the labels: see attach_label_loss
-        if text.ndim:
-            raise RuntimeError("the model answered logits, no text loss: call attach_label_loss(model) before training")
+        outputs = model(**inputs, labels=labels, num_items_in_batch=1, use_cache=False)
+        text = outputs.loss  # the sum over the labels
+        if outputs.logits.ndim:
+            raise RuntimeError("the model answered all logits: call attach_text_loss(model) before training")
         mask, grounding = text.new_zeros(()), text.new_zeros(len(METRICS) + 1)
         options = self.loss_options
         if outputs.attentions:

@@ -14,7 +14,7 @@ from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, RunCo
 from swim_fast.data.source.errors import DataError
 from swim_fast.inference.describe import DescribeOptions, describe, trained_as
 from swim_fast.inference.prompt import find_noun, plain_question
-from swim_fast.modeling.noun_attention import attached_layers
+from swim_fast.modeling.noun_attention import get_attached_layers
 from swim_fast.viz.heatmap_grid import PANEL_PIXELS
 from swim_fast.viz.heatmap_video import panel_size, patch_weights, write_heatmap_video
 from tests.training.conftest import FRAMES, HEIGHT, TEXTS, WIDTH, record, square_clip, write_records
@@ -87,7 +87,7 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
 )
 def test_maps_are_those_of_training(folder, tmp_path, monkeypatch, noun, loss):
     def answer(model, *_):
-        assert attached_layers(model) == [], "the stock model answers, also when maps were computed"
+        assert get_attached_layers(model) == [], "the stock model answers, also when maps were computed"
         return "answer"
 
     monkeypatch.setattr("swim_fast.inference.describe.generate_answer", answer)

@@ -248,13 +248,13 @@ def test_model_liger_switches_it(stock, tmp_path, monkeypatch, use_liger):
     from swim_fast.training.run import load_model
 
     asked = []
-    monkeypatch.setattr(liger, "refusal", asked.append)  # answers None: it can be used
+    monkeypatch.setattr(liger, "get_refusal", asked.append)  # answers None: it can be used
     monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda path: None)
     stock.save_pretrained(tmp_path / "model")
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {{path: {tmp_path / 'model'}, liger: {str(use_liger).lower()}}}\ndata: {{}}\n")
     model, _ = load_model(load_config(config))
     assert asked == (["cpu"] if use_liger and not torch.cuda.is_available() else ["cuda"] if use_liger else [])
-    replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    replaced = [name for name, module in model.model.named_modules() if "forward" in vars(module)]
     assert len(replaced) == (9 + 5 + LAYERS + BLOCKS + LAYERS if use_liger else 0)
-    assert model.model.language_model._label_loss.use_liger is use_liger
+    assert model._text_loss.use_liger is use_liger

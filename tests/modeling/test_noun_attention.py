@@ -12,8 +12,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from swim_fast.modeling import attach_noun_attention, detach_noun_attention
-from swim_fast.modeling.families import default_layers, text_layers
-from swim_fast.modeling.noun_attention import attached_layers
+from swim_fast.modeling.families import get_attentions, get_default_layers
+from swim_fast.modeling.noun_attention import get_attached_layers
 from swim_kernels import NounQueries
 
 LENGTHS = (37, 29)  # second sequence is padded on the right
@@ -164,8 +164,8 @@ def test_layers_are_checked(model, layers, message):
 
 
 def test_default_layers_are_the_papers():
-    assert default_layers(28) == [2, 7, 12, 17, 22, 27]
-    assert default_layers(4) == [3]
+    assert get_default_layers(28) == [2, 7, 12, 17, 22, 27]
+    assert get_default_layers(4) == [3]
 
 
 def test_family_without_adapter_is_named():
@@ -185,21 +185,21 @@ def test_attach_again_and_detach(model, inputs):
     plain = model(**inputs).logits
     attach_noun_attention(model, [0])
     attach_noun_attention(model, [1, 2])
-    assert attached_layers(model) == [1, 2]
+    assert get_attached_layers(model) == [1, 2]
     assert len(model(**inputs, noun_queries=queries()).attentions) == 2
     detach_noun_attention(model)
     detach_noun_attention(model)
-    assert attached_layers(model) == []
-    assert all(module.config is model.config.text_config for module in text_layers(model))
+    assert get_attached_layers(model) == []
+    assert all(module.config is model.config.text_config for module in get_attentions(model))
     assert torch.equal(model(**inputs).logits, plain)
 
 
 def test_sliding_window_raises_key_start(model, inputs):
     attach_noun_attention(model, [1])
-    for module in text_layers(model):
+    for module in get_attentions(model):
         module.sliding_window = 28
     windowed = model(**inputs, noun_queries=queries()).attentions[0]
-    for module in text_layers(model):
+    for module in get_attentions(model):
         module.sliding_window = None
     expected = model(**inputs, noun_queries=queries(window=28)).attentions[0]
     # the layers' outputs are the same: stock sdpa takes the window from the mask, which has none here
@@ -211,8 +211,8 @@ def test_two_models_do_not_disturb_each_other(stock, inputs):
     first, second = copy.deepcopy(stock), copy.deepcopy(stock)
     attach_noun_attention(first, [0])
     assert second(**inputs).attentions is None
-    assert attached_layers(second) == []
-    assert attached_layers(copy.deepcopy(first)) == [0]
+    assert get_attached_layers(second) == []
+    assert get_attached_layers(copy.deepcopy(first)) == [0]
 
 
 def test_saved_checkpoint_is_plain(model, inputs, tmp_path):

@@ -12,15 +12,15 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks.memory import count_allocations, watch_saved
 from swim_fast.modeling import liger, text_loss
-from swim_fast.modeling.text_loss import attach_label_loss, count_labels, detach_label_loss
-from tests.training.label_loss_ranks import Adapted
+from swim_fast.modeling.text_loss import attach_text_loss, count_labels, detach_text_loss
+from tests.training.text_loss_ranks import Adapted
 
 LENGTH = 23
 
 
 @pytest.fixture(autouse=True)
 def log(caplog):
-    text_loss._say.cache_clear()
+    text_loss._log_once.cache_clear()
     caplog.set_level(logging.INFO)
     return caplog
 
@@ -79,8 +79,8 @@ def test_equals_the_loss_of_all_logits(model, kind, head, size):
     expected = plain_loss(model, inputs, labels)
     theirs = gradients(model, expected)
     assert ("lm_head.weight" in theirs) is (head != "tied")
-    attach_label_loss(model, block_logits=size)
-    loss = model(**inputs, text_labels=labels).logits
+    attach_text_loss(model, block_logits=size)
+    loss = model(**inputs, labels=labels, num_items_in_batch=1).loss
     assert loss.shape == () and loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(model, loss), theirs)
@@ -96,8 +96,8 @@ def test_no_label_gives_zero_with_a_graph(model, head):
     if head == "wrapped":
         model.lm_head = Adapted(model.lm_head)
     inputs, labels = batch("padded")
-    attach_label_loss(model)
-    loss = model(**inputs, text_labels=labels.fill_(-100)).logits
+    attach_text_loss(model)
+    loss = model(**inputs, labels=labels.fill_(-100), num_items_in_batch=1).loss
     found = gradients(model, loss)
     assert loss == 0 and not any(gradient.any() for gradient in found.values())
     if head == "wrapped":
@@ -109,14 +109,14 @@ def test_no_label_gives_zero_with_a_graph(model, head):
 
 @pytest.mark.parametrize("size", [1000, 2**25])  # chunks of 3 tokens, and one
 def test_a_head_wrapped_after_attaching(model, log, size):
-    attach_label_loss(model, block_logits=size)
+    attach_text_loss(model, block_logits=size)
     torch.manual_seed(0)
     model.lm_head = Adapted(model.lm_head)
     inputs, labels = batch("padded")
     expected = plain_loss(model, inputs, labels)
     theirs = gradients(model, expected)
     with watch_saved(model.parameters()) as saved:
-        loss = model(**inputs, text_labels=labels).logits
+        loss = model(**inputs, labels=labels, num_items_in_batch=1).loss
     vocabulary = model.config.get_text_config().vocab_size
     assert saved.shapes() and not [shape for shape, _ in saved.shapes() if vocabulary in shape]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -128,13 +128,13 @@ def test_a_head_with_a_low_rank_adapter(model):
     """peft's wrapper of the whole model, too, which calls the model inside."""
     peft = pytest.importorskip("peft")
     inputs, labels = batch("padded")
-    attach_label_loss(untied(model, bias=False), block_logits=1000)
+    attach_text_loss(untied(model, bias=False), block_logits=1000)
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval()
     assert type(model.lm_head) is not nn.Linear
     expected = plain_loss(adapted, inputs, labels)
     theirs = gradients(adapted, expected)
-    loss = adapted(**inputs, text_labels=labels).logits
+    loss = adapted(**inputs, labels=labels, num_items_in_batch=1).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(adapted, loss), theirs)
     assert any("lm_head.lora_B" in name for name in theirs)
@@ -145,26 +145,26 @@ def test_a_frozen_head_and_a_frozen_model(model):
     untied(model)
     inputs, labels = batch("padded")
     theirs = gradients(model, plain_loss(model, inputs, labels))
-    attach_label_loss(model)
+    attach_text_loss(model)
     model.lm_head.requires_grad_(False)
-    mine = gradients(model, model(**inputs, text_labels=labels).logits)
+    mine = gradients(model, model(**inputs, labels=labels, num_items_in_batch=1).loss)
     assert_same(mine, {name: gradient for name, gradient in theirs.items() if "lm_head" not in name})
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    mine = gradients(model, model(**inputs, text_labels=labels).logits)
+    mine = gradients(model, model(**inputs, labels=labels, num_items_in_batch=1).loss)
     assert_same(mine, {name: gradient for name, gradient in theirs.items() if "lm_head" in name})
 
 
 def test_activation_checkpointing_and_autocast(model):
     inputs, labels = batch("padded")
     model.train()
-    attach_label_loss(model, block_logits=1000)
-    theirs = gradients(model, model(**inputs, text_labels=labels).logits)
+    attach_text_loss(model, block_logits=1000)
+    theirs = gradients(model, model(**inputs, labels=labels, num_items_in_batch=1).loss)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same(gradients(model, model(**inputs, text_labels=labels).logits), theirs)
+    assert_same(gradients(model, model(**inputs, labels=labels, num_items_in_batch=1).loss), theirs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(**inputs, text_labels=labels).logits
-        detached = detach_label_loss(copy.deepcopy(model))
+        loss = model(**inputs, labels=labels, num_items_in_batch=1).loss
+        detached = detach_text_loss(copy.deepcopy(model))
         expected = plain_loss(detached, inputs, labels)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
@@ -175,8 +175,8 @@ def test_bf16(model):
     model.bfloat16()
     expected = plain_loss(model, inputs, labels)
     theirs = gradients(model, expected)
-    attach_label_loss(model, block_logits=1000)
-    loss = model(**inputs, text_labels=labels).logits
+    attach_text_loss(model, block_logits=1000)
+    loss = model(**inputs, labels=labels, num_items_in_batch=1).loss
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     mine = gradients(model, loss)
@@ -188,14 +188,18 @@ def test_memory_does_not_grow_with_the_length(model):
     """What the head and the loss take; the same 20 labels among 200 or 1600 tokens."""
     width, vocabulary, labelled, size = 128, 4000, 20, 1500
     model.lm_head = head = nn.Linear(width, vocabulary, bias=False)
-    attach_label_loss(model, block_logits=size)
+    attach_text_loss(model, block_logits=size)
     for length in (200, 1600):
         labels = torch.full((1, length), -100)
         labels[0, -labelled:] = 30
-        with torch.no_grad():  # the head's next call answers the loss
-            hidden = model.model(input_ids=torch.full((1, length), 25), text_labels=labels).last_hidden_state
+        with torch.no_grad():
+            hidden = model.model(input_ids=torch.full((1, length), 25)).last_hidden_state
         hidden.requires_grad_()
-        with watch_saved((hidden, head.weight)) as saved, count_allocations() as counted:
+        with (
+            text_loss._loss_at_head(model, labels),
+            watch_saved((hidden, head.weight)) as saved,
+            count_allocations() as counted,
+        ):
             loss = head(hidden)
             counted.mark("forward")
             kept = saved.bytes
@@ -212,41 +216,69 @@ def test_without_labels_the_model_is_as_before(model, stock):
     inputs, labels = batch("padded")
     one = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
     plain, words = stock(**inputs).logits, stock.generate(**one, max_new_tokens=6)
-    attach_label_loss(model)
+    attach_text_loss(model)
     assert torch.equal(model(**inputs).logits, plain)
-    model(**inputs, text_labels=labels)
+    model(**inputs, labels=labels)
     assert torch.equal(model(**inputs).logits, plain)
     assert torch.equal(model.generate(**one, max_new_tokens=6), words)
-    assert model(**inputs, labels=labels).loss == stock(**inputs, labels=labels).loss
     assert model.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("items", [{}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(7)}])
+def test_the_loss_is_the_stock_models(model, stock, items):
+    """The mean over the labels, or their sum divided by transformers' number of items; by position, all logits too."""
+    inputs, labels = batch("padded")
+    expected = stock(**inputs, labels=labels, **items)
+    found = attach_text_loss(model)(**inputs, labels=labels, **items)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+    assert found.logits.ndim == 0
+    by_position = model(inputs["input_ids"], inputs["attention_mask"], None, None, None, labels, **items)
+    assert torch.equal(by_position.loss, expected.loss) and torch.equal(by_position.logits, expected.logits)
+
+
+def test_the_number_of_items_does_not_reach_the_vision_tower(model):
+    attach_text_loss(model)
+    vision = model.config.vision_config
+    pixels = torch.randn(16, 3 * vision.temporal_patch_size * vision.patch_size**2)
+    ids = torch.tensor([[30, *[model.config.image_token_id] * 4, 31]])
+    seen = []
+    model.model.visual.blocks[0].register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    model(
+        input_ids=ids,
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        pixel_values=pixels,
+        image_grid_thw=torch.tensor([[1, 4, 4]]),
+        labels=ids,
+        num_items_in_batch=1,
+    )
+    assert len(seen) == 1 and "num_items_in_batch" not in seen[0]
 
 
 def test_attach_again_detach_and_copies(model):
     inputs, labels = batch("padded")
-    attach_label_loss(model, block_logits=1)
-    attach_label_loss(model)
+    attach_text_loss(model, block_logits=1)
+    attach_text_loss(model)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         copied.lm_head.weight.mul_(2)
-    mine, theirs = model(**inputs, text_labels=labels).logits, copied(**inputs, text_labels=labels).logits
+    mine, theirs = (m(**inputs, labels=labels, num_items_in_batch=1).loss for m in (model, copied))
     assert theirs.item() == pytest.approx(plain_loss(copied, inputs, labels).item(), rel=1e-5)
     assert mine.item() == pytest.approx(plain_loss(model, inputs, labels).item(), rel=1e-5) and mine != theirs
-    detach_label_loss(model)
-    detach_label_loss(model)
+    detach_text_loss(model)
+    detach_text_loss(model)
     assert model(**inputs).logits.ndim == 3
-    assert not any("label_loss" in name for name in vars(model.model.language_model))
-    assert "forward" not in vars(model.lm_head)
+    assert not any(name in vars(model) for name in ("forward", "_text_loss", "_loss_function", "_contexts"))
+    assert not [name for name in vars(model.model.language_model) if "keyword" in name]
+    assert "forward" not in vars(model.lm_head) and not model.model.visual._forward_pre_hooks
 
 
 def test_a_call_that_never_reaches_the_head_leaves_it_as_it_was(model):
     inputs, labels = batch("padded")
     plain = model(**inputs).logits
-    attach_label_loss(model)
-    model.model(**inputs, text_labels=labels)  # the hidden states alone
-    assert torch.equal(model(**inputs).logits, plain)
+    attach_text_loss(model)
     failing = model.model.language_model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model(**inputs, text_labels=labels)
+        model(**inputs, labels=labels)
     failing.remove()
     assert torch.equal(model(**inputs).logits, plain)
 
@@ -262,17 +294,17 @@ def test_a_head_with_a_forward_of_its_own_keeps_it(model):
         return F.linear(hidden, model.lm_head.weight)
 
     model.lm_head.forward = forward
-    attach_label_loss(model)
-    loss = model(**inputs, text_labels=labels).logits
+    attach_text_loss(model)
+    loss = model(**inputs, labels=labels, num_items_in_batch=1).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert calls == [(count_labels(labels), 128)] and model.lm_head.forward is forward
 
 
 def test_labels_must_fit_the_hidden_states(model):
     inputs, labels = batch("padded")
-    attach_label_loss(model)
-    with pytest.raises(ValueError, match=r"text_labels are \[2, 23\].*\[2, 4\].*no logits_to_keep"):
-        model(**inputs, text_labels=labels, logits_to_keep=4)
+    attach_text_loss(model)
+    with pytest.raises(ValueError, match=r"labels are \[2, 23\].*\[2, 4\].*no logits_to_keep"):
+        model(**inputs, labels=labels, logits_to_keep=4)
 
 
 # Liger
@@ -329,7 +361,7 @@ class LigerStandIn(torch.autograd.Function):
 def by_liger(monkeypatch):
     import liger_kernel.ops
 
-    monkeypatch.setattr(liger, "refusal", lambda device_type: None)
+    monkeypatch.setattr(liger, "get_refusal", lambda device_type: None)
     monkeypatch.setattr(liger_kernel.ops, "LigerFusedLinearCrossEntropyFunction", LigerStandIn)
     LigerStandIn.calls.clear()
 
@@ -350,8 +382,8 @@ def test_by_liger(model, log, by_liger, head):
     inputs, labels = batch("padded")
     expected = plain_loss(model, inputs, labels)
     theirs = gradients(model, 3 * expected)
-    attach_label_loss(model, block_logits=7 * 300)
-    loss = model(**inputs, text_labels=labels).logits
+    attach_text_loss(model, block_logits=7 * 300)
+    loss = model(**inputs, labels=labels, num_items_in_batch=1).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(model, 3 * loss), theirs)
     ((shape, reduction, accumulated, _),) = LigerStandIn.calls
@@ -361,17 +393,17 @@ def test_by_liger(model, log, by_liger, head):
 
 def test_liger_is_not_asked_what_it_cannot_do(model, by_liger):
     inputs, labels = batch("padded")
-    attach_label_loss(model)
-    none = model(**inputs, text_labels=torch.full_like(labels, -100)).logits
+    attach_text_loss(model)
+    none = model(**inputs, labels=torch.full_like(labels, -100), num_items_in_batch=1).loss
     assert none == 0 and none.requires_grad
     untied(model).requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    model(**inputs, text_labels=labels).logits.backward()  # hidden states that need no gradient
+    model(**inputs, labels=labels, num_items_in_batch=1).loss.backward()  # hidden states that need no gradient
     assert model.lm_head.weight.grad.any() and not LigerStandIn.calls
     with torch.no_grad():
-        model(**inputs, text_labels=labels)
+        model(**inputs, labels=labels)
     assert len(LigerStandIn.calls) == 1
-    attach_label_loss(model, use_liger=False)(**inputs, text_labels=labels)
+    attach_text_loss(model, use_liger=False)(**inputs, labels=labels)
     assert len(LigerStandIn.calls) == 1
 
 
@@ -389,9 +421,9 @@ def test_ligers_chunks_are_of_the_size_asked_for(by_liger, tokens, chunks):
 
 def test_on_the_cpu_the_log_says_why_not_liger(model, log):
     inputs, labels = batch("padded")
-    attach_label_loss(model)
-    model(**inputs, text_labels=labels)
-    model(**inputs, text_labels=labels)
+    attach_text_loss(model)
+    model(**inputs, labels=labels)
+    model(**inputs, labels=labels)
     said = [line.getMessage() for line in log.records if "text loss on" in line.getMessage()]
     assert said == [
         "text loss on cpu: blocks of the vocabulary in torch (its kernels need CUDA, and the model is on cpu)"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from swim_fast.config import LoraConfig, load_config
-from swim_fast.modeling.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, target_pattern
+from swim_fast.modeling.adapters import add_adapters, build_target_pattern, has_adapters, load_adapters, merge_adapters
 from swim_fast.training.run import build_trainer
 from tests.training.conftest import history, run, run_here, weights
 
@@ -87,7 +87,7 @@ def test_targets_are_names_or_paths_of_linear_layers(trainer_of, targets, expect
 )
 def test_unknown_targets_are_refused(trainer_of, targets, message):
     with pytest.raises(ValueError, match=message):
-        target_pattern(trainer_of()[0].model, targets)
+        build_target_pattern(trainer_of()[0].model, targets)
 
 
 def test_adapters_in_a_frozen_part_are_refused(trainer_of):

@@ -141,8 +141,7 @@ def _meta_model(config: RunConfig):
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from swim_fast.modeling.freezing import freeze
-    from swim_fast.modeling.noun_attention import attach_noun_attention
+    from swim_fast.modeling.prepare import prepare_model
 
     options, loss = config.model, config.attention_loss
     try:
@@ -155,13 +154,7 @@ def _meta_model(config: RunConfig):
     dtype = saved if options.dtype == "auto" else getattr(torch, options.dtype)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(described, dtype=dtype)
-    if loss.layers != []:
-        attach_noun_attention(model, loss.layers, loss.backend, loss.fused)  # refuses layers that there are not
-    if options.lora:
-        from swim_fast.modeling.adapters import add_adapters
-
-        add_adapters(model, options.lora, options.freeze, seed=0)
-    freeze(model, options.freeze)
+    prepare_model(model, lora=options.lora, frozen=options.freeze, layers=loss.layers)
     return model, processor
 
 
@@ -169,22 +162,22 @@ def _quantized(model, config: RunConfig) -> dict[int, float]:
     """Bits of the weights in linear layers of the decoder, by the parameter's id, if bitsandbytes quantises them."""
     from torch import nn
 
-    from swim_fast.modeling.families import family_of
+    from swim_fast.modeling.families import get_family
 
     quantize = config.model.lora.quantize if config.model.lora else None
     if quantize is None:
         return {}
     bits = NF4_BITS if quantize == "nf4" else INT8_BITS
-    layers = model.get_submodule(family_of(model).language_model).layers
+    layers = model.get_submodule(get_family(model).language_model).layers
     linear = [module for module in layers.modules() if isinstance(module, nn.Linear)]
     return {id(module.weight): bits for module in linear if not module.weight.requires_grad}  # adapters stay whole
 
 
 def _parts(model, config: RunConfig) -> list[Part]:
     """The model's parts: every parameter in the first of them that has it."""
-    from swim_fast.modeling.families import family_of
+    from swim_fast.modeling.families import get_family
 
-    family, bits = family_of(model), _quantized(model, config)
+    family, bits = get_family(model), _quantized(model, config)
     trained = [p for name, p in model.named_parameters() if "lora_" in name]
     adapters, seen, parts = {id(p) for p in trained}, set(), []
     of_part = {
@@ -209,9 +202,9 @@ def _parts(model, config: RunConfig) -> list[Part]:
 
 
 def _geometry(model, config: RunConfig) -> Geometry:
-    from swim_fast.modeling.families import family_of
+    from swim_fast.modeling.families import get_family
 
-    layers = model.get_submodule(family_of(model).language_model).layers
+    layers = model.get_submodule(get_family(model).language_model).layers
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
     quantized = _quantized(model, config)
     adapted = [module.in_features for module in layers[0].modules() if hasattr(module, "lora_A")]
@@ -226,15 +219,15 @@ def _geometry(model, config: RunConfig) -> Geometry:
 
 
 def _settings(config: RunConfig, arguments, model, gpus: int) -> Settings:
-    from swim_fast.modeling.families import family_of
-    from swim_fast.modeling.noun_attention import attached_layers
+    from swim_fast.modeling.families import get_family
+    from swim_fast.modeling.noun_attention import get_attached_layers
 
     deepspeed = config.deepspeed()
     zero = (deepspeed or {}).get("zero_optimization", {})
     offloaded = {key: zero.get(f"offload_{key}", {}).get("device", "none") != "none" for key in ("optimizer", "param")}
     bf16 = (deepspeed or {}).get("bf16", {}).get("enabled", "auto")
     narrow = arguments.bf16 or arguments.fp16
-    visual = model.get_submodule(family_of(model).visual)
+    visual = model.get_submodule(get_family(model).visual)
     limits = {"max_live_parameters": "stage3_max_live_parameters", "sub_group": "sub_group_size"}
     return Settings(
         gpus=gpus,
@@ -249,7 +242,7 @@ def _settings(config: RunConfig, arguments, model, gpus: int) -> Settings:
         liger=config.model.liger,
         eager=config.model.attention == "eager",
         vision_trained=any(p.requires_grad for p in visual.parameters()),
-        supervised_layers=len(attached_layers(model)),
+        supervised_layers=len(get_attached_layers(model)),
         fused=config.attention_loss.fused and config.attention_loss.softmax == "causal",
         **{key: int(zero[name]) for key, name in limits.items() if isinstance(zero.get(name), (int, float))},
     )

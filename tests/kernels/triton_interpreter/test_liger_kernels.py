@@ -11,7 +11,7 @@ import torch
 from swim_fast.demo.tiny_model import build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention, liger
 from swim_fast.modeling.liger import apply_liger
-from swim_fast.modeling.text_loss import attach_label_loss
+from swim_fast.modeling.text_loss import attach_text_loss
 from swim_kernels import NounQueries
 
 
@@ -19,7 +19,7 @@ from swim_kernels import NounQueries
 def models():
     """Stock and to be changed, both attached."""
     model = build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
-    attach_label_loss(attach_noun_attention(model, [0, 3], backend="torch"), block_logits=7 * 300)
+    attach_text_loss(attach_noun_attention(model, [0, 3], backend="torch"), block_logits=7 * 300)
     return model, copy.deepcopy(model)
 
 
@@ -30,10 +30,10 @@ def results(model):
     labels[1, 14:] = -100
     rows, keys = torch.tensor([0, 1, 1]), torch.arange(2, 8)
     queries = NounQueries(rows, rows + 12, rows * 0, rows + 13, rows, torch.stack([keys, keys]))
-    outputs = model(input_ids=ids, text_labels=labels, noun_queries=queries)
-    (3 * outputs.logits + sum((m * m).sum() for m in outputs.attentions)).backward()
+    outputs = model(input_ids=ids, labels=labels, num_items_in_batch=1, noun_queries=queries)
+    (3 * outputs.loss + sum((m * m).sum() for m in outputs.attentions)).backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": outputs.logits.detach(), "first map": outputs.attentions[0].detach(), **trained}
+    return {"loss": outputs.loss.detach(), "first map": outputs.attentions[0].detach(), **trained}
 
 
 def assert_same(found, expected):
@@ -45,7 +45,7 @@ def assert_same(found, expected):
 def test_the_fused_cross_entropy_is_the_text_loss(models, monkeypatch):
     stock, model = models
     expected = results(stock)
-    monkeypatch.setattr(liger, "refusal", lambda device_type: None)
+    monkeypatch.setattr(liger, "get_refusal", lambda device_type: None)
     called = []
     monkeypatch.setattr("swim_fast.modeling.text_loss.linear_cross_entropy_sum", called.append)
     assert_same(results(model), expected)

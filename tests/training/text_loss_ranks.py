@@ -1,6 +1,6 @@
-"""Two steps of text loss on several ranks, with DDP or DeepSpeed ZeRO-3; run by test_label_loss.py.
+"""Two steps of text loss on several ranks, with DDP or DeepSpeed ZeRO-3; run by test_text_loss.py.
 
-torchrun --nproc-per-node 2 tests/training/label_loss_ranks.py losses.json
+torchrun --nproc-per-node 2 tests/training/text_loss_ranks.py losses.json
 """
 
 import json
@@ -30,7 +30,7 @@ class Adapted(nn.Module):
 
 def build(head):
     from swim_fast.demo.tiny_model import ModelSize, build_model, train_tokenizer
-    from swim_fast.modeling.text_loss import attach_label_loss
+    from swim_fast.modeling.text_loss import attach_text_loss
 
     size = ModelSize(hidden_size=64, intermediate_size=64, num_layers=1, vision_depth=1)
     model = build_model(train_tokenizer(["a dog and a cat"] * 4, 300), size, seed=0)
@@ -40,7 +40,7 @@ def build(head):
     if head == "wrapped":
         model.lm_head = Adapted(model.lm_head)
     model.model.visual.requires_grad_(False)  # there is no picture
-    attach_label_loss(model, block_logits=8 * 280)  # wrapped: chunks of 8 tokens
+    attach_text_loss(model, block_logits=8 * 280)  # wrapped: chunks of 8 tokens
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -51,13 +51,13 @@ def batches(step):
     labels = torch.full_like(ids, -100)
     for row, count in enumerate(LABELS[step % 2]):
         labels[row, 19 - count :] = ids[row, 19 - count :]
-    return [{"input_ids": ids[i : i + 2], "text_labels": labels[i : i + 2]} for i in (0, 2)]
+    return [{"input_ids": ids[i : i + 2], "labels": labels[i : i + 2], "num_items_in_batch": 1} for i in (0, 2)]
 
 
 def counted(step):
     from swim_fast.modeling.text_loss import count_labels
 
-    return sum(count_labels(batch["text_labels"]) for batch in batches(step))
+    return sum(count_labels(batch["labels"]) for batch in batches(step))
 
 
 def losses_of_one(head):
@@ -66,7 +66,7 @@ def losses_of_one(head):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE)
     found = []
     for step in range(STEPS):
-        texts = [model(**batch).logits for batch in batches(step)]
+        texts = [model(**batch).loss for batch in batches(step)]
         loss = sum(texts) / counted(step)
         loss.backward()
         optimizer.step()
@@ -95,7 +95,7 @@ def losses_of_this_rank(head, rank, how):
         engine = nn.parallel.DistributedDataParallel(model)
     found = []
     for step in range(STEPS):
-        text = engine(**batches(step)[rank]).logits
+        text = engine(**batches(step)[rank]).loss
         loss = 2 * text / counted(step)  # ranks are averaged
         if how == "zero3":
             engine.backward(loss)

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from tests.training import label_loss_ranks
+from tests.training import text_loss_ranks
 from tests.training.conftest import ROOT, environment
 
 
 def test_two_ranks_equal_one(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = str(ROOT / "tests" / "training" / "label_loss_ranks.py")
+    script = str(ROOT / "tests" / "training" / "text_loss_ranks.py")
     done = subprocess.run(
         [*launcher, script, str(tmp_path / "losses.json")],
         env={**environment(), "DS_ACCELERATOR": "cpu"},
@@ -23,8 +23,8 @@ def test_two_ranks_equal_one(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found = json.loads((tmp_path / "losses.json").read_text())
-    for head in label_loss_ranks.HEADS:
-        expected = label_loss_ranks.losses_of_one(head)
+    for head in text_loss_ranks.HEADS:
+        expected = text_loss_ranks.losses_of_one(head)
         assert expected[2] < 0.9 * expected[0]  # the same batches again: it has learnt
         for how in ("ddp", "zero3"):
             assert found[f"{how} {head}"] == pytest.approx(expected, rel=1e-4), (how, head)
@@ -32,10 +32,10 @@ def test_two_ranks_equal_one(tmp_path):
 
 def test_a_model_that_answers_logits_is_an_error(write_config):
     from swim_fast.config import load_config
-    from swim_fast.modeling.text_loss import detach_label_loss
+    from swim_fast.modeling.text_loss import detach_text_loss
     from swim_fast.training.run import build_trainer
 
     trainer = build_trainer(load_config(write_config()))
-    detach_label_loss(trainer.model)
-    with pytest.raises(RuntimeError, match="the model answered logits, no text loss: call attach_label_loss"):
+    detach_text_loss(trainer.model)
+    with pytest.raises(RuntimeError, match="the model answered all logits: call attach_text_loss"):
         trainer.train()

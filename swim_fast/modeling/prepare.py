@@ -1,0 +1,88 @@
+"""All changes to a model for training, in one order, and their removal.
+
+1. Liger replaces the forwards of plain modules, before adapters wrap some of them.
+2. Adapters freeze every weight and are trained in its place.
+3. Freezing has the last word on what is trained.
+4. Noun attention answers the maps.
+5. The text loss is computed in the head, which may be wrapped by then.
+6. Packing, 7. offload and 8. the visual pass of every step wrap the calls of language model and vision tower.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from swim_fast.modeling.adapters import add_adapters, remove_adapters
+from swim_fast.modeling.freezing import freeze, keep_visual_in_step, leave_visual_out_of_step, unfreeze
+from swim_fast.modeling.liger import apply_liger, remove_liger
+from swim_fast.modeling.noun_attention import attach_noun_attention, detach_noun_attention
+from swim_fast.modeling.offload import keep_activations, offload_activations
+from swim_fast.modeling.packed import accept_packed_batches, refuse_packed_batches
+from swim_fast.modeling.text_loss import attach_text_loss, detach_text_loss
+
+
+def prepare_model(
+    model: nn.Module,
+    *,
+    liger: bool = False,
+    device: torch.device | str = "cpu",
+    lora: Any = None,
+    seed: int = 0,
+    frozen: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    backend: str = "auto",
+    fused: bool = True,
+    packed: bool = False,
+    activation_offload: bool = False,
+    ranks: int = 1,
+    sharded: bool = False,
+) -> Callable[[], None]:
+    """Prepare a stock model for training with noun maps and text loss.
+
+    Args:
+        model: a stock `…ForConditionalGeneration` of a supported family.
+        liger, device: use Liger's kernels, as far as they run on the device.
+        lora, seed: options of adapters and the seed of their weights, see `add_adapters`; None: train the weights.
+        frozen: parts that are not trained, see `freeze`.
+        layers, backend, fused: see `attach_noun_attention`; an empty list: no maps.
+        packed: take batches of several samples in one sequence.
+        activation_offload: keep the decoder's activations in host memory.
+        ranks, sharded: processes that train together, and ZeRO-3's division of the weights among them; see
+            `keep_visual_in_step`.
+
+    Returns:
+        A function that undoes all of it. If an option is refused, the model is left as it was.
+
+    Raises:
+        UnsupportedModelError: no entry for the model's family.
+        OptionError: layers, parts or adapter targets that the model does not have.
+        MissingLibraryError: peft is not installed.
+    """
+    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    with contextlib.ExitStack() as undo:
+        if liger:
+            undo.callback(remove_liger, model)
+            apply_liger(model, device)
+        undo.callback(unfreeze, model, trainable)
+        if lora is not None:
+            undo.callback(remove_adapters, model)
+            add_adapters(model, lora, list(frozen), seed)
+        freeze(model, list(frozen))
+        if layers is None or len(layers):
+            undo.callback(detach_noun_attention, model)
+            attach_noun_attention(model, layers, backend, fused)
+        undo.callback(detach_text_loss, model)
+        attach_text_loss(model, liger)
+        if packed:
+            undo.callback(refuse_packed_batches, model)
+            accept_packed_batches(model)
+        if activation_offload:
+            undo.callback(keep_activations, model)
+            offload_activations(model)
+        if ranks > 1:
+            undo.callback(leave_visual_out_of_step, model)
+            keep_visual_in_step(model, sharded)
+        return undo.pop_all().close
