@@ -64,6 +64,7 @@ setup(
         "pillow>=10",
         "pydantic>=2.8,<3",  # options of files and command lines
         "pyyaml>=6",
+        "jinja2>=3.1",  # pages; the chat templates of transformers need it too
         "matplotlib>=3.8",
         "tensorboard>=2.16",
         "tqdm>=4.66",

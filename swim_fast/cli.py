@@ -43,7 +43,7 @@ def _data_check(args) -> int:
 
 def _data_show(args) -> int:
     from swim_fast.data.sample.builder import SampleOptions
-    from swim_fast.viz.record import show_record
+    from swim_fast.data.show import show_record
 
     show_record(
         args.file, args.index, args.out, _processor(args.model), SampleOptions(reader=args.reader), media=args.media
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     job = data.add_parser("show", parents=[file], help="draw one record: frames, masks, tagged nouns, tokens")
     job.add_argument("index", type=int, help="record number in the file, counted from 0")
     job.add_argument("--model", required=True, help="checkpoint whose processor and tokenizer are used")
-    job.add_argument("--out", default="record.png")
+    job.add_argument("--out", default="record.html", help="page, or .png of the frames alone (default: %(default)s)")
     job.set_defaults(run=_data_show)
 
     add_nl_refer(jobs)

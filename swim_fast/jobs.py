@@ -108,8 +108,8 @@ class Show(InputFile, Media, Sampling, Decoding):
     """Index of the record in the file, from 0."""
     model: File
     """Checkpoint whose processor and tokenizer are used."""
-    out: File = "record.png"
-    """PNG to write."""
+    out: File = "record.html"
+    """Page to write, or PNG of the frames alone."""
 
 
 class Build(InputFile, Limited, Asking):

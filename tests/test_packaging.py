@@ -54,7 +54,12 @@ def test_the_installed_package_brings_its_files(tmp_path):
     build = [sys.executable, "setup.py", "-q", "build_py", "-d", str(tmp_path / "lib")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     installed = tmp_path / "lib"
-    for file in ("swim_fast/py.typed", "swim_kernels/py.typed", "swim_fast/nl_refer/synonyms.tsv"):
+    for file in (
+        "swim_fast/py.typed",
+        "swim_kernels/py.typed",
+        "swim_fast/nl_refer/synonyms.tsv",
+        "swim_fast/viz/record.html",
+    ):
         assert (installed / file).is_file()
     recipes = installed / "swim_fast" / "configs"
     assert names(recipes) == names(ROOT / "configs") != []

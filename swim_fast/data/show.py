@@ -1,0 +1,168 @@
+"""One record as training would see it, in the plain values that `swim_fast.viz.record` draws."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from swim_fast.data.sample.builder import Sample, SampleBuilder, SampleOptions, decode_mask
+from swim_fast.data.sample.encoding import IGNORED_LABEL
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import Record, RecordFile
+from swim_fast.errors import OptionError
+from swim_fast.viz.record import Frame, Patch, Piece, RecordView, draw_frames, write_record_page
+
+
+def show_record(
+    path: str | os.PathLike[str],
+    index: int,
+    out: str | os.PathLike[str],
+    processor: Any,
+    options: SampleOptions | None = None,
+    media: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Draw one record as training would see it, as an HTML page, or its frames alone as a PNG.
+
+    Args:
+        path: JSON list or JSONL of records.
+        index: of the record, from 0.
+        out: file to write, .html or .png; its folder is made.
+        processor: of the model.
+        options: as for training.
+        media: folder that relative media paths start from; None: the folder of `path`.
+
+    Raises:
+        DataError: a record that cannot be used, or that the file does not have.
+        OptionError: another ending of `out`, or a PNG of a record without frames.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".png"):
+        raise OptionError(f"out is {str(out)!r}; it must end in .html (the whole record) or .png (its frames)")
+    records, builder = RecordFile(path, media), SampleBuilder(processor, options)
+    if not 0 <= index < len(records):
+        raise DataError(f"there is no record {index}: the file has {len(records)}, counted from 0", source=str(path))
+    with contextlib.closing(builder.reader):
+        view = view_record(records[index], builder)
+    if out.suffix.lower() == ".html":
+        return write_record_page(out, view)
+    if not view.patches:
+        raise OptionError(f"out is {str(out)!r}, but the record has no frames to draw: let it end in .html")
+    return draw_frames(out, view)
+
+
+def view_record(record: Record, builder: SampleBuilder) -> RecordView:
+    """Collect what there is to see of a record.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    sample, conversation = builder(record), builder.render(record)
+    nouns = [conversation.text[start:end] for start, end in conversation.nouns]
+    tokens = [*map(builder.encode.processor.tokenizer.decode, sample.inputs["input_ids"])]
+    num_labels = int((sample.inputs["labels"] != IGNORED_LABEL).sum())
+    patches_of_row = defaultdict(list)
+    for row, start, height, width, _ in sample.pairs:
+        patches_of_row[row].append(sample.patches[start // (height * width)])
+    view = RecordView(
+        title=f"{Path(record.source).name}, record {record.number}" + (f" ({record.name})" if record.name else ""),
+        facts=[("tokens", f"{len(tokens):,}", f"{num_labels:,} of them trained on")],
+        nouns=nouns,
+        text=list(_cut_text(record, sample, builder)),
+        tokens=list(_cut_tokens(tokens, sample, builder)),
+        rows=[
+            (tag, tokens[position], position, f"{start} to {end - 1}", patches_of_row[row])
+            for row, ((position, start, end, _), tag) in enumerate(zip(sample.rows, sample.tags, strict=True))
+        ],
+        notes=list(sample.notes),
+    )
+    if record.media is not None:
+        supervised = {(patch, sample.tags[row]) for row, patches in patches_of_row.items() for patch in patches}
+        _add_media(view, record, sample, builder, supervised)
+    return view
+
+
+def _add_media(
+    view: RecordView, record: Record, sample: Sample, builder: SampleBuilder, supervised: set[tuple[int, int]]
+) -> None:
+    """Add the frames in their temporal patches, of which (patch, tag) are supervised, and what is to say about them."""
+    info, video = builder.reader.info(record), record.kind == "video"
+    num_patches, *grid = sample.inputs[f"{record.kind}_grid_thw"][0].tolist()
+    view.grid = height, width = [
+        n // getattr(builder.encode.processor, f"{record.kind}_processor").merge_size for n in grid
+    ]
+    size = f"{info.width} × {info.height} pixels"
+    if video:
+        seconds = float(sample.inputs["second_per_grid_ts"][0])
+        spacing = f"in {num_patches} temporal patches, {seconds:.3g} s apart"
+        size += f", {info.num_frames} frames at {info.fps:g} per second"
+        view.facts.insert(0, ("frames taken", f"{len(sample.frames)}", spacing))
+    view.facts.insert(0, (record.kind, record.media.name, size))
+    per_patch = f"{height} × {width}" + " in each patch" * video
+    view.facts.insert(-1, ("visual tokens", f"{num_patches * height * width:,}", per_patch))
+    view.facts.append(("attention rows", f"{len(sample.rows)}", f"tagged nouns: {len(view.nouns)}"))
+
+    masks = defaultdict(dict)  # frame -> tag -> mask
+    for tag, segmentations in enumerate(record.objects):
+        if tag not in sample.tags:
+            view.notes.append(f"“{view.nouns[tag]}” has no mask in these frames: its attention is not trained")
+        for frame in segmentations:
+            try:
+                mask = decode_mask(record, tag, frame, info.height, info.width)
+            except DataError as error:  # in a frame that is not taken, or there would be no sample
+                view.problems.append(str(error))
+            else:
+                masks[frame] |= {} if mask is None else {tag: mask}
+    frames, last = [], None
+    for frame, pixels in zip(sample.frames, builder.reader.frames(record, sample.frames), strict=True):
+        label = f"frame {frame}, {frame / info.fps:.2f} s" + " (repeated)" * (frame == last) if video else ""
+        frames.append(Frame(pixels, label, masks[frame]))
+        last = frame
+    step, first = len(frames) // num_patches, int(sample.inputs["mm_token_type_ids"].argmax())
+    for patch in range(num_patches):
+        begin = first + patch * height * width
+        view.patches.append(
+            Patch(
+                name=f"patch {patch}" if video else "image",
+                tokens=f"{begin} to {begin + height * width - 1}",
+                frames=frames[patch * step : (patch + 1) * step],
+                nouns=sorted(tag for where, tag in supervised if where == patch),
+            )
+        )
+
+
+def _cut_text(record: Record, sample: Sample, builder: SampleBuilder) -> Iterator[Piece]:
+    """Cut the conversation, as the model reads it, where its role or noun changes."""
+    conversation = builder.render(record)
+    roles: list[str] = [""] * len(conversation.text)
+    nouns: list[int | None] = [None] * len(conversation.text)
+    special = [match.span() for match in builder.render.special_tokens.finditer(conversation.text)]
+    media = [conversation.media] if conversation.media else []
+    for role, spans in (("special", special), ("answer", conversation.answers), ("visual", media)):
+        for start, end in spans:
+            roles[start:end] = [role] * (end - start)
+    for tag, (start, end) in enumerate(conversation.nouns):
+        nouns[start:end] = [tag] * (end - start)
+    letters = zip(conversation.text, roles, nouns, strict=True)
+    for (role, noun), group in itertools.groupby(letters, lambda letter: letter[1:]):
+        text = "".join(letter for letter, *_ in group)
+        num_visual = int((sample.inputs["mm_token_type_ids"] != 0).sum())
+        yield Piece(f"{num_visual:,} visual tokens" if role == "visual" else text, role, noun)
+
+
+def _cut_tokens(tokens: list[str], sample: Sample, builder: SampleBuilder) -> Iterator[Piece]:
+    """One piece for each token, and one for all visual ones."""
+    tags = {position: tag for (position, *_), tag in zip(sample.rows, sample.tags, strict=True)}
+    for visual, group in itertools.groupby(range(len(tokens)), lambda i: sample.inputs["mm_token_type_ids"][i] != 0):
+        positions = list(group)
+        if visual:
+            yield Piece(f"{len(positions):,} visual tokens", "visual", None, f"{positions[0]} to {positions[-1]}")
+            continue
+        for i in positions:
+            role = "special" if builder.render.special_tokens.fullmatch(tokens[i]) else ""
+            role = "label" if sample.inputs["labels"][i] != IGNORED_LABEL else role
+            yield Piece(tokens[i], role, tags.get(i), str(i))
