@@ -191,7 +191,7 @@ def noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -
     num_rows, num_patches = len(rows), len(encoding.visual()) // (height * width)
     row = torch.arange(num_rows).repeat_interleave(num_patches)
     start = torch.arange(num_patches).repeat(num_rows) * height * width
-    pairs = GridPairs.of(row, start, [(height, width)] * len(row), torch.zeros_like(row))
+    pairs = GridPairs.from_rows(row, start, [(height, width)] * len(row), torch.zeros_like(row))
     fusion = "mean" if loss.fusion == "mean" else "product"
     cells = grid_prediction(maps, pairs.to(maps[0].device), fusion=fusion)
     by_row = cells.view(num_rows, num_patches, height, width).cpu()

@@ -33,8 +33,7 @@ from swim_kernels import grid_prediction as grid_prediction
 from swim_kernels import mask_bce
 from swim_kernels.grid_prediction.reference import FUSIONS, floor_of, log_fused
 from swim_kernels.mask_bce.reference import MARGIN
-from swim_kernels.mask_bce.torch_backend import exact_product, interpolation
-from swim_kernels.runtime.numerics import no_autocast
+from swim_kernels.runtime.numerics import exact_product, interpolation, no_autocast
 
 __all__ = [
     "CRITERIA",

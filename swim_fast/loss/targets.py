@@ -162,7 +162,9 @@ class MaskTargets:
     @cached_property
     def pairs(self) -> GridPairs:
         """The pairs as the kernels take them, in their order."""
-        return GridPairs.of(self.row, self.start, [(height, width) for height, width, _ in self._table], self.mask)
+        return GridPairs.from_rows(
+            self.row, self.start, [(height, width) for height, width, _ in self._table], self.mask
+        )
 
     @cached_property
     def groups(self) -> tuple[PairGroup, ...]:
@@ -192,7 +194,7 @@ class MaskTargets:
     def frames(self, group: PairGroup, cells: Tensor) -> Tensor:
         """Of cells [..., M] in the order of `pairs` those of one group, frame by frame: [..., P_g, h, w]."""
         height, width = group.grid
-        first = self.pairs.table[:, 4].long().index_select(0, group.pairs)
+        first = self.pairs.columns.first_cell.long().index_select(0, group.pairs)
         index = first[:, None] + torch.arange(height * width, device=self.device)
         return cells.index_select(-1, index.flatten()).unflatten(-1, (len(group.pairs), height, width))
 

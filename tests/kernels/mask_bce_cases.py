@@ -35,10 +35,10 @@ CASES = {
 }
 
 
-def make_pairs(grids, mask_numbers) -> GridPairs:
+def make_pairs(grids, mask_indices) -> GridPairs:
     """Pairs whose rows and first columns nothing here looks at."""
     nothing = torch.full((len(grids),), 77)
-    return GridPairs.of(nothing, nothing, list(grids), torch.tensor(mask_numbers, dtype=torch.int64))
+    return GridPairs.from_rows(nothing, nothing, list(grids), torch.tensor(mask_indices, dtype=torch.int64))
 
 
 def make_masks(sizes, seed=0) -> PackedMasks:
@@ -96,7 +96,7 @@ def formulas(cells, pairs, masks, grad):
     losses, gradient = torch.empty_like(grad), torch.empty_like(cells)
     first = 0
     for pair, (height, width) in enumerate(pairs.sizes):
-        mask = masks[pairs.table[pair, 5].item()]
+        mask = masks[pairs.columns.mask[pair].item()]
         here = slice(first, first + height * width)
         first = here.stop
         down, across = weights(mask.shape[0], height), weights(mask.shape[1], width)

@@ -22,11 +22,11 @@ OPS = {"noun attention": "noun_attention", "grid prediction": "grid_prediction",
 )
 def test_choice_is_said_once(op, backend, device_type, chosen, level, why, caplog, monkeypatch):
     dispatch = importlib.import_module(f"swim_kernels.{OPS[op]}.api")
-    monkeypatch.setattr(dispatch, "_triton_missing", lambda *_: "no reason")
-    backends.say_once.cache_clear()
+    monkeypatch.setattr(dispatch.OP, "refuse_triton", lambda *_: "no reason")
+    backends.log_once.cache_clear()
     caplog.set_level(logging.DEBUG, logger=backends.__name__)
     for _ in range(3):
-        assert dispatch.choose_backend(backend, device_type) == chosen
+        assert dispatch.OP.choose(backend, device_type) == chosen
     (record,) = [record for record in caplog.records if record.name == backends.__name__]
     assert record.levelno == level
     assert record.getMessage().startswith(f"{op} on {device_type}: backend {chosen} ({why}")

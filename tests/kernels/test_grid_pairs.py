@@ -14,7 +14,7 @@ from swim_kernels.structs.grid_pairs import FIELDS, GridPairs
 def make_pairs(pairs, dtype=torch.int64):
     """pairs: (row, start, h, w, mask)"""
     row, start, _, _, mask = torch.tensor(pairs, dtype=dtype).reshape(-1, 5).unbind(1)
-    return GridPairs.of(row, start, [(h, w) for _, _, h, w, _ in pairs], mask)
+    return GridPairs.from_rows(row, start, [(h, w) for _, _, h, w, _ in pairs], mask)
 
 
 PAIRS = [(2, 7, 3, 5, 1), (0, 0, 3, 5, 0), (0, 15, 1, 1, 4), (4, 30, 5, 3, 0), (4, 2, 5, 3, 2)]
@@ -38,7 +38,7 @@ def test_table(dtype):
 
 def test_fields_may_be_strided():
     fields = torch.tensor(PAIRS)[:, [0, 1, 4]]
-    pairs = GridPairs.of(fields[:, 0], fields[:, 1], [(h, w) for _, _, h, w, _ in PAIRS], fields[:, 2])
+    pairs = GridPairs.from_rows(fields[:, 0], fields[:, 1], [(h, w) for _, _, h, w, _ in PAIRS], fields[:, 2])
     assert torch.equal(pairs.table, make_pairs(PAIRS).table)
 
 
@@ -64,11 +64,11 @@ def test_cells_in_the_maps():
     assert rows.dtype == columns.dtype == torch.int64 and rows.shape == columns.shape == (0,)
 
 
-def test_mask_numbers_are_known_on_other_devices():
+def test_mask_indices_are_known_on_other_devices():
     pairs = make_pairs(PAIRS)
-    assert pairs.mask_numbers == (1, 0, 4, 0, 2)
-    assert pairs.to("meta").mask_numbers == pairs.to("meta").to("meta").mask_numbers == pairs.mask_numbers
-    assert make_pairs([]).mask_numbers == ()
+    assert pairs.mask_indices == (1, 0, 4, 0, 2)
+    assert pairs.to("meta").mask_indices == pairs.to("meta").to("meta").mask_indices == pairs.mask_indices
+    assert make_pairs([]).mask_indices == ()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_disjoint(pairs, disjoint):
 
 def test_disjoint_is_not_claimed_where_nobody_looks():
     row, start, _, _, mask = (t.to("meta") for t in torch.tensor(PAIRS).unbind(1))
-    pairs = GridPairs.of(row, start, [(h, w) for _, _, h, w, _ in PAIRS], mask)
+    pairs = GridPairs.from_rows(row, start, [(h, w) for _, _, h, w, _ in PAIRS], mask)
     assert pairs.device.type == "meta" and pairs.table.shape == (5, 8) and not pairs.disjoint
 
 

@@ -89,9 +89,9 @@ def test_refused(changes, error, message):
 @pytest.fixture
 def fresh_choice():
     """The reasons are found once per process."""
-    backends.triton_missing.cache_clear()
+    backends.find_triton_obstacle.cache_clear()
     yield
-    backends.triton_missing.cache_clear()
+    backends.find_triton_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -118,25 +118,23 @@ def test_auto_on_cuda_takes_triton_for_what_it_can(monkeypatch, fresh_choice):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert dispatch.choose_backend("auto", "cuda") == dispatch.choose_backend("triton", "cuda") == "triton"
+    assert dispatch.OP.choose("auto", "cuda") == dispatch.OP.choose("triton", "cuda") == "triton"
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert dispatch.choose_backend("auto", "cuda", dtype) == "torch"
+        assert dispatch.OP.choose("auto", "cuda", dtype) == "torch"
 
 
 def test_auto_on_cuda_falls_back_with_the_reason(monkeypatch, fresh_choice):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "triton is not installed" in dispatch._triton_missing("cuda", torch.float32)
-    assert dispatch.choose_backend("auto", "cuda") == "torch"
+    assert "triton is not installed" in dispatch.OP.refuse_triton("cuda", torch.float32)
+    assert dispatch.OP.choose("auto", "cuda") == "torch"
 
 
 def test_every_available_backend_is_reached(monkeypatch):
     """The name decides which function runs, under the name by which it was asked for."""
     for name in BACKENDS:
         called = []
-        function = dispatch._implementation(name)
-        monkeypatch.setattr(
-            dispatch, f"grid_prediction_{name}", lambda *a, f=function, c=called: c.append(1) or f(*a), raising=True
-        )
+        function = dispatch.OP.get_function(name)
+        monkeypatch.setattr(dispatch.OP, name, lambda *a, f=function, c=called: c.append(1) or f(*a), raising=True)
         grid_prediction(**arguments(backend=name))
         assert called == [1]
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.memory import count_allocations
 from swim_kernels.mask_bce import mask_bce
-from swim_kernels.runtime import backends
+from swim_kernels.runtime import backends, numerics
 from swim_kernels.structs.packed_masks import PackedMasks
 from tests.kernels import budget
 from tests.kernels.mask_bce_cases import (
@@ -85,11 +85,11 @@ def test_torch_against_float64(case, dtype, chunks):
 
 def test_products_of_fewer_bits_are_not_used(monkeypatch):
     """Where fp32 products may be TF32 or bf16 ones, they are made in float64."""
-    assert chunked._exact_products(torch.device("cpu")) and not chunked._exact_products(torch.device("cuda"))
+    assert numerics._has_ieee_products(torch.device("cpu")) and not numerics._has_ieee_products(torch.device("cuda"))
     for precision in ("high", "medium"):
         torch.set_float32_matmul_precision(precision)
         try:
-            assert not chunked._exact_products(torch.device("cpu"))
+            assert not numerics._has_ieee_products(torch.device("cpu"))
         finally:
             torch.set_float32_matmul_precision("highest")
     matmul = torch.Tensor.__matmul__
@@ -104,7 +104,7 @@ def test_products_of_fewer_bits_are_not_used(monkeypatch):
     eager, wrong = (run(*inputs, backend=backend) for backend in BACKENDS)
     with pytest.raises(AssertionError, match="above the budget"):
         assert_within_budget([(wrong, eager, exact)])
-    monkeypatch.setattr(chunked, "_exact_products", lambda device: False)
+    monkeypatch.setattr(numerics, "_has_ieee_products", lambda device: False)
     assert_within_budget([(run(*inputs, backend="torch"), eager, exact)])
 
 
@@ -226,8 +226,8 @@ def test_the_gradient_of_the_cells_is_all_that_is_kept():
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
     cells, pairs, masks, _ = make_inputs(MANY, torch.float32)
     wanted = []
-    compute = chunked.losses_and_gradient
-    monkeypatch.setattr(chunked, "losses_and_gradient", lambda *a: wanted.append(a[-1]) or compute(*a))
+    compute = chunked.compute_losses
+    monkeypatch.setattr(chunked, "compute_losses", lambda *a: wanted.append(a[-1]) or compute(*a))
     plain = mask_bce(cells, pairs, masks, backend="torch")
     with torch.no_grad():
         mask_bce(cells.clone().requires_grad_(), pairs, masks, backend="torch")
@@ -320,9 +320,9 @@ def test_table_of_another_kind():
 @pytest.fixture
 def fresh_choice():
     """The reasons are found once per process."""
-    backends.triton_missing.cache_clear()
+    backends.find_triton_obstacle.cache_clear()
     yield
-    backends.triton_missing.cache_clear()
+    backends.find_triton_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -339,22 +339,22 @@ def test_triton_says_why_it_is_not_available(interpreted, dtype, reason, monkeyp
 
 
 def test_auto(monkeypatch, fresh_choice):
-    assert dispatch.choose_backend("auto", "cpu") == "torch"
+    assert dispatch.OP.choose("auto", "cpu") == "torch"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     for dtype in (torch.float32, torch.bfloat16):
-        assert dispatch.choose_backend("auto", "cuda", dtype) == "triton"
-    assert dispatch.choose_backend("auto", "cuda", torch.float64) == "torch"
-    backends.triton_missing.cache_clear()
+        assert dispatch.OP.choose("auto", "cuda", dtype) == "triton"
+    assert dispatch.OP.choose("auto", "cuda", torch.float64) == "torch"
+    backends.find_triton_obstacle.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert dispatch.choose_backend("auto", "cuda") == "torch"
+    assert dispatch.OP.choose("auto", "cuda") == "torch"
 
 
 def test_every_available_backend_is_reached(monkeypatch):
     for name in BACKENDS:
         called = []
-        function = dispatch._implementation(name)
-        monkeypatch.setattr(dispatch, f"mask_bce_{name}", lambda *a, f=function, c=called: c.append(1) or f(*a))
+        function = dispatch.OP.get_function(name)
+        monkeypatch.setattr(dispatch.OP, name, lambda *a, f=function, c=called: c.append(1) or f(*a))
         mask_bce(**arguments(backend=name))
         assert called == [1]

@@ -114,9 +114,9 @@ def test_default_scale():
 @pytest.fixture
 def fresh_choice():
     """The reasons are found once per process."""
-    backends.triton_missing.cache_clear()
+    backends.find_triton_obstacle.cache_clear()
     yield
-    backends.triton_missing.cache_clear()
+    backends.find_triton_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -158,25 +158,25 @@ def test_auto_on_cuda_falls_back_with_the_reason(missing, reason, monkeypatch, f
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     if missing == "triton":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert reason in dispatch._triton_missing("cuda", torch.bfloat16, 7, 128)
-    assert dispatch.choose_backend("auto", "cuda") == "torch"
+    assert reason in dispatch.OP.refuse_triton("cuda", torch.bfloat16, 7, 128)
+    assert dispatch.OP.choose("auto", "cuda") == "torch"
 
 
 def test_auto_on_cuda_takes_triton_for_what_it_can(monkeypatch, fresh_choice):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert dispatch.choose_backend("auto", "cuda", torch.bfloat16, 7, 128) == "triton"
-    assert dispatch.choose_backend("auto", "cuda", torch.float64, 7, 128) == "torch"
-    assert dispatch.choose_backend("auto", "cuda", torch.bfloat16, 17, 128) == "torch"
-    assert dispatch.choose_backend("auto", "cuda", torch.bfloat16, 7, 257) == "torch"
+    assert dispatch.OP.choose("auto", "cuda", torch.bfloat16, 7, 128) == "triton"
+    assert dispatch.OP.choose("auto", "cuda", torch.float64, 7, 128) == "torch"
+    assert dispatch.OP.choose("auto", "cuda", torch.bfloat16, 17, 128) == "torch"
+    assert dispatch.OP.choose("auto", "cuda", torch.bfloat16, 7, 257) == "torch"
 
 
 def test_auto_on_cuda_takes_triton_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_missing", lambda *_: None)
-    assert dispatch.choose_backend("auto", "cuda") == "triton"
-    assert dispatch.choose_backend("triton", "cuda") == "triton"
-    assert dispatch.choose_backend("auto", "cpu") == "torch"
+    monkeypatch.setattr(dispatch.OP, "refuse_triton", lambda *_: None)
+    assert dispatch.OP.choose("auto", "cuda") == "triton"
+    assert dispatch.OP.choose("triton", "cuda") == "triton"
+    assert dispatch.OP.choose("auto", "cpu") == "torch"
 
 
 def test_every_available_backend_is_reached(monkeypatch):
@@ -184,10 +184,8 @@ def test_every_available_backend_is_reached(monkeypatch):
     given = arguments()
     for name in ("eager", "torch"):
         called = []
-        function = dispatch._implementation(name)
-        monkeypatch.setattr(
-            dispatch, f"noun_attention_{name}", lambda *a, f=function, c=called: c.append(1) or f(*a), raising=True
-        )
+        function = dispatch.OP.get_function(name)
+        monkeypatch.setattr(dispatch.OP, name, lambda *a, f=function, c=called: c.append(1) or f(*a), raising=True)
         noun_attention(**given | {"backend": name})
         assert called == [1]
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from swim_kernels.flash_noun_attention.providers.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
 from swim_kernels.flash_noun_attention.providers.torch import Call, Provider, TorchCpu, TorchCuda
-from swim_kernels.noun_attention.api import check_arguments, choose_backend
+from swim_kernels.noun_attention.api import OP, check_arguments, op_properties
 from swim_kernels.runtime.numerics import add_at, no_autocast
 from swim_kernels.structs.noun_queries import NounQueries
 
@@ -189,10 +189,8 @@ def _provider(provider: str | Provider, query: Tensor) -> Provider:
 
 def _backend(query: Tensor, key: Tensor, backend: str) -> ModuleType:
     """The module with `maps_given_lse`, `deltas` and `add_gradients`."""
-    group = query.shape[1] // key.shape[1]
-    name = choose_backend(backend, query.device.type, query.dtype, group, query.shape[3])
-    module = {"torch": "torch_backend", "triton": "triton.launch"}[name]
-    return importlib.import_module(f"swim_kernels.noun_attention.{module}")
+    name = OP.choose(backend, query.device.type, *op_properties(query, key))
+    return importlib.import_module(OP.get_function(name).__module__)
 
 
 def _refusal(

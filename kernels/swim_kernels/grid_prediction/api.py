@@ -1,8 +1,7 @@
-"""The public op: checks its arguments, chooses the backend."""
+"""The public op: checks its arguments and dispatches to a backend."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,11 +9,28 @@ from torch import Tensor
 
 from swim_kernels.grid_prediction.reference import FUSIONS, grid_prediction_eager
 from swim_kernels.grid_prediction.torch_backend import grid_prediction_torch
-from swim_kernels.runtime import backends
-from swim_kernels.runtime.numerics import no_autocast
-from swim_kernels.structs.grid_pairs import FIELDS, GridPairs
+from swim_kernels.runtime.backends import Op
+from swim_kernels.runtime.numerics import check_floating
+from swim_kernels.structs.grid_pairs import GridPairs, check_pairs
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+def _import_triton() -> Callable[..., Tensor]:
+    from swim_kernels.grid_prediction.triton.launch import grid_prediction_triton
+
+    return grid_prediction_triton
+
+
+def _refuse_triton(dtype: torch.dtype = torch.float32) -> str | None:
+    return None if dtype == torch.float32 else f"it takes float32 maps, not {str(dtype).removeprefix('torch.')}"
+
+
+OP = Op(
+    "grid prediction",
+    eager=grid_prediction_eager,
+    torch=grid_prediction_torch,
+    import_triton=_import_triton,
+    refuse=_refuse_triton,
+)
 
 
 def grid_prediction(
@@ -47,35 +63,12 @@ def grid_prediction(
         RuntimeError: a backend that is not available here.
     """
     maps = _checked_maps(maps)
-    _check_pairs(pairs, maps[0])
+    check_pairs(pairs, "maps", maps[0].device)
+    if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_frames(pairs, *maps[0].shape)
     if fusion not in FUSIONS:
         raise ValueError(f"unknown fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
-    device_type = maps[0].device.type
-    implementation = _implementation(choose_backend(backend, device_type, maps[0].dtype))
-    with no_autocast(device_type):
-        return implementation(maps, pairs, fusion)
-
-
-def choose_backend(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
-    """`backends.choose_backend` for such maps."""
-    missing = functools.partial(_triton_missing, device_type, dtype)
-    return backends.choose_backend("grid prediction", backend, device_type, missing)
-
-
-def _triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the Triton backend cannot run on such maps; None if it can."""
-    reason = backends.triton_missing(device_type)
-    if reason is None and dtype != torch.float32:
-        return f"it takes float32 maps, not {str(dtype).removeprefix('torch.')}"
-    return reason
-
-
-def _implementation(backend: str) -> Callable[..., Tensor]:
-    if backend == "triton":  # imported where it is used: TRITON_INTERPRET is read when kernels are defined
-        from swim_kernels.grid_prediction.triton.launch import grid_prediction_triton
-
-        return grid_prediction_triton
-    return {"eager": grid_prediction_eager, "torch": grid_prediction_torch}[backend]
+    return OP(backend, maps[0].device.type, (maps[0].dtype,), maps, pairs, fusion)
 
 
 def _checked_maps(maps: Sequence[Tensor]) -> list[Tensor]:
@@ -85,8 +78,7 @@ def _checked_maps(maps: Sequence[Tensor]) -> list[Tensor]:
     for number, layer in enumerate(maps):
         if not isinstance(layer, Tensor):
             raise TypeError(f"maps[{number}] must be a tensor [R, N], got {type(layer).__name__}")
-        if layer.dtype not in _DTYPES:
-            raise TypeError(f"maps[{number}] must be bfloat16, float16, float32 or float64, got {layer.dtype}")
+        check_floating(f"maps[{number}]", layer)
         if layer.ndim != 2 or layer.shape != maps[0].shape:
             raise ValueError(
                 f"maps[{number}] has shape {list(layer.shape)}, maps[0] {list(maps[0].shape)}: "
@@ -99,23 +91,8 @@ def _checked_maps(maps: Sequence[Tensor]) -> list[Tensor]:
     return maps
 
 
-def _check_pairs(pairs: GridPairs, layer: Tensor) -> None:
-    """Everything that can be known without waiting for the device; on the CPU the frames as well."""
-    if not isinstance(pairs, GridPairs):
-        raise TypeError(f"pairs must be GridPairs, got {type(pairs).__name__}")
-    if pairs.table.shape != (len(pairs), FIELDS) or pairs.table.dtype != torch.int32:
-        raise ValueError(
-            f"pairs.table must be int32 [P, {FIELDS}] for {len(pairs)} pairs, "
-            f"got {pairs.table.dtype} {list(pairs.table.shape)}"
-        )
-    if pairs.device != layer.device:
-        raise ValueError(f"maps are on {layer.device}, pairs on {pairs.device}: move them with pairs.to(device)")
-    if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_frames(pairs, *layer.shape)
-
-
 def _check_frames(pairs: GridPairs, num_rows: int, num_columns: int) -> None:
-    row, start, height, width = pairs.table[:, :4].long().unbind(1)
+    row, start, height, width, *_ = (column.long() for column in pairs.columns)
     end = start + height * width
     outside = (row < 0) | (row >= num_rows) | (start < 0) | (end > num_columns)
     if outside.any():

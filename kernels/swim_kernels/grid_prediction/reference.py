@@ -29,6 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from swim_kernels.runtime.numerics import compute_dtype
 from swim_kernels.structs.grid_pairs import GridPairs
 
 FUSIONS = ("product", "mean", "none")
@@ -48,10 +49,6 @@ def grid_prediction_eager(maps: Sequence[Tensor], pairs: GridPairs, fusion: str)
         min_max(log_fused(a[:, cells].unflatten(1, (-1, *size)), fusion)).flatten(1) for _, cells, size in pairs.runs()
     ]
     return torch.cat(p, dim=1) if p else a[: num_predictions(maps, fusion)]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def num_predictions(maps: Sequence[Tensor], fusion: str) -> int:

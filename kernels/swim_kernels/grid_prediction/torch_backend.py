@@ -22,14 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swim_kernels.grid_prediction.reference import (
-    compute_dtype,
-    floor_of,
-    log_fused,
-    min_max,
-    num_predictions,
-)
-from swim_kernels.runtime.numerics import add_at, no_autocast
+from swim_kernels.grid_prediction.reference import floor_of, log_fused, min_max, num_predictions
+from swim_kernels.runtime.numerics import add_at, compute_dtype, no_autocast
 from swim_kernels.structs.grid_pairs import GridPairs
 
 

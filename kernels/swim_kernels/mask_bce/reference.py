@@ -30,33 +30,33 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def mask_bce_eager(cells: Tensor, pairs: GridPairs, masks: PackedMasks) -> Tensor:
-    """Losses [K, P]; arguments as `mask_bce`, already checked, fp32 or float64.
+    """Return losses [K, P]; arguments as `mask_bce`, already checked, fp32 or float64.
 
     Takes memory for several times K × P × H × W values.
     """
     if not cells.numel():
         return cells[:, : len(pairs)]
-    numbers, frames = pairs.mask_numbers, by_pair(cells, pairs)
+    indices, frames = pairs.mask_indices, split_pairs(cells, pairs)
     losses = [cells] * len(pairs)
-    groups = grouped(pairs, lambda pair: (pairs.sizes[pair], masks.sizes[numbers[pair]]))
+    groups = group_pairs(pairs, lambda pair: (pairs.sizes[pair], masks.sizes[indices[pair]]))
     for (grid, size), members in groups.items():
         p = torch.stack([frames[pair] for pair in members], dim=1).unflatten(2, grid)  # [K, n, h, w]
         p = F.interpolate(p, size=size, mode="bilinear", align_corners=False)
-        mask = masks.unpack([numbers[pair] for pair in members])
+        mask = masks.unpack([indices[pair] for pair in members])
         loss = -(MARGIN + (1 - 2 * MARGIN) * torch.where(mask, p, 1 - p)).log()
         for pair, column in zip(members, loss.mean((-2, -1)).unbind(1), strict=True):
             losses[pair] = column
     return torch.stack(losses, dim=1)
 
 
-def grouped(pairs: GridPairs, key: Callable[[int], Key]) -> dict[Key, list[int]]:
-    """The numbers of the pairs by a key, in the order of first appearance."""
+def group_pairs(pairs: GridPairs, key: Callable[[int], Key]) -> dict[Key, list[int]]:
+    """Return the indices of the pairs by a key, in the order of first appearance."""
     members: dict[Key, list[int]] = {}
     for pair in range(len(pairs)):
         members.setdefault(key(pair), []).append(pair)
     return members
 
 
-def by_pair(cells: Tensor, pairs: GridPairs) -> tuple[Tensor, ...]:
-    """Views of [K, M]: [K, h · w] of each pair."""
+def split_pairs(cells: Tensor, pairs: GridPairs) -> tuple[Tensor, ...]:
+    """Return views [K, h · w] of cells [K, M], pair by pair."""
     return cells.split([height * width for height, width in pairs.sizes], dim=1)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swim_kernels.mask_bce.reference import MARGIN, by_pair, grouped
+from swim_kernels.mask_bce.reference import MARGIN, group_pairs, split_pairs
+from swim_kernels.runtime.numerics import exact_product, interpolation
 from swim_kernels.structs.grid_pairs import GridPairs
 from swim_kernels.structs.packed_masks import PackedMasks
 
@@ -36,15 +37,12 @@ _MOST_VALUES = 2**21  # of frames that share an unpacked chunk of their mask
 
 
 def mask_bce_torch(cells: Tensor, pairs: GridPairs, masks: PackedMasks) -> Tensor:
-    """Losses [K, P]; arguments as `mask_bce`, already checked, fp32 or float64. No double backward."""
-    return with_gradient(losses_and_gradient, cells, pairs, masks)
+    """Return losses [K, P]; arguments as `mask_bce`, already checked, fp32 or float64. No double backward."""
+    return apply_with_gradient(compute_losses, cells, pairs, masks)
 
 
-def with_gradient(compute: Callable, cells: Tensor, pairs: GridPairs, masks: PackedMasks) -> Tensor:
-    """The losses of `compute`, differentiable.
-
-    compute: (cells, pairs, masks, want_gradient) -> losses [K, P]; d loss / d cell [K, M], if wanted
-    """
+def apply_with_gradient(compute: Callable, cells: Tensor, pairs: GridPairs, masks: PackedMasks) -> Tensor:
+    """Return the losses of a function as `compute_losses`, differentiable."""
     want = torch.is_grad_enabled() and cells.requires_grad
     return _MaskBCE.apply(cells, compute, pairs, masks, want)
 
@@ -64,30 +62,29 @@ class _MaskBCE(torch.autograd.Function):
         if grad_losses is None:
             return (None,) * 5
         gradient, table = ctx.saved_tensors
-        upstream = grad_losses.repeat_interleave(table[:, 2] * table[:, 3], dim=1, output_size=gradient.shape[1])
-        # A pair that nothing arrives at gets nothing, also where its gradient is NaN.
+        num_cells = table[:, 2] * table[:, 3]
+        upstream = grad_losses.repeat_interleave(num_cells, dim=1, output_size=gradient.shape[1])
+        # A pair that gets no gradient passes none on, also where its own gradient is NaN.
         return torch.where(upstream == 0, 0, gradient * upstream), *(None,) * 4
 
 
-def losses_and_gradient(
-    cells: Tensor, pairs: GridPairs, masks: PackedMasks, want: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Losses [K, P] and, if wanted, d loss / d cell [K, M]."""
+def compute_losses(cells: Tensor, pairs: GridPairs, masks: PackedMasks, want: bool) -> tuple[Tensor, Tensor | None]:
+    """Return losses [K, P] and, if wanted, d loss / d cell [K, M]."""
     num_sets = len(cells)
     if not cells.numel():
         return cells.new_empty(num_sets, len(pairs)), cells.new_empty(cells.shape) if want else None
-    numbers, frames = pairs.mask_numbers, by_pair(cells, pairs)
+    indices, frames = pairs.mask_indices, split_pairs(cells, pairs)
     losses, gradients = [cells] * len(pairs), [cells] * len(pairs)
     weights = functools.cache(functools.partial(interpolation, like=cells))
-    rows = functools.cache(lambda size, grid, frames: _rows(weights(size[0], grid[0]), size[1], frames))
-    for (number, grid), members in grouped(pairs, lambda pair: (numbers[pair], pairs.sizes[pair])).items():
-        size = masks.sizes[number]
+    chunks = functools.cache(lambda size, grid, frames: _chunk_rows(weights(size[0], grid[0]), size[1], frames))
+    for (index, grid), members in group_pairs(pairs, lambda pair: (indices[pair], pairs.sizes[pair])).items():
+        size = masks.sizes[index]
         together = max(1, _most_frames(grid, size) // num_sets)
         for first in range(0, len(members), together):
             some = members[first : first + together]
             stacked = torch.stack([frames[pair] for pair in some]).view(-1, *grid)  # [n · K, h, w]
-            upsampling = _Upsampling(stacked, weights(size[0], grid[0]), weights(size[1], grid[1]), want)
-            loss, grad = _frames(upsampling, rows(size, grid, len(stacked)), masks, number, want)
+            rows = chunks(size, grid, len(stacked))
+            loss, grad = _compare(stacked, weights(size[1], grid[1]), rows, masks, index, want)
             for pair, part in zip(some, loss.view(len(some), num_sets).unbind(), strict=True):
                 losses[pair] = part
             if want:
@@ -96,45 +93,54 @@ def losses_and_gradient(
     return torch.stack(losses, dim=1), torch.cat(gradients, dim=1) if want else None
 
 
-def _frames(
-    upsampling: _Upsampling, chunks: list[_Rows], masks: PackedMasks, number: int, want: bool
+def _compare(
+    cells: Tensor, across: Tensor, chunks: list[_Rows], masks: PackedMasks, index: int, want: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """n frames [h, w] against one mask: losses [n] and, if wanted, gradients [n, h, w]."""
-    height, width = masks.sizes[number]
-    across = upsampling.across
-    num_frames, num_rows = len(across), max(rows.end - rows.first for rows in chunks)
-    frames = max(1, _CHUNK_PIXELS_CPU // (num_rows * width)) if across.device.type == "cpu" else num_frames
+    """Return losses [n] of frames [n, h, w] against one mask and, if wanted, gradients [n, h, w].
+
+    across: weights [W, w] of the upsampling in x.
+    """
+    height, width = masks.sizes[index]
+    upsampled = exact_product(cells, across.t())  # in x, [n, h, W]
+    gradient = torch.zeros_like(upsampled) if want else None
+    num_frames, num_rows = len(cells), max(rows.end - rows.first for rows in chunks)
+    step = max(1, _CHUNK_PIXELS_CPU // (num_rows * width)) if cells.device.type == "cpu" else num_frames
     slots = min(-(-len(chunks) // _MULTIPLIED), max(1, _LOGARITHMS // (num_frames * num_rows * width)))
     together = slots * _MULTIPLIED  # chunks whose masks are prepared and whose logarithms are taken at once
-    losses, arguments = across.new_zeros(num_frames), across.new_empty(slots, num_frames, num_rows, width)
-    parts = upsampling.split(frames)
-    places = [slot.split(frames) for slot in arguments]
+    losses, arguments = cells.new_zeros(num_frames), cells.new_empty(slots, num_frames, num_rows, width)
+    grads = gradient.split(step) if want else itertools.repeat(None)
+    parts = [_Frames(*part) for part in zip(upsampled.split(step), grads, strict=False)]
+    products = [slot.split(step) for slot in arguments]
     for start in range(0, len(chunks), together):
         some = chunks[start : start + together]
-        unset = (~masks.rows(number, some[0].first, some[-1].end)).to(across.dtype)
+        unset = (~masks.rows(index, some[0].first, some[-1].end)).to(cells.dtype)
         slopes = (2 * unset).sub_(1).mul_(1 - 2 * MARGIN)  # d argument of the logarithm / d p, with the sign changed
         lengths = [rows.end - rows.first for rows in some]
         arguments.fill_(1)
         for k, (rows, blank, slope) in enumerate(zip(some, unset.split(lengths), slopes.split(lengths), strict=True)):
-            for part, place in zip(parts, places[k // _MULTIPLIED], strict=True):
-                p = part.upsampled(rows)
+            for part, product in zip(parts, products[k // _MULTIPLIED], strict=True):
+                p = part.upsample(rows)
                 argument = torch.sub(blank, p, out=p).mul_(slope).add_(MARGIN)
-                place[:, : lengths[k]] *= argument
+                product[:, : lengths[k]] *= argument
                 if want:
                     part.add_slopes(rows, slope / argument)
         arguments.log_()
-        losses -= sum(torch.cat([logs.sum((-2, -1)) for logs in slot.split(frames)]) for slot in arguments)
-    return losses / (height * width), upsampling.gradient() if want else None
+        losses -= sum(torch.cat([logs.sum((-2, -1)) for logs in slot.split(step)]) for slot in arguments)
+    return losses / (height * width), exact_product(gradient, across).div_(height * width) if want else None
 
 
 def _most_frames(grid: tuple[int, int], mask: tuple[int, int]) -> int:
-    """How many go together: they are held upsampled in x, and for a chunk of rows in full."""
+    """Return how many frames go together: they are held upsampled in x, and for a chunk of rows in full."""
     return _MOST_VALUES // max(grid[0] * mask[1], min(mask[0] * mask[1], _CHUNK_PIXELS_CPU))
 
 
 class _Rows(NamedTuple):
-    """The pixel rows [first, end), the rows of cells [low, high) they are interpolated from (at least two, if there
-    are), the weights [end - first, high - low] and their columns."""
+    """Pixel rows [first, end) and the cell rows [low, high) between which they are interpolated, at least two if any.
+
+    Attributes:
+        weights: [end - first, high - low].
+        columns: of the weights, [end - first, 1] each.
+    """
 
     first: int
     end: int
@@ -144,9 +150,11 @@ class _Rows(NamedTuple):
     columns: tuple[Tensor, ...]
 
 
-def _rows(down: Tensor, width: int, num_frames: int) -> list[_Rows]:
-    """What is computed at a time, given the weights down [H, h]. On the CPU two rows of cells are enough for each, if
-    there are several rows of pixels for a row of cells."""
+def _chunk_rows(down: Tensor, width: int, num_frames: int) -> list[_Rows]:
+    """Return what is computed at a time, given the weights down [H, h] of the upsampling in y.
+
+    On the CPU two rows of cells are enough for each, if there are several rows of pixels for a row of cells.
+    """
     pixels, cells = down.shape
     if down.device.type == "cpu":
         most, edges = max(1, _CHUNK_PIXELS_CPU // width), [0, pixels]
@@ -166,77 +174,26 @@ def _rows(down: Tensor, width: int, num_frames: int) -> list[_Rows]:
     return chunks
 
 
-class _Upsampling:
-    """Frames [n, h, w] upsampled to [n, H, W] and slopes brought back to the cells, some pixel rows at a time."""
-
-    def __init__(self, cells: Tensor, down: Tensor, columns: Tensor, want_gradient: bool) -> None:
-        """Weights down [H, h] and columns [W, w], see `interpolation`."""
-        self.down, self.columns = down, columns
-        self.across = exact_product(cells, columns.t())  # [n, h, W]
-        self.grad_across = torch.zeros_like(self.across) if want_gradient else None
-
-    def split(self, frames: int) -> list[_Frames]:
-        """So many frames at a time."""
-        grads = [None] * len(self.across) if self.grad_across is None else self.grad_across.split(frames)
-        return [_Frames(across, grad) for across, grad in zip(self.across.split(frames), grads, strict=False)]
-
-    def gradient(self) -> Tensor:
-        """[n, h, w], of the mean over the pixels."""
-        return exact_product(self.grad_across, self.columns).div_(len(self.down) * len(self.columns))
-
-
 class _Frames:
-    """Some of the frames of an `_Upsampling`, with views made once of every row of cells."""
+    """Frames upsampled in x [n, h, W] and their gradients, with views made once of every row of cells."""
 
     def __init__(self, across: Tensor, grad_across: Tensor | None) -> None:
         self._across, self._grad = across, grad_across
         self._cells = across[:, :, None].unbind(1)  # [n, 1, W] each
         self._grads = () if grad_across is None else grad_across.unbind(1)  # [n, W] each
 
-    def upsampled(self, rows: _Rows) -> Tensor:
-        """[n, y, W]"""
+    def upsample(self, rows: _Rows) -> Tensor:
+        """Return u [n, y, W]."""
         if len(rows.columns) == 2:
             before, after = rows.columns
             return torch.mul(before, self._cells[rows.low]).addcmul_(after, self._cells[rows.low + 1])
         return exact_product(rows.weights, self._across[:, rows.low : rows.high])
 
     def add_slopes(self, rows: _Rows, slope: Tensor) -> None:
-        """d loss / d pixel [n, y, W]; it is used up."""
+        """Add d loss / d u [n, y, W], which is used up, to the gradients."""
         if len(rows.columns) == 2:
             before, after = rows.columns
             self._grads[rows.low].add_((before * slope).sum(1))
             self._grads[rows.low + 1].add_(slope.mul_(after).sum(1))
         else:
             self._grad[:, rows.low : rows.high] += exact_product(rows.weights.mT, slope)
-
-
-def interpolation(pixels: int, cells: int, like: Tensor) -> Tensor:
-    """[pixels, cells]: the weights of the cells in every pixel of a row or column, from exact integers.
-
-    In units of 1 / (2 · pixels) cell, pixel x lies at (2 x + 1) · cells - pixels.
-    """
-    place = (2 * torch.arange(pixels, device=like.device) + 1) * cells - pixels
-    place = place.clamp(0, 2 * pixels * (cells - 1))[:, None]
-    before = place // (2 * pixels)
-    after = (place % (2 * pixels)).to(like.dtype) / (2 * pixels)
-    cell = torch.arange(cells, device=like.device)
-    return torch.where(cell == before, 1 - after, 0) + torch.where(cell == before + 1, after, 0)
-
-
-def exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b in the precision of its operands, whatever fp32 products are set to.
-
-    With weights of fewer bits a prediction could leave [0, 1], where a logarithm is NaN.
-    """
-    if a.dtype == torch.float64 or _exact_products(a.device):
-        return a @ b
-    return (a.double() @ b.double()).to(a.dtype)
-
-
-def _exact_products(device: torch.device) -> bool:
-    """Whether fp32 products are known to be made in IEEE precision."""
-    if device.type != "cpu":
-        return device.type != "cuda"
-    if hasattr(torch.backends.mkldnn, "matmul"):
-        return torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16")
-    return torch.get_float32_matmul_precision() == "highest"

@@ -1,8 +1,7 @@
-"""The public op: checks its arguments, chooses the backend."""
+"""The public op: checks its arguments and dispatches to a backend."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -12,11 +11,34 @@ from torch import Tensor
 from swim_kernels.noun_attention.reference import noun_attention_eager
 from swim_kernels.noun_attention.torch_backend import noun_attention_torch
 from swim_kernels.noun_attention.triton.tiles import MAX_GROUP, MAX_HEAD_DIM
-from swim_kernels.runtime import backends
-from swim_kernels.runtime.numerics import no_autocast
+from swim_kernels.runtime.backends import Op
+from swim_kernels.runtime.numerics import check_floating, compute_dtype
 from swim_kernels.structs.noun_queries import NounQueries
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+def _import_triton() -> Callable[..., Tensor]:
+    from swim_kernels.noun_attention.triton.launch import noun_attention_triton
+
+    return noun_attention_triton
+
+
+def _refuse_triton(dtype: torch.dtype = torch.bfloat16, group: int = 1, head_dim: int = 128) -> str | None:
+    if dtype == torch.float64:
+        return "it has no float64"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
+    if group > MAX_GROUP:
+        return f"{group} query heads share a key head, at most {MAX_GROUP} can"
+    return None
+
+
+OP = Op(
+    "noun attention",
+    eager=noun_attention_eager,
+    torch=noun_attention_torch,
+    import_triton=_import_triton,
+    refuse=_refuse_triton,
+)
 
 
 def noun_attention(
@@ -58,45 +80,17 @@ def noun_attention(
         RuntimeError: a backend that is not available here.
     """
     check_arguments(query, key, queries, scale, lse)
-    group = query.shape[1] // key.shape[1]
-    implementation = _implementation(choose_backend(backend, query.device.type, query.dtype, group, query.shape[3]))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    with no_autocast(query.device.type):
-        return implementation(query, key, queries, scale, lse)
+    return OP(backend, query.device.type, op_properties(query, key), query, key, queries, scale, lse)
 
 
-def choose_backend(
-    backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16, group: int = 1, head_dim: int = 128
-) -> str:
-    """`backends.choose_backend` for such inputs."""
-    missing = functools.partial(_triton_missing, device_type, dtype, group, head_dim)
-    return backends.choose_backend("noun attention", backend, device_type, missing)
-
-
-def _triton_missing(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> str | None:
-    """Why the Triton backend cannot run on such inputs; None if it can."""
-    reason = backends.triton_missing(device_type)
-    if reason:
-        return reason
-    if dtype == torch.float64:
-        return "it has no float64"
-    if head_dim > MAX_HEAD_DIM:
-        return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
-    if group > MAX_GROUP:
-        return f"{group} query heads share a key head, at most {MAX_GROUP} can"
-    return None
-
-
-def _implementation(backend: str) -> Callable[..., Tensor]:
-    if backend == "triton":  # imported where it is used: TRITON_INTERPRET is read when kernels are defined
-        from swim_kernels.noun_attention.triton.launch import noun_attention_triton
-
-        return noun_attention_triton
-    return {"eager": noun_attention_eager, "torch": noun_attention_torch}[backend]
+def op_properties(query: Tensor, key: Tensor) -> tuple[torch.dtype, int, int]:
+    """Return what the choice of a backend depends on, besides the device."""
+    return query.dtype, query.shape[1] // key.shape[1], query.shape[3]
 
 
 def check_arguments(query: Tensor, key: Tensor, queries: NounQueries, scale: float | None, lse: Tensor | None) -> None:
-    """Everything that can be known without waiting for the device; on the CPU the values of `queries` as well."""
+    """Check all that can be known without waiting for the device; on the CPU the values of `queries` as well."""
     for name, tensor, layout in (("query", query, "[B, Hq, L, D]"), ("key", key, "[B, Hkv, L, D]")):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -104,8 +98,7 @@ def check_arguments(query: Tensor, key: Tensor, queries: NounQueries, scale: flo
             raise ValueError(f"{name} must be {layout}, got shape {list(tensor.shape)}")
     if not isinstance(queries, NounQueries):
         raise TypeError(f"queries must be a NounQueries, got {type(queries).__name__}")
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query must be bfloat16, float16, float32 or float64, got {query.dtype}")
+    check_floating("query", query)
     if key.dtype != query.dtype:
         raise TypeError(f"query is {query.dtype}, key is {key.dtype}: cast one of them")
     if key.device != query.device:
@@ -136,9 +129,10 @@ def check_arguments(query: Tensor, key: Tensor, queries: NounQueries, scale: flo
             raise TypeError(f"lse must be a tensor [R, Hq], got {type(lse).__name__}")
         if lse.shape != (len(queries), num_heads):
             raise ValueError(f"lse must be [R, Hq] = {[len(queries), num_heads]}, got shape {list(lse.shape)}")
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        if lse.dtype != dtype:
-            raise TypeError(f"lse must be {dtype} for {query.dtype} query and key, got {lse.dtype}")
+        if lse.dtype != compute_dtype(query.dtype):
+            raise TypeError(
+                f"lse must be {compute_dtype(query.dtype)} for {query.dtype} query and key, got {lse.dtype}"
+            )
         if lse.device != query.device:
             raise ValueError(f"query is on {query.device}, lse on {lse.device}")
     if queries.device.type == "cpu" and not torch.compiler.is_compiling():

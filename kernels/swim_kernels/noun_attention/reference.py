@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from swim_kernels.runtime.numerics import compute_dtype
 from swim_kernels.structs.noun_queries import NounQueries
 
 
@@ -24,7 +25,7 @@ def noun_attention_eager(
     Computed and returned in float64 for float64 inputs, in float32 for all others. Takes memory for R × Hkv × L × D
     keys and several times R × Hq × L scores. A row with an empty softmax range gives zeros.
     """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(query.dtype)
     num_heads, length = query.shape[1:3]
     num_key_heads = key.shape[1]
 

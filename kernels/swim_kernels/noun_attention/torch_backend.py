@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swim_kernels.runtime.numerics import add_at, no_autocast
+from swim_kernels.runtime.numerics import add_at, compute_dtype, no_autocast
 from swim_kernels.structs.noun_queries import NounQueries
 
 # Scores computed at a time (Hq × rows × keys): about what a core's cache holds; a GPU wants fewer, longer launches.
@@ -106,7 +106,7 @@ def add_gradients(
 
 def _forward(query_rows, key, queries, scale, lse):
     """Maps [R, N] and lse [R, Hq], both in the dtype of the computation."""
-    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(key.dtype)
     num_rows, num_heads, _ = query_rows.shape
     length = key.shape[2]
     given = lse is not None

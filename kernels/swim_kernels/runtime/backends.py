@@ -1,4 +1,4 @@
-"""Which backend of an op runs: the same choice for every op, said once."""
+"""Dispatch of an op to one of its backends: the same choice, log line and errors for every op."""
 
 from __future__ import annotations
 
@@ -7,49 +7,82 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from swim_kernels.runtime.numerics import no_autocast
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "eager", "torch", "triton")
 
 
-def choose_backend(op: str, backend: str, device_type: str, missing: Callable[[], str | None]) -> str:
-    """The backend that runs when `backend` is asked for; says so once per process.
+@dataclass
+class Op:
+    """An op and the functions that implement it, all with the same arguments.
 
-    Args:
-        op: its name, for the messages.
-        missing: says why Triton cannot run on the inputs, None if it can.
-
-    Raises:
-        ValueError: unknown name.
-        RuntimeError: known, but not available.
+    Attributes:
+        name: in messages.
+        eager, torch: functions.
+        import_triton: returns that of the Triton kernels, imported where it is used: `TRITON_INTERPRET` is read when
+            kernels are defined.
+        refuse: returns why the Triton kernels cannot take inputs with certain properties, None if they can.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown {op} backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        reason = missing()
-        if reason:
-            raise RuntimeError(f"{op} backend 'triton' is not available: {reason}; use backend='torch'")
-    if backend != "auto":
-        _say(logging.INFO, op, backend, device_type, "asked for")
-        return backend
-    if device_type != "cuda":
-        _say(logging.INFO, op, "torch", device_type, "auto, triton needs CUDA")
-        return "torch"
-    reason = missing()
-    if reason:
-        _say(logging.WARNING, op, "torch", device_type, f"auto, slower than triton, which is not available: {reason}")
-        return "torch"
-    _say(logging.INFO, op, "triton", device_type, "auto")
-    return "triton"
+
+    name: str
+    eager: Callable[..., Tensor]
+    torch: Callable[..., Tensor]
+    import_triton: Callable[[], Callable[..., Tensor]]
+    refuse: Callable[..., str | None]
+
+    def __call__(self, backend: str, device_type: str, properties: tuple, *arguments) -> Tensor:
+        """Run the op for inputs with such properties, outside of autocast."""
+        function = self.get_function(self.choose(backend, device_type, *properties))
+        with no_autocast(device_type):
+            return function(*arguments)
+
+    def get_function(self, backend: str) -> Callable[..., Tensor]:
+        """Return the function of "eager", "torch" or "triton"."""
+        return self.import_triton() if backend == "triton" else getattr(self, backend)
+
+    def refuse_triton(self, device_type: str, *properties) -> str | None:
+        """Return why the Triton kernels cannot run on such inputs, None if they can."""
+        return find_triton_obstacle(device_type) or self.refuse(*properties)
+
+    def choose(self, backend: str, device_type: str, *properties) -> str:
+        """Return the backend that runs when `backend` is asked for; log the choice once per process.
+
+        Raises:
+            ValueError: unknown name.
+            RuntimeError: known, but not available.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown {self.name} backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+        reason = None
+        if backend == "triton" or (backend == "auto" and device_type == "cuda"):
+            reason = self.refuse_triton(device_type, *properties)
+        if backend == "triton" and reason:
+            raise RuntimeError(f"{self.name} backend 'triton' is not available: {reason}; use backend='torch'")
+        chosen, level, why = backend, logging.INFO, "asked for"
+        if backend == "auto" and device_type != "cuda":
+            chosen, why = "torch", "auto, triton needs CUDA"
+        elif backend == "auto" and reason:
+            chosen, level = "torch", logging.WARNING
+            why = f"auto, slower than triton, which is not available: {reason}"
+        elif backend == "auto":
+            chosen, why = "triton", "auto"
+        if not torch.compiler.is_compiling():  # logging would break the graph
+            log_once(level, self.name, chosen, device_type, why)
+        return chosen
 
 
 @functools.cache
-def triton_missing(device_type: str) -> str | None:
-    """Why Triton cannot run on this machine, for tensors on such a device; None if it can."""
-    if not _installed("triton"):
+def find_triton_obstacle(device_type: str) -> str | None:
+    """Return why Triton cannot run on this machine for tensors on such a device, None if it can."""
+    # `find_spec` cannot be traced; when compiling, the import itself will tell
+    if not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it needs CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 in the environment, not {device_type}"
@@ -61,17 +94,6 @@ def triton_missing(device_type: str) -> str | None:
     return None
 
 
-def _installed(package: str) -> bool:
-    if torch.compiler.is_compiling():
-        return True  # cannot be traced; the import will say
-    return importlib.util.find_spec(package) is not None
-
-
-def _say(level: int, op: str, backend: str, device_type: str, why: str) -> None:
-    if not torch.compiler.is_compiling():  # logging would break the graph
-        say_once(level, op, backend, device_type, why)
-
-
 @functools.cache
-def say_once(level: int, op: str, backend: str, device_type: str, why: str) -> None:
+def log_once(level: int, op: str, backend: str, device_type: str, why: str) -> None:
     logger.log(level, "%s on %s: backend %s (%s)", op, device_type, backend, why)

@@ -1,4 +1,4 @@
-"""Computing as written: whatever the process is set to, and in a fixed order."""
+"""Numerics that ops share: precisions, independence of the process's settings, and sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -7,17 +7,59 @@ import contextlib
 import torch
 from torch import Tensor
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which inputs of `dtype` are computed: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless the dtype of an argument is one of `FLOATS`."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
+
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Under autocast float32 products would become bf16 ones, in a forward or a backward."""
+    """Return a context without autocast, under which fp32 products would become bf16 ones."""
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def add_at(out: Tensor, index: Tensor, values: Tensor) -> None:
-    """out[index] += values along dimension 0, repeated indices in a fixed order."""
+    """Add values to `out[index]` along dimension 0, repeated indices in a fixed order."""
     if out.device.type == "cpu":
         out.index_add_(0, index, values)  # one after the other; index_put_ would go parallel with atomics
     else:
         out.index_put_((index,), values, accumulate=True)  # sorts the indices; index_add_ would use atomics
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a · b in the precision of its operands, whatever fp32 products are set to."""
+    if a.dtype == torch.float64 or _has_ieee_products(a.device):
+        return a @ b
+    return (a.double() @ b.double()).to(a.dtype)
+
+
+def _has_ieee_products(device: torch.device) -> bool:
+    """Return whether fp32 products are known to be made in IEEE precision."""
+    if device.type != "cpu":
+        return device.type != "cuda"
+    if hasattr(torch.backends.mkldnn, "matmul"):
+        return torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16")
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def interpolation(pixels: int, cells: int, like: Tensor) -> Tensor:
+    """Return the bilinear weights [pixels, cells] of the cells in every pixel of a row or column, half-pixel centres.
+
+    From exact integers: in units of 1 / (2 · pixels) cell, pixel x lies at (2 x + 1) · cells - pixels.
+    """
+    position = (2 * torch.arange(pixels, device=like.device) + 1) * cells - pixels
+    position = position.clamp(0, 2 * pixels * (cells - 1))[:, None]
+    before = position // (2 * pixels)
+    after = (position % (2 * pixels)).to(like.dtype) / (2 * pixels)
+    cell = torch.arange(cells, device=like.device)
+    return torch.where(cell == before, 1 - after, 0) + torch.where(cell == before + 1, after, 0)

@@ -46,11 +46,11 @@ def launches(monkeypatch):
     from tests.kernels.triton_interpreter.cases import backend
 
     seen = []
-    launch = backend._launch
+    launch = backend.launch
 
     def recorded(kernel, grid, *arguments, **options):
         seen.append((kernel.fn.__name__.removesuffix("_kernel"), grid))
         launch(kernel, grid, *arguments, **options)
 
-    monkeypatch.setattr(backend, "_launch", recorded)
+    monkeypatch.setattr(backend, "launch", recorded)
     return seen

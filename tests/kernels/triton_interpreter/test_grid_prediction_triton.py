@@ -48,13 +48,13 @@ def small_blocks(monkeypatch):
 def recorded(monkeypatch):
     """Name, grid, arguments and options of the launches so far."""
     seen = []
-    launch = backend._launch
+    launch = backend.launch
 
     def record(kernel, grid, *arguments, **options):
         seen.append((kernel.fn.__name__, grid, arguments, options))
         launch(kernel, grid, *arguments, **options)
 
-    monkeypatch.setattr(backend, "_launch", record)
+    monkeypatch.setattr(backend, "launch", record)
     return seen
 
 

@@ -35,13 +35,13 @@ pytestmark = [
 def launches(monkeypatch):
     """Names and grids of the kernels launched so far."""
     seen = []
-    launch = backend._launch
+    launch = backend.launch
 
     def recorded(kernel, grid, *arguments, **options):
         seen.append((kernel.fn.__name__, grid))
         launch(kernel, grid, *arguments, **options)
 
-    monkeypatch.setattr(backend, "_launch", recorded)
+    monkeypatch.setattr(backend, "launch", recorded)
     return seen
 
 
@@ -114,7 +114,7 @@ def test_repeatable_and_the_same_without_gradient():
     first = run(cells, pairs, masks, grad, backend="triton")
     for a, b in zip(run(cells, pairs, masks, grad, backend="triton"), first, strict=True):
         assert torch.equal(a, b)
-    losses, gradient = backend.losses_and_gradient(cells, pairs, masks, False)
+    losses, gradient = backend.compute_losses(cells, pairs, masks, False)
     assert gradient is None and torch.equal(losses, first[0])
 
 
@@ -142,8 +142,8 @@ def test_numbers_without_a_mask_stay_in_memory():
     wrong = make_pairs([(3, 4)] * 5, [7, -3, 1, 2, 0])
     clamped = make_pairs([(3, 4)] * 5, [1, 0, 1, 1, 0])
     for a, b in zip(
-        backend.losses_and_gradient(cells, wrong, masks, True),
-        backend.losses_and_gradient(cells, clamped, masks, True),
+        backend.compute_losses(cells, wrong, masks, True),
+        backend.compute_losses(cells, clamped, masks, True),
         strict=True,
     ):
         assert torch.equal(a, b)

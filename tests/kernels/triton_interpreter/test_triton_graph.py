@@ -36,6 +36,8 @@ def test_bitwise_repeatable(inputs):
 
 def test_order_of_the_rows_does_not_matter_to_the_maps(inputs):
     query, key, queries, grad = inputs
+    # exact products: in the interpreter numpy rounds others differently from one column of a matrix to the next
+    query, key = (x.mul(4).round().div(4) for x in (query, key))
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(2))
     shuffled = dataclasses.replace(
         queries, **{f.name: getattr(queries, f.name)[order] for f in dataclasses.fields(queries)[:5]}
@@ -140,7 +142,7 @@ class Allocated(TorchDispatchMode):
 
 def test_nothing_is_allocated_but_outputs_and_partials(inputs, monkeypatch):
     """Called below autograd, so that what is allocated inside shows."""
-    monkeypatch.setattr(backend, "_launch", lambda *arguments, **options: None)  # the interpreter allocates too
+    monkeypatch.setattr(backend, "launch", lambda *arguments, **options: None)  # the interpreter allocates too
     query, key, queries, grad = inputs
     num_rows, num_columns = grad.shape
     batch, num_heads, length, head_dim = query.shape

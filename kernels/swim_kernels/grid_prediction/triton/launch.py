@@ -17,7 +17,7 @@ from torch import Tensor
 from swim_kernels.grid_prediction.reference import num_predictions
 from swim_kernels.grid_prediction.torch_backend import GridPrediction, scatter_cells
 from swim_kernels.grid_prediction.triton import kernels
-from swim_kernels.noun_attention.triton.launch import _launch
+from swim_kernels.runtime.launch import launch
 from swim_kernels.structs.grid_pairs import GridPairs
 
 # One configuration for all. BLOCK: cells of a frame at a time; with 1024 ptxas spills a register in some builds.
@@ -63,7 +63,7 @@ def _run(
         return
     if any(layer.stride() != maps[0].stride() for layer in maps):
         maps = [layer.contiguous() for layer in maps]
-    _launch(
+    launch(
         kernel,
         (len(pairs), num_predictions(maps, fusion)),
         pairs.table,

@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from swim_kernels.mask_bce.torch_backend import with_gradient
+from swim_kernels.mask_bce.torch_backend import apply_with_gradient
 from swim_kernels.mask_bce.triton import kernels
-from swim_kernels.noun_attention.triton.launch import _launch
+from swim_kernels.runtime.launch import launch
 from swim_kernels.structs.grid_pairs import GridPairs
 from swim_kernels.structs.packed_masks import PackedMasks
 
@@ -23,14 +23,12 @@ COMBINE_BLOCK, COMBINE_WARPS = 256, 4  # cells
 
 
 def mask_bce_triton(cells: Tensor, pairs: GridPairs, masks: PackedMasks) -> Tensor:
-    """Losses [K, P] fp32; arguments as `mask_bce`, already checked, fp32. No double backward."""
-    return with_gradient(losses_and_gradient, cells, pairs, masks)
+    """Return losses [K, P] fp32; arguments as `mask_bce`, already checked, fp32. No double backward."""
+    return apply_with_gradient(compute_losses, cells, pairs, masks)
 
 
-def losses_and_gradient(
-    cells: Tensor, pairs: GridPairs, masks: PackedMasks, want: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Losses [K, P] and, if wanted, d loss / d cell [K, M]."""
+def compute_losses(cells: Tensor, pairs: GridPairs, masks: PackedMasks, want: bool) -> tuple[Tensor, Tensor | None]:
+    """Return losses [K, P] and, if wanted, d loss / d cell [K, M]."""
     num_sets, num_cells = cells.shape
     losses = cells.new_empty(num_sets, len(pairs))
     gradient = cells.new_empty(num_sets, num_cells) if want else None
@@ -39,7 +37,7 @@ def losses_and_gradient(
     partials = cells.new_empty(5 if want else 1, num_sets, num_cells)
     numbers = (num_cells, num_sets, len(masks))
     blocks = triton.cdiv(max(width for _, width in pairs.sizes), COLUMNS)
-    _launch(
+    launch(
         kernels.bands_kernel,
         (len(pairs), max(height for height, _ in pairs.sizes), blocks * num_sets),
         cells.contiguous(),
@@ -54,7 +52,7 @@ def losses_and_gradient(
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    _launch(
+    launch(
         kernels.combine_kernel,
         (len(pairs), num_sets),
         partials,

@@ -15,8 +15,6 @@ all layers.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
@@ -24,11 +22,9 @@ from torch import Tensor
 from swim_kernels.noun_attention.triton import kernels
 from swim_kernels.noun_attention.triton.plan import Plan, plan_of
 from swim_kernels.noun_attention.triton.tiles import Tile, choose_tile, columns_for, fits_one_block, tile_constexprs
+from swim_kernels.runtime.launch import DTYPES, get_architecture, is_interpreted, launch
 from swim_kernels.structs.noun_queries import NounQueries
 
-INTERPRETED = not isinstance(kernels.maps_kernel, triton.JITFunction)
-
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _LEAST_KEYS = 512  # of a split
 _GRADIENT_PROGRAMS = 80  # over which ∂q partials are spread; more of them would write more partials
 _BLOCK_ITEMS = 128  # of the kernels that combine partials
@@ -79,7 +75,7 @@ def add_gradients(
 def _plan(query: Tensor, key: Tensor, queries: NounQueries) -> list[Tensor]:
     batch, num_heads, length, head_dim = query.shape
     heads = _block_heads(num_heads // key.shape[1])
-    block_rows = columns_for("maps", len(queries), heads, head_dim, _DTYPES[query.dtype]) // heads
+    block_rows = columns_for("maps", len(queries), heads, head_dim, DTYPES[query.dtype]) // heads
     return list(plan_of(queries, batch, length, block_rows))
 
 
@@ -103,7 +99,7 @@ def log_sum_exp(query: Tensor, key: Tensor, plan: list[Tensor], scale: float) ->
         (*query.stride(), *key.stride()),
     )
     grid = (triton.cdiv(lse.numel(), _BLOCK_ITEMS),)
-    _launch(kernels.lse_combine_kernel, grid, maxima, sums, lse, lse.numel(), num_splits, BLOCK=_BLOCK_ITEMS)
+    launch(kernels.lse_combine_kernel, grid, maxima, sums, lse, lse.numel(), num_splits, BLOCK=_BLOCK_ITEMS)
     return lse
 
 
@@ -243,8 +239,8 @@ class _Run:
         self.head_dim = query.shape[3]
         self.group = query.shape[1] // key.shape[1]
         self.block_heads = _block_heads(self.group)
-        self.dtype = _DTYPES[query.dtype]
-        self.architecture = _architecture(query.device)
+        self.dtype = DTYPES[query.dtype]
+        self.architecture = get_architecture(query.device)
 
     def tile(self, kernel: str) -> Tile:
         return choose_tile(kernel, self.num_rows, self.block_heads, self.head_dim, self.dtype, self.architecture)
@@ -254,10 +250,10 @@ class _Run:
 
     def launch(self, kernel: str, grid: tuple[int, ...], tensors: tuple, numbers: tuple, strides: tuple) -> None:
         tile = self.tile(kernel)
-        values = tile_constexprs(kernel, self.head_dim, tile, self.add) | {"UPCAST": INTERPRETED}
         function = getattr(kernels, f"{'gradients' if kernel.endswith('gradients') else kernel}_kernel")
+        values = tile_constexprs(kernel, self.head_dim, tile, self.add) | {"UPCAST": is_interpreted(function)}
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        _launch(function, grid, *tensors, *numbers, *strides, **values, **options)
+        launch(function, grid, *tensors, *numbers, *strides, **values, **options)
 
 
 class _Gradients(_Run):
@@ -304,7 +300,7 @@ class _Gradients(_Run):
     def sum_deltas(self, partials: Tensor) -> Tensor:
         deltas = partials.new_empty(1, *partials.shape[1:])
         grid = (triton.cdiv(deltas.numel(), _BLOCK_ITEMS),)
-        _launch(kernels.delta_sum_kernel, grid, partials, deltas, deltas.numel(), len(partials), BLOCK=_BLOCK_ITEMS)
+        launch(kernels.delta_sum_kernel, grid, partials, deltas, deltas.numel(), len(partials), BLOCK=_BLOCK_ITEMS)
         return deltas
 
     def pass_over_keys(
@@ -336,7 +332,7 @@ class _Gradients(_Run):
 
     def sum_query_gradient(self, partials: Tensor, grad_query: Tensor) -> None:
         num_splits, num_rows, num_heads, head_dim = partials.shape
-        _launch(
+        launch(
             kernels.query_gradient_kernel,
             (num_rows, num_heads),
             partials,
@@ -353,12 +349,6 @@ class _Gradients(_Run):
         )
 
 
-def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Every launch goes through here, on the device of its first argument."""
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **options)
-
-
 def _splits(length: int, block_keys: int, most: int) -> tuple[int, int]:
     """How many splits, from shapes only, and how many tiles has each."""
     tiles = triton.cdiv(length, block_keys)
@@ -372,12 +362,3 @@ def _block_heads(group: int) -> int:
 
 def _anything(tables: Plan) -> bool:
     return tables.entries.shape[0] > 0 and tables.key_sets.shape[1] > 0
-
-
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    """80, 90, 100 …; as sm_90 in the interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
