@@ -1,11 +1,10 @@
-"""Renders the demo's clips and writes what is said about them: H.264 files, exact masks, VideoRefer-style JSONL."""
+"""The demo's clips and what is said about them: H.264 files, exact masks, VideoRefer-style JSONL."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +17,17 @@ from PIL import Image
 
 from swim_fast.demo import texts
 from swim_fast.demo.drawing import SUPERSAMPLING, background, sprite
-from swim_fast.demo.scenes import SPLITS, ClipOptions, Scene, random_scene
+from swim_fast.demo.scenes import DEFAULTS, SPLITS, ClipOptions, Scene, random_scene
+from swim_fast.viz.heatmap_video import write_h264
+
+ROLES = ("human", "gpt")
 
 
-def render(scene: Scene, options: ClipOptions | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Draw every frame of a scene.
+def render(scene: Scene, options: ClipOptions = DEFAULTS) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a scene: frames, uint8 [T, H, W, 3], and visible masks, bool [T, items, H, W].
 
-    Returns:
-        Frames, uint8 [T, H, W, 3], and visible masks, bool [T, items, H, W]: a pixel belongs to the object that shows
-        on at least half of its area.
+    A pixel belongs to the object that shows on at least half of its area.
     """
-    options = options or ClipOptions()
     size = (options.width, options.height)
     enlarged = (options.width * SUPERSAMPLING, options.height * SUPERSAMPLING)
     backdrop = background(*size, np.random.default_rng(scene.texture_seed)).resize(enlarged, Image.Resampling.BILINEAR)
@@ -49,11 +48,8 @@ def render(scene: Scene, options: ClipOptions | None = None) -> tuple[np.ndarray
     return frames, masks
 
 
-def write_video(path: str | PathLike[str], frames: np.ndarray, options: ClipOptions | None = None) -> None:
+def write_video(path: str | PathLike[str], frames: np.ndarray, options: ClipOptions = DEFAULTS) -> None:
     """Encode uint8 [T, H, W, 3] frames as an H.264 mp4; the same frames give the same file."""
-    import av
-
-    options = options or ClipOptions()
     settings = {
         "crf": str(options.crf),
         "preset": "veryfast",
@@ -62,26 +58,20 @@ def write_video(path: str | PathLike[str], frames: np.ndarray, options: ClipOpti
         # mbtree reads behind the last column of widths that are no multiple of 16, and its bytes vary from run to run.
         "x264-params": "scenecut=0:mbtree=0",
     }
-    with av.open(os.fspath(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=options.fps, options=settings)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    write_h264(path, frames, options.fps, settings)
 
 
-def annotations(scene: Scene, masks: np.ndarray, options: ClipOptions | None = None) -> list[dict[str, Any]]:
-    """COCO RLE of every item in the annotated frames where a visual token can point at it; empty for one that hides.
+def annotations(scene: Scene, masks: np.ndarray, options: ClipOptions = DEFAULTS) -> list[dict[str, Any]]:
+    """Encode each item in the annotated frames in which a visual token can point at it.
 
     Args:
-        masks: bool [T, items, H, W], see :func:`render`.
+        masks: bool [T, items, H, W], see `render`.
 
     Returns:
-        Per item ``{"frame number": {"segmentation": {"size": [H, W], "counts": …}}}``.
+        Per item `{"frame index": {"segmentation": {"size": [H, W], "counts": …}}}`, COCO RLE; empty for one that hides.
     """
     from pycocotools import mask as coco
 
-    options = options or ClipOptions()
     centres = slice(options.cell // 2, None, options.cell)
     found: list[dict[str, Any]] = [{} for _ in scene.items]
     for frame in scene.annotated:
@@ -93,21 +83,17 @@ def annotations(scene: Scene, masks: np.ndarray, options: ClipOptions | None = N
     return found
 
 
-def _record(
-    index: str, video: str, turns: Sequence[tuple[str, str]], annotation: list[dict[str, Any]]
-) -> dict[str, Any]:
-    conversation = []
-    for number, (question, answer) in enumerate(turns):
-        conversation.append({"from": "human", "value": question if number else f"<video>\n{question}"})
-        conversation.append({"from": "gpt", "value": answer})
-    return {"index": index, "video": video, "conversations": conversation, "annotation": annotation}
+def conversations(
+    scene: Scene, found: list[dict], rng: np.random.Generator, split: str
+) -> list[tuple[str, list[tuple[str, str]], list[dict]]]:
+    """Talk about the objects in sight of a clip: name, (question, answer) turns and annotation of each conversation.
 
-
-def training_records(
-    name: str, video: str, scene: Scene, found: list[dict], rng: np.random.Generator
-) -> Iterator[dict]:
-    """Conversations about one clip: a turn about each object in sight."""
+    A training clip has one with a turn about each object, a held-out clip one question with a certain answer for each.
+    """
     seen = [(item, where) for item, where in zip(scene.items, found, strict=True) if where]
+    if split == "heldout":
+        ask = partial(texts.pick, rng, *texts.QUESTIONS)
+        return [(item.noun, [texts.fill(ask(), item, tag_answer=False)], [where]) for item, where in seen]
     turns, annotation = [], []
     for i in rng.permutation(len(seen)):
         item, where = seen[i]
@@ -115,36 +101,28 @@ def training_records(
         again = "{again}" in template[1] and bool(rng.integers(2))
         turns.append(texts.fill(template, item, tag_answer=again))
         annotation += [where] * (2 if again else 1)
-    if turns:
-        yield _record(f"{name}_turns", video, turns, annotation)
+    return [("turns", turns, annotation)] if turns else []
 
 
-def held_out_records(
-    name: str, video: str, scene: Scene, found: list[dict], rng: np.random.Generator
-) -> Iterator[dict]:
-    """One question with a certain answer about each object in sight of one clip."""
-    for item, where in zip(scene.items, found, strict=True):
-        if where:
-            template = texts.pick(rng, *texts.QUESTIONS)
-            turn = texts.fill(template, item, tag_answer=False)
-            yield _record(f"{name}_{item.noun}", video, [turn], [where])
-
-
-def write_clip(number: int, *, folder: Path, seed: int, split: str, options: ClipOptions) -> list[dict[str, Any]]:
-    """Render and encode one clip of a split; returns its records."""
-    scene = random_scene(seed, split, number, options)
+def write_clip(index: int, *, folder: Path, seed: int, split: str, options: ClipOptions) -> list[dict[str, Any]]:
+    """Render and encode one clip of a split; return its records."""
+    scene = random_scene(seed, split, index, options)
     frames, masks = render(scene, options)
-    name = f"{split}_{number:05d}"
-    video = f"clips/{name}.mp4"
+    clip = f"{split}_{index:05d}"
+    video = f"clips/{clip}.mp4"
     write_video(folder / video, frames, options)
-    rng = np.random.default_rng([seed, SPLITS.index(split), number, 1])
-    records = training_records if split == "train" else held_out_records
-    return list(records(name, video, scene, annotations(scene, masks, options), rng))
+    rng = np.random.default_rng([seed, SPLITS.index(split), index, 1])
+    records = []
+    for name, turns, annotation in conversations(scene, annotations(scene, masks, options), rng, split):
+        said = [{"from": role, "value": text} for turn in turns for role, text in zip(ROLES, turn, strict=True)]
+        said[0]["value"] = f"<video>\n{said[0]['value']}"
+        records.append({"index": f"{clip}_{name}", "video": video, "conversations": said, "annotation": annotation})
+    return records
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where :func:`write_demo_data` put things; videos are named relative to ``folder``."""
+    """Files of `write_demo_data`; videos are named relative to `folder`."""
 
     folder: Path
     train: Path
@@ -157,26 +135,23 @@ def write_demo_data(
     seed: int,
     train_clips: int = 1000,
     heldout_clips: int = 60,
-    options: ClipOptions | None = None,
+    options: ClipOptions = DEFAULTS,
     workers: int | None = None,
     progress: bool = True,
 ) -> DemoData:
-    """Write ``train.jsonl``, ``heldout.jsonl`` and their ``clips/*.mp4``; same seed, same bytes.
+    """Write `train.jsonl`, `heldout.jsonl` and their `clips/*.mp4`; same seed, same bytes.
 
     Args:
         folder: made if absent; files of the same names are replaced.
         seed: of everything; clips of the two splits are drawn independently.
-        train_clips, heldout_clips: how many of each.
+        train_clips, heldout_clips: number of each.
         options: shape of the clips.
-        workers: processes that render; by default one per core. None of them changes the result.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The paths of what was written.
+        workers: processes that render, one per core by default; their number does not change the result.
+        progress: show a progress bar.
     """
     from tqdm import tqdm
 
-    folder, options = Path(folder), options or ClipOptions()
+    folder = Path(folder)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     workers = workers or os.cpu_count() or 1
     spawn = multiprocessing.get_context("spawn")  # the caller may run threads, which do not survive a fork

@@ -1,13 +1,12 @@
 """Anti-aliased drawing of the demo's objects and backgrounds.
 
-Everything is drawn ``SUPERSAMPLING`` times too large with hard edges and then averaged down, so that the share of a
-pixel that an object covers is known exactly: the masks come from the same sub-pixels as the colours.
+Everything is drawn `SUPERSAMPLING` times too large with hard edges and then averaged down, so that the share of a pixel
+that an object covers is known exactly: the masks come from the same sub-pixels as the colours.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,6 +32,10 @@ Points = list[tuple[float, float]]
 def _disc(radius: float = 1.0, x: float = 0.0, y: float = 0.0, corners: int = 72) -> Points:
     angles = [2 * math.pi * i / corners for i in range(corners)]
     return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
+
+
+def _box(half_width: float, top: float, bottom: float) -> Points:
+    return [(-half_width, top), (half_width, top), (half_width, bottom), (-half_width, bottom)]
 
 
 def _star() -> Points:
@@ -67,34 +70,21 @@ def _flower() -> Points:
     return points
 
 
-# noun: outline, holes, patches of a lighter (+) or darker (−) shade of the object's colour
-Shape = tuple[Points, list[Points], list[tuple[Points, float]]]
-SHAPES: dict[str, Callable[[], Shape]] = {
-    "ball": lambda: (
-        _disc(),
-        [],
-        [([(-1.0, -0.22), (1.0, -0.22), (1.0, 0.22), (-1.0, 0.22)], -0.35), (_disc(0.2, -0.4, -0.5), 0.6)],
-    ),
-    "box": lambda: (
-        [(-0.85, -0.8), (0.85, -0.8), (0.85, 0.8), (-0.85, 0.8)],
-        [],
-        [
-            ([(-0.85, -0.8), (0.85, -0.8), (0.85, -0.38), (-0.85, -0.38)], 0.3),
-            ([(-0.17, -0.8), (0.17, -0.8), (0.17, 0.8), (-0.17, 0.8)], -0.4),
-        ],
-    ),
-    "star": lambda: (_star(), [], [(_disc(0.24), 0.35)]),
-    "cone": lambda: (
+# noun: outline, and patches of a lighter (+) or darker (−) shade of the object's colour
+SHAPES: dict[str, tuple[Points, list[tuple[Points, float]]]] = {
+    "ball": (_disc(), [(_box(1.0, -0.22, 0.22), -0.35), (_disc(0.2, -0.4, -0.5), 0.6)]),
+    "box": (_box(0.85, -0.8, 0.8), [(_box(0.85, -0.8, -0.38), 0.3), (_box(0.17, -0.8, 0.8), -0.4)]),
+    "star": (_star(), [(_disc(0.24), 0.35)]),
+    "cone": (
         [(-0.13, -1), (0.13, -1), (0.6, 0.58), (0.92, 0.58), (0.92, 0.88), (-0.92, 0.88), (-0.92, 0.58), (-0.6, 0.58)],
-        [],
         [
             ([(-0.28, -0.48), (0.28, -0.48), (0.38, -0.14), (-0.38, -0.14)], 0.6),
             ([(-0.48, 0.18), (0.48, 0.18), (0.56, 0.44), (-0.56, 0.44)], 0.6),
         ],
     ),
-    "heart": lambda: (_heart(), [], [(_disc(0.17, -0.45, -0.4), 0.6)]),
-    "moon": lambda: (_moon(), [], [(_disc(0.12, -0.62, -0.25), -0.25), (_disc(0.15, -0.45, 0.42), -0.25)]),
-    "flower": lambda: (_flower(), [], [(_disc(0.32), -0.5)]),
+    "heart": (_heart(), [(_disc(0.17, -0.45, -0.4), 0.6)]),
+    "moon": (_moon(), [(_disc(0.12, -0.62, -0.25), -0.25), (_disc(0.15, -0.45, 0.42), -0.25)]),
+    "flower": (_flower(), [(_disc(0.32), -0.5)]),
 }
 
 
@@ -104,18 +94,18 @@ def _shade(colour: np.ndarray, amount: float) -> np.ndarray:
 
 
 def sprite(noun: str, shade: str, radius: float, tilt: float) -> tuple[Image.Image, Image.Image]:
-    """Draw one object, ``SUPERSAMPLING`` times enlarged.
+    """Draw one object, `SUPERSAMPLING` times enlarged.
 
     Args:
-        noun: a key of ``SHAPES``.
-        shade: a key of ``SHADES``.
+        noun: a key of `SHAPES`.
+        shade: a key of `SHADES`.
         radius: of the disc around the object, in pixels of the clip.
         tilt: rotation in degrees, clockwise.
 
     Returns:
-        The picture (RGB) and the silhouette (L: 0 or 255), both square with the object's centre in the middle.
+        Picture (RGB) and silhouette (L: 0 or 255), both square with the object's centre in the middle.
     """
-    outline, holes, patches = SHAPES[noun]()
+    outline, patches = SHAPES[noun]
     scale = radius * SUPERSAMPLING
     half = math.ceil(scale) + SUPERSAMPLING
     cos, sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
@@ -128,9 +118,6 @@ def sprite(noun: str, shade: str, radius: float, tilt: float) -> tuple[Image.Ima
         ImageDraw.Draw(picture).polygon(placed(points), fill=255)
         return picture
 
-    silhouette = region(outline)
-    for hole in holes:
-        silhouette.paste(0, mask=region(hole))
     # Light falls from above on the left.
     y, x = np.mgrid[-1 : 1 : 2j * half, -1 : 1 : 2j * half]
     base = _shade(np.array(COLOURS[noun], dtype=np.float64), SHADES[shade])
@@ -142,15 +129,13 @@ def sprite(noun: str, shade: str, radius: float, tilt: float) -> tuple[Image.Ima
     picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     edge = tuple(int(c) for c in _shade(base, -0.55))
     width = max(SUPERSAMPLING, round(0.09 * scale))
-    pen = ImageDraw.Draw(picture)
-    for points in [outline, *holes]:
-        closed = placed(points)
-        pen.line([*closed, closed[0], closed[1]], fill=edge, width=width, joint="curve")
-    return picture, silhouette
+    closed = placed([*outline, *outline[:2]])
+    ImageDraw.Draw(picture).line(closed, fill=edge, width=width, joint="curve")
+    return picture, region(outline)
 
 
 def background(width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """A muted, textured picture [height, width] pixels: a gradient, a faint pattern and cloudy noise."""
+    """Draw a muted background of a gradient, a faint pattern and cloudy noise."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     hue = rng.uniform(-1, 1, size=3)
     base = rng.uniform(84, 172) + 9 * (hue - hue.mean())

@@ -3,19 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from swim_fast.config import RunConfig
+from swim_fast.data.source.tags import strip_tags
 
 
 def draw_curves(folders: dict[str, Path], path: Path) -> None:
-    """Text loss and held-out pointing accuracy over the steps, a line per run; reads `trainer_state.json` of each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw text loss and held-out pointing accuracy over the steps, a line per run; reads its `trainer_state.json`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     for name, folder in folders.items():
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -38,67 +34,44 @@ def draw_curves(folders: dict[str, Path], path: Path) -> None:
 
 
 def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> None:
-    """One held-out question: frames × {mask, map of each run}, the question in the title.
+    """Draw frames × {mask, map of each run} of one held-out question, which is the title.
 
-    The record shown is the first of the evaluation file with the most supervised patches. The map is the fused frame
-    map p of the loss (SWIM, arXiv 2605.18018), averaged over the tokens of the noun.
+    The record is the first of the evaluation file with the most supervised patches. The map is the fused map p of the
+    loss (SWIM, arXiv 2605.18018), averaged over the tokens of the noun.
 
     Args:
         config: names the evaluation file, the layers and the fusion.
         folders: run name → trained checkpoint.
         path: PNG to write.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from swim_fast.data.sample.builder import SampleBuilder
     from swim_fast.data.source.records import RecordFile
-    from swim_fast.data.source.tags import strip_tags
+    from swim_fast.inference.describe import noun_maps
     from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid
 
     source = next(iter(config.data.eval.values()))
     records = RecordFile(source.path, source.media)
     processor = AutoProcessor.from_pretrained(config.model.path)
     builder = SampleBuilder(processor, config.sample_options())
-    number, sample = max(
-        ((i, builder(record)) for i, record in enumerate(records)), key=lambda pair: (len(pair[1].masks), -pair[0])
-    )
-    record = records[number]
-    patch_size = processor.video_processor.temporal_patch_size
-    patches = sorted({sample.patches[start // (height * width)] for _, start, height, width, _ in sample.pairs})
-    maps = [_frame_maps(config, folder, sample, processor) for folder in folders.values()]
-    columns = []
-    for mask, patch in zip(sample.masks, patches, strict=True):
-        frame = next(f for f in sample.frames[patch * patch_size :] if f in record.objects[0])
+    record, sample = max(((record, builder(record)) for record in records), key=lambda pair: len(pair[1].masks))
+    conversation, info = builder.render(record), builder.reader.info(record)
+    pixels = builder.reader.frames(record, sample.frames)
+    encoding = builder.encode.video(conversation, pixels, sample.frames, info)
+    maps = []
+    for folder in folders.values():
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        maps.append(noun_maps(model, processor, encoding, config.attention_loss)[0])
+    patch_size, columns = builder.encode.temporal_patch_size, []
+    for _, start, height, width, mask in sample.pairs[: len(sample.masks)]:  # of the first row
+        patch = sample.patches[start // (height * width)]
+        slots = range(patch * patch_size, (patch + 1) * patch_size)
+        shown = next(slot for slot in slots if sample.frames[slot] in record.objects[0])
+        label = f"frame {sample.frames[shown]}"
         columns.append(
-            HeatmapColumn(
-                frame=builder.reader.frames(record, [frame])[0],
-                mask=mask.numpy(),
-                maps=[found[patch] for found in maps],
-                label=f"frame {frame}",
-            )
+            HeatmapColumn(pixels[shown], sample.masks[mask].numpy(), [found[patch] for found in maps], label)
         )
-    question, nouns = strip_tags(record.turns[0].text.replace("<video>", "").strip())
-    noun = question[slice(*nouns[0])]
-    labels = [name.replace("_", " ") for name in folders]
-    heatmap_grid(columns, path, title=f"“{question}”  —  attention of “{noun}”", map_labels=labels)
-
-
-@torch.no_grad()
-def _frame_maps(config: RunConfig, folder: Path, sample, processor) -> dict[int, np.ndarray]:
-    """Fused map [h, w] per supervised temporal patch, averaged over the rows of the sample."""
-    from transformers import AutoModelForImageTextToText
-
-    from swim_fast.data.batch.collation import Collator
-    from swim_fast.loss.mask_loss import grid_predictions
-    from swim_fast.modeling import attach_noun_attention
-
-    model = attach_noun_attention(AutoModelForImageTextToText.from_pretrained(folder), config.attention_loss.layers)
-    batch = Collator(processor)([sample])
-    inputs = {key: batch[key] for key in (*sample.inputs, "attention_mask") if key != "labels"}
-    outputs = model(**inputs, noun_queries=batch["noun_queries"], use_cache=False)
-    found: dict[int, list[np.ndarray]] = {}
-    for prediction in grid_predictions(outputs.attentions, batch["mask_targets"], fusion=config.attention_loss.fusion):
-        for pair, p in zip(prediction.group.pairs.tolist(), prediction.p.numpy(), strict=True):
-            _, start, height, width, _ = sample.pairs[pair]
-            found.setdefault(sample.patches[start // (height * width)], []).append(p)
-    return {patch: np.mean(values, axis=0) for patch, values in found.items()}
+    (start, end), question = conversation.nouns[0], strip_tags(record.turns[0].text)[0].removeprefix("<video>\n")
+    title = f"“{question}”  —  attention of “{conversation.text[start:end]}”"
+    heatmap_grid(columns, path, title=title, map_labels=[name.replace("_", " ") for name in folders])

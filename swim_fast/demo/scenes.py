@@ -1,7 +1,8 @@
-"""What is to be seen in a demo clip: objects, their shades, sizes, paths and order in depth, drawn from a seed."""
+"""Scenes of the demo's clips: objects, their shades, sizes, paths and order in depth, drawn from a seed."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swim_fast.demo.drawing import SHADES, SHAPES
+from swim_fast.errors import OptionError
 
 NOUNS = tuple(SHAPES)
 SIZES = {"small": (19.0, 22.0), "big": (28.0, 31.0)}  # radius in pixels
@@ -17,7 +19,7 @@ SPLITS = ("train", "heldout")
 
 
 def is_held_out(nouns: Iterable[str]) -> bool:
-    """Whether these nouns are seen together in held-out clips only: one in seven sets of three, all pairs being shared.
+    """Tell sets of nouns that only held-out clips show: one in seven sets of three, all pairs being shared.
 
     Held-out looks of a noun instead would teach the model which answer never comes with it.
     """
@@ -26,11 +28,14 @@ def is_held_out(nouns: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """Shape of the clips; the defaults suit :class:`swim_fast.demo.tiny_model.ModelSize`.
+    """Shape of the clips; the defaults suit `swim_fast.demo.tiny_model.ModelSize`.
 
-    ``width`` and ``height`` are pixels (even, for H.264); ``num_frames`` at ``fps`` frames per second, of which
-    ``annotated`` carry masks. An object is annotated where its visible mask covers the centre of one of the ``cell`` ×
-    ``cell`` squares, the smallest thing that a visual token can point at.
+    `width` and `height` are pixels (even, for H.264); `num_frames` at `fps` frames per second, of which `annotated`
+    carry masks. An object is annotated where its visible mask covers the centre of one of the `cell` × `cell` squares,
+    the smallest thing that a visual token can point at.
+
+    Raises:
+        OptionError: a value out of range.
     """
 
     width: int = 168
@@ -46,16 +51,16 @@ class ClipOptions:
 
     def __post_init__(self) -> None:
         if self.width % 2 or self.height % 2:
-            raise ValueError(f"clips of {self.width}x{self.height} pixels: H.264 wants an even width and height")
+            raise OptionError(f"clips of {self.width}x{self.height} pixels: H.264 wants an even width and height")
         least = math.ceil(4 * max(radius for _, radius in SIZES.values()))
         if min(self.width, self.height) < least:
-            raise ValueError(
+            raise OptionError(
                 f"clips of {self.width}x{self.height} pixels: both must be at least {least}, room for objects to move"
             )
         if not 1 <= self.annotated <= self.num_frames:
-            raise ValueError(f"annotated is {self.annotated}; it must lie between 1 and num_frames, {self.num_frames}")
+            raise OptionError(f"annotated is {self.annotated}; it must lie between 1 and num_frames, {self.num_frames}")
         if not 2 <= self.min_objects <= self.max_objects < len(NOUNS):
-            raise ValueError(
+            raise OptionError(
                 f"min_objects {self.min_objects} and max_objects {self.max_objects} must be in order and lie between 2 "
                 f"and {len(NOUNS) - 1}, for {len(NOUNS)} different nouns"
             )
@@ -63,7 +68,7 @@ class ClipOptions:
 
 @dataclass(frozen=True)
 class Item:
-    """One object: what it is, how it looks, and its straight path (x and y of its centre, in pixels)."""
+    """One object: its noun, looks, and straight path (x and y of its centre, in pixels)."""
 
     noun: str
     shade: str
@@ -75,7 +80,7 @@ class Item:
     end: tuple[float, float]
 
     def centre(self, share: float) -> tuple[float, float]:
-        """Where it is after this share (0 to 1) of the clip."""
+        """Return its position after this share (0 to 1) of the clip."""
         return tuple(a + (b - a) * share for a, b in zip(self.start, self.end, strict=True))  # type: ignore[return-value]
 
 
@@ -88,17 +93,22 @@ class Scene:
     texture_seed: int
 
 
-def random_scene(seed: int, split: str, number: int, options: ClipOptions | None = None) -> Scene:
-    """The scene of clip ``number`` of a split: its nouns differ from each other.
+DEFAULTS = ClipOptions()
 
-    No training scene shows the same nouns as any held-out scene, see :func:`is_held_out`.
+
+def random_scene(seed: int, split: str, index: int, options: ClipOptions = DEFAULTS) -> Scene:
+    """Return the scene of one clip of a split; its nouns differ from each other.
+
+    No training scene shows the same nouns as any held-out scene, see `is_held_out`.
+
+    Raises:
+        OptionError: the objects find no place.
     """
-    options = options or ClipOptions()
-    rng = np.random.default_rng([seed, SPLITS.index(split), number])
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
     looks = _random_looks(rng, split, options)
     items = next(filter(None, (_random_paths(rng, looks, options) for _ in range(10_000))), None)
     if items is None:
-        raise ValueError(
+        raise OptionError(
             f"{len(looks)} objects find no place in clips of {options.width}x{options.height} pixels; "
             "give larger clips or fewer objects"
         )
@@ -109,7 +119,7 @@ def random_scene(seed: int, split: str, number: int, options: ClipOptions | None
 
 
 def _random_looks(rng: np.random.Generator, split: str, options: ClipOptions) -> list[tuple[str, str, str, str]]:
-    """Noun, shade, size and direction of each object."""
+    """Draw noun, shade, size and direction of each object."""
     while True:
         count = int(rng.integers(options.min_objects, options.max_objects + 1))
         nouns = rng.permutation(NOUNS)[:count].tolist()
@@ -126,10 +136,9 @@ def _random_paths(
         radius, tilt = float(rng.uniform(*SIZES[size])), float(rng.uniform(-14, 14))
         path = _random_path(rng, radius, DIRECTIONS[direction], options)
         new = Item(noun, shade, size, direction, radius, tilt, *path)
-        for other in items:
-            for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-                if math.dist(new.centre(share), other.centre(share)) < 0.62 * (new.radius + other.radius):
-                    return None
+        for other, share in itertools.product(items, (0.0, 0.25, 0.5, 0.75, 1.0)):
+            if math.dist(new.centre(share), other.centre(share)) < 0.62 * (new.radius + other.radius):
+                return None
         items.append(new)
     return tuple(items)
 
@@ -137,10 +146,9 @@ def _random_paths(
 def _random_path(
     rng: np.random.Generator, radius: float, direction: tuple[int, int], options: ClipOptions
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Start and end of a path along ``direction`` that stays in the picture."""
+    """Draw start and end of a path along `direction` that stays in the picture."""
     low, high = np.array([radius, radius]), np.array([options.width, options.height]) - radius
     length = float(rng.uniform(0.6, 1.0)) * min(options.width, options.height) * 0.5
     move = length * np.array(direction, dtype=np.float64)
     start = rng.uniform(low - np.minimum(move, 0), high - np.maximum(move, 0))
-    end = start + move
-    return (float(start[0]), float(start[1])), (float(end[0]), float(end[1]))
+    return tuple(start.tolist()), tuple((start + move).tolist())

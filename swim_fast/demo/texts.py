@@ -1,4 +1,4 @@
-"""What is asked and said about a demo clip, with ``<ins>`` tags around the nouns whose masks are known."""
+"""Questions and answers about the demo's clips, with `<ins>` tags around the nouns whose masks are known."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUESTIONS = (SHADE_QUESTIONS, SIZE_QUESTIONS, MOTION_QUESTIONS)
 
 
 def fill(template: Template, item: Item, *, tag_answer: bool) -> tuple[str, str]:
-    """Question and answer about an object; its noun is tagged in the question, and in the answer if ``tag_answer``."""
+    """Return question and answer about an object; its noun is tagged in the question, and as wished in the answer."""
     tagged = f"<ins>{item.noun}</ins>"
     motion = f"moves {item.direction}" if item.direction else "stays still"
     question, answer = template
@@ -41,13 +41,13 @@ def fill(template: Template, item: Item, *, tag_answer: bool) -> tuple[str, str]
 
 
 def pick(rng: np.random.Generator, *kinds: Sequence[Template]) -> Template:
-    """A template of one of the kinds, each kind being as likely as the others."""
+    """Draw a template of one of the kinds, each kind being as likely as the others."""
     templates = kinds[int(rng.integers(len(kinds)))]
     return templates[int(rng.integers(len(templates)))]
 
 
 def all_texts() -> Iterator[str]:
-    """Every question and answer there can be, untagged: what the tokenizer learns from."""
+    """Yield every question and answer there can be, untagged: what the tokenizer learns from."""
     for look in itertools.product(NOUNS, SHADES, SIZES, DIRECTIONS):
         item = Item(*look, radius=0.0, tilt=0.0, start=(0.0, 0.0), end=(0.0, 0.0))
         for template in itertools.chain(*QUESTIONS, DESCRIPTIONS):

@@ -1,17 +1,20 @@
 """A tiny Qwen2.5-VL checkpoint folder: everything the real one has, at a size that trains on a CPU.
 
-The folder is what ``save_pretrained`` of the stock transformers classes writes, so ``AutoProcessor`` and
-``AutoModelForImageTextToText`` load it, and whatever trains on it trains on a published Qwen2.5-VL by its path alone.
-The weights are random; the tokenizer is a real byte-level BPE, trained on the texts handed in.
+The folder is what `save_pretrained` of the stock transformers classes writes, so `AutoProcessor` and
+`AutoModelForImageTextToText` load it, and whatever trains on it trains on a published Qwen2.5-VL by its path alone. The
+weights are random; the tokenizer is a real byte-level BPE, trained on the texts handed in.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from swim_fast.errors import OptionError
 
 # In the order of Qwen2.5-VL's vocabulary, where they follow the learnt tokens.
 SPECIAL_TOKENS = (
@@ -73,8 +76,8 @@ CHAT_TEMPLATE = """\
 class ModelSize:
     """Sizes of the model and of its pictures; the defaults give about 0.9 M parameters with 400 tokens.
 
-    A visual token covers a square of two frames, ``patch_size * merge_size`` pixels wide. Videos and images are resized
-    to multiples of that, with ``min_pixels`` to ``max_pixels`` per frame.
+    A visual token covers a square of two frames, `patch_size * merge_size` pixels wide. Videos and images are resized
+    to multiples of that, with `min_pixels` to `max_pixels` per frame.
     """
 
     hidden_size: int = 128
@@ -99,24 +102,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Any:
     """Train a byte-level BPE with Qwen2's normalisation and pre-tokenisation; any string can be encoded.
 
     Args:
-        texts: what to learn merges from.
+        texts: what merges are learnt from.
         vocab_size: learnt tokens, the 256 bytes included and the special tokens not; fewer if the texts run out of
             pairs that occur twice.
 
     Returns:
-        A ``Qwen2Tokenizer`` (fast, with character offsets) whose special tokens are Qwen2.5-VL's.
+        A `Qwen2Tokenizer` (fast, with character offsets) whose special tokens are Qwen2.5-VL's.
 
     Raises:
-        ValueError: if ``vocab_size`` is below 256.
+        OptionError: `vocab_size` is below 256.
     """
-    import json
-
     from tokenizers import pre_tokenizers
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
 
     if vocab_size < 256:
-        raise ValueError(f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least the 256 bytes")
+        raise OptionError(f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least the 256 bytes")
     untrained = Qwen2Tokenizer().backend_tokenizer  # brings the normaliser and the pre-tokeniser
     trainer = BpeTrainer(
         vocab_size=vocab_size,
@@ -139,11 +140,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Any:
     )
 
 
-def build_processor(tokenizer: Any, size: ModelSize | None = None) -> Any:
-    """Qwen2_5_VLProcessor with the chat template and with image and video processors for the sizes of ``size``."""
+DEFAULTS = ModelSize()
+
+
+def build_processor(tokenizer: Any, size: ModelSize = DEFAULTS) -> Any:
+    """Build a Qwen2_5_VLProcessor with the chat template, and image and video processors of this size."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    size = size or ModelSize()
     patches = {"patch_size": size.patch_size, "merge_size": size.merge_size, "temporal_patch_size": 2}
     pixels = {"shortest_edge": size.min_pixels, "longest_edge": size.max_pixels}
     return Qwen2_5_VLProcessor(
@@ -154,19 +157,18 @@ def build_processor(tokenizer: Any, size: ModelSize | None = None) -> Any:
     )
 
 
-def build_config(tokenizer: Any, size: ModelSize | None = None) -> Any:
-    """Qwen2_5_VLConfig of the given sizes whose token ids are the tokenizer's.
+def build_config(tokenizer: Any, size: ModelSize = DEFAULTS) -> Any:
+    """Build a Qwen2_5_VLConfig of this size whose token ids are the tokenizer's.
 
     Raises:
-        ValueError: if ``hidden_size / num_heads`` is no multiple of 16: rotary frequencies are dealt out to time,
-            height and width as 2 : 3 : 3, as in Qwen2.5-VL.
+        OptionError: `hidden_size / num_heads` is no multiple of 16: rotary frequencies are dealt out to time, height
+            and width as 2 : 3 : 3, as in Qwen2.5-VL.
     """
     from transformers import Qwen2_5_VLConfig
 
-    size = size or ModelSize()
     head_dim, rest = divmod(size.hidden_size, size.num_heads)
     if rest or head_dim % 16:
-        raise ValueError(
+        raise OptionError(
             f"hidden_size {size.hidden_size} over num_heads {size.num_heads} gives a head size of "
             f"{size.hidden_size / size.num_heads:g}; it must be a multiple of 16"
         )
@@ -212,8 +214,8 @@ def build_config(tokenizer: Any, size: ModelSize | None = None) -> Any:
     )
 
 
-def build_model(tokenizer: Any, size: ModelSize | None = None, *, seed: int) -> Any:
-    """Randomly initialised fp32 Qwen2_5_VLForConditionalGeneration; the caller's random state is left as it was."""
+def build_model(tokenizer: Any, size: ModelSize = DEFAULTS, *, seed: int) -> Any:
+    """Build a random fp32 Qwen2_5_VLForConditionalGeneration; the caller's random state is left as it was."""
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -233,7 +235,7 @@ def build_checkpoint(
     *,
     seed: int,
     vocab_size: int = 512,
-    size: ModelSize | None = None,
+    size: ModelSize = DEFAULTS,
 ) -> Path:
     """Write a checkpoint folder with tokenizer, processor, configuration and random weights; same seed, same files.
 
@@ -241,11 +243,8 @@ def build_checkpoint(
         folder: made if absent; files of the same names are replaced.
         texts: what the tokenizer learns from: the conversations without their tags.
         seed: of the weights.
-        vocab_size: see :func:`train_tokenizer`.
-        size: see :class:`ModelSize`.
-
-    Returns:
-        The folder.
+        vocab_size: as for `train_tokenizer`.
+        size: of the model and its pictures.
     """
     folder = Path(folder)
     tokenizer = train_tokenizer([*texts, f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n"] * 2, vocab_size)

@@ -8,8 +8,6 @@ of a map run from its own minimum to its own maximum, as the loss sees it.
 from __future__ import annotations
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from swim_fast.errors import UserError
@@ -51,8 +49,10 @@ def normalise_map(values: np.ndarray) -> np.ndarray:
 
 def upsample_map(values: np.ndarray, height: int, width: int) -> np.ndarray:
     """[h, w] to fp32 [height, width], bilinear with half-pixel centres: the loss's own upsampling."""
+    import torch  # here, so that the processes that render the demo start without it
+
     cells = torch.from_numpy(np.array(values, dtype=np.float32))[None, None]
-    return F.interpolate(cells, size=(height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
+    return torch.nn.functional.interpolate(cells, (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
 def resize_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
