@@ -16,7 +16,8 @@ from swim_fast.evaluation.predictions import Predictions
 from swim_fast.evaluation.ranks import Ranks
 from swim_fast.evaluation.run import RunOptions, predict_rest
 from swim_fast.inference.generation import load_model
-from swim_fast.loss.metrics import METRICS, grounding_means, grounding_sums
+from swim_fast.loss.mask_loss import GridPredictions
+from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
 from swim_fast.modeling import attach_noun_attention
 from swim_fast.modeling.families import get_attentions, get_default_layers
 
@@ -114,7 +115,7 @@ def evaluate_grounding(
 def _sums(
     model, collate: Collator, samples: Sequence[Sample], layers: list[int], fused: list[int], fusion: str
 ) -> list[dict[str, Any]]:
-    """`grounding_sums` of each sample: by layer, and of the fused layers."""
+    """`sum_metrics` of each sample: by layer, and of the fused layers."""
     batch = collate(samples)
     queries = batch["noun_queries"].to(model.device)
     outputs = model(**model_inputs(batch, model.device), noun_queries=queries, use_cache=False, logits_to_keep=1)
@@ -126,8 +127,9 @@ def _sums(
         targets = batch["mask_targets"]
         own = {name: getattr(targets, name)[pairs] for name in ("start", "height", "width", "mask")}
         targets = dataclasses.replace(targets, row=targets.row[pairs] - rows.start, **own).to(model.device)
-        by_layer = grounding_sums(maps, targets, fusion="none").tolist()
-        together = grounding_sums([maps[layers.index(layer)] for layer in fused], targets, fusion=fusion).tolist()
+        by_layer = sum_metrics(GridPredictions.from_maps(maps, targets, fusion="none")).tolist()
+        fused_maps = [maps[layers.index(layer)] for layer in fused]
+        together = sum_metrics(GridPredictions.from_maps(fused_maps, targets, fusion=fusion)).tolist()
         sums = {str(layer): values for layer, values in zip(layers, by_layer, strict=True)}
         found.append({"sums": {**sums, "fused": together}, "fused_layers": fused})
     return found
@@ -137,7 +139,7 @@ def score_grounding(entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Means over all pairs.
 
     Args:
-        entries: by record number; ``sums``: layer (or "fused") -> `grounding_sums`, or ``problem``.
+        entries: by record number; ``sums``: layer (or "fused") -> `sum_metrics`, or ``problem``.
 
     Returns:
         ``layers``: layer -> the `METRICS`; ``fused``: the same of the fused layers, which are ``fused_layers``;
@@ -154,8 +156,8 @@ def score_grounding(entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
             )
     fused = totals.pop("fused", torch.zeros(len(METRICS) + 1, dtype=torch.float64))
     return {
-        "layers": {name: grounding_means(totals[name]) for name in sorted(totals, key=int)},
-        "fused": grounding_means(fused),
+        "layers": {name: average_metrics(totals[name]) for name in sorted(totals, key=int)},
+        "fused": average_metrics(fused),
         "fused_layers": looked[0]["fused_layers"] if looked else [],
         "records": len(looked),
         "pairs": int(fused[-1]),

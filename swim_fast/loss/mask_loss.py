@@ -1,4 +1,4 @@
-"""From attention maps to the mask loss: the alignment of a noun's attention with its object's mask.
+"""Mask loss: alignment of a noun's attention with its object's mask.
 
 Method: SWIM, "See What I Mean", arXiv 2605.18018. The maps come from `swim_kernels.noun_attention`, one `[R, N]` per
 supervised layer. A *pair* is one map row and one supervised temporal patch (a *frame* below): h x w columns of the
@@ -7,12 +7,12 @@ row in row-major order, and one binary object mask of its own size. Per frame, w
     p     = (f - min f) / (max f - min f)         the prediction, between 0 and 1
     log f = sum_l log a_l                          for fusion "product", up to a constant per frame
 
-and a criterion compares p (or log f) with the mask.
+and a criterion compares p (or log f) with the mask. `GridPredictions` holds both, for the loss, metrics and pictures.
 
 **stable numerics** work on log f with the frame's maximum subtracted, so that neither the product of many small
-probabilities nor the number of visual keys matters; what happens in the limits is said in
-`swim_kernels/grid_prediction/reference.py`. Prediction and cross-entropy at the mask's resolution are ops of
-`swim_kernels` that keep the maps and a gradient on the grid.
+probabilities nor the number of visual keys matters; `swim_kernels/grid_prediction/reference.py` defines the limits.
+Prediction and cross-entropy at the mask's resolution are ops of `swim_kernels` that keep the maps and a gradient on
+the grid.
 
 **paper numerics** are the released ones, with an epsilon of 1e-6 in the denominators of f and p: see
 `swim_fast/loss/paper.py`.
@@ -21,12 +21,13 @@ probabilities nor the number of visual keys matters; what happens in the limits 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from swim_fast.errors import OptionError
 from swim_fast.loss import paper
 from swim_fast.loss.targets import MaskTargets, PairGroup
 from swim_kernels import grid_prediction as grid_prediction
@@ -34,21 +35,6 @@ from swim_kernels import mask_bce
 from swim_kernels.grid_prediction.reference import FUSIONS, floor_of, log_fused
 from swim_kernels.mask_bce.reference import MARGIN
 from swim_kernels.runtime.numerics import exact_product, interpolation, no_autocast
-
-__all__ = [
-    "CRITERIA",
-    "FUSIONS",
-    "NUMERICS",
-    "RESOLUTIONS",
-    "GridPredictions",
-    "MaskTargets",
-    "PairGroup",
-    "area_average",
-    "grid_predictions",
-    "mask_alignment_loss",
-    "mask_shares",
-    "pair_losses",
-]
 
 CRITERIA = ("bce", "iou", "dice", "kl")
 RESOLUTIONS = ("mask", "grid")
@@ -65,7 +51,7 @@ def mask_alignment_loss(
     resolution: str = "mask",
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over the pairs of how far the noun's attention is from the object's mask (arXiv 2605.18018).
+    """Return the distance between attention maps and object masks, averaged over the pairs (arXiv 2605.18018).
 
     Args:
         maps: one [R, N] per layer, non-negative, any strides; bf16 and fp16 are computed in fp32, float64 stays.
@@ -91,82 +77,108 @@ def mask_alignment_loss(
         overlap, also where the prediction is empty too), "kl" is 0 (no distribution to match).
 
     Raises:
-        ValueError, TypeError: unknown choice, no map, shapes, dtypes or devices that do not fit.
+        OptionError: unknown choice.
+        ValueError, TypeError: no map, shapes, dtypes or devices that do not fit.
         IndexError: rows or columns outside the maps (on CUDA a device assertion); `MaskTargets.check` names the pair.
     """
-    options = {"fusion": fusion, "criterion": criterion, "numerics": numerics, "resolution": resolution}
-    return pair_losses(maps, targets, **options, backend=backend).sum() / max(len(targets), 1)
-
-
-def pair_losses(
-    maps: Sequence[Tensor],
-    targets: MaskTargets,
-    *,
-    fusion: str = "product",
-    criterion: str = "bce",
-    numerics: str = "stable",
-    resolution: str = "mask",
-    backend: str = "auto",
-) -> Tensor:
-    """The terms of `mask_alignment_loss` before the mean: [P], in the order of the pairs. Arguments as there."""
-    _check_choice("criterion", criterion, CRITERIA)
-    _check_choice("resolution", resolution, RESOLUTIONS)
-    maps = _checked_maps(maps, targets, fusion, numerics)
-    if len(targets) == 0:
-        return torch.cat([layer[:0].flatten() for layer in maps])
-    with no_autocast(targets.device.type):  # on CUDA it refuses `binary_cross_entropy`
-        if criterion == "kl":
-            return _by_group(targets, _log_distribution(maps, targets, fusion, numerics), _cross_entropy)
-        p = _predictions(maps, targets, fusion, numerics, backend)
-        if criterion == "bce" and resolution == "mask" and numerics == "stable":
-            return mask_bce(p, targets.pairs, targets.packed, backend=backend).mean(0)
-        if criterion == "bce" and resolution == "mask":
-            return _by_group(targets, p, paper.mask_bce)
-        if criterion == "bce":
-            return _by_group(targets, p, partial(_grid_bce, numerics=numerics))
-        return _by_group(targets, p, partial(_overlap_loss, criterion=criterion, resolution=resolution))
+    predictions = GridPredictions.from_maps(maps, targets, fusion=fusion, numerics=numerics, backend=backend)
+    return compute_pair_losses(predictions, criterion, resolution).sum() / max(len(targets), 1)
 
 
 @dataclass(frozen=True, eq=False)
 class GridPredictions:
-    """The fused maps of one `PairGroup`, for metrics and pictures.
+    """Fused maps at the cells of all pairs of a batch, each quantity computed once, when it is first read.
 
     Attributes:
-        group: which pairs (`group.pairs`), their grid and masks.
-        p: [P_g, h, w], the min-max normalised prediction; with fusion "none" [layers, P_g, h, w].
-        log_f: same shape, log f less its log-sum-exp over the frame, so that exp(log_f) sums to 1.
+        maps: one [R, N] per layer, fp32 or float64.
+        targets: P pairs with M cells in all.
+        fusion, numerics, backend: see `mask_alignment_loss`.
     """
 
-    group: PairGroup
-    p: Tensor
-    log_f: Tensor
+    maps: Sequence[Tensor]
+    targets: MaskTargets
+    fusion: str
+    numerics: str
+    backend: str
+
+    @classmethod
+    def from_maps(
+        cls,
+        maps: Sequence[Tensor],
+        targets: MaskTargets,
+        *,
+        fusion: str = "product",
+        numerics: str = "stable",
+        backend: str = "auto",
+    ) -> GridPredictions:
+        """Check the maps and bring them to fp32 (float64 stays). Arguments and errors as for `mask_alignment_loss`."""
+        _check_choice("fusion", fusion, FUSIONS)
+        _check_choice("numerics", numerics, NUMERICS)
+        return cls(_check_maps(maps, targets), targets, fusion, numerics, backend)
+
+    def detach(self) -> GridPredictions:
+        """Return the same predictions without a graph; what has been computed is not computed again."""
+        detached = replace(self, maps=[layer.detach() for layer in self.maps])
+        vars(detached).update({name: vars(self)[name].detach() for name in ("p", "log_f") if name in vars(self)})
+        return detached
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Min-max normalised predictions [K, M], in the order of the pairs; K = 1 or, with fusion "none", the layers.
+
+        `targets.frames(group, p)` are those of one group.
+        """
+        with no_autocast(self.targets.device.type):
+            if self.numerics == "stable":
+                return grid_prediction(self.maps, self.targets.pairs, fusion=self.fusion, backend=self.backend)
+            frames = self._frames(paper.fuse(self.maps, self.fusion))
+            return torch.cat([paper.min_max(frame).flatten(1) for frame in frames], dim=1)
+
+    @cached_property
+    def log_f(self) -> Tensor:
+        """Logarithm of f over its sum in the frame: [K, M], as `p`."""
+        with no_autocast(self.targets.device.type):
+            if self.numerics == "stable":
+                logs = [log_fused(frame, self.fusion) for frame in self._frames(self.maps)]
+            else:  # the normaliser over the video, which the paper's f has, cancels
+                frames = self._frames(paper.fuse(self.maps, self.fusion))
+                logs = [frame.clamp_min(floor_of(frame.dtype)).log() for frame in frames]
+            return torch.cat([log.flatten(2).log_softmax(-1).flatten(1) for log in logs], dim=1)
+
+    def _frames(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """[len(maps), pairs, h, w] of each run of pairs with one grid, in the order of the pairs."""
+        rows, columns = self.targets.pairs.cells
+        cells = torch.stack([layer[rows, columns] for layer in maps])
+        return [cells[:, part].unflatten(1, (-1, *size)) for _, part, size in self.targets.pairs.runs()]
 
 
-def grid_predictions(
-    maps: Sequence[Tensor], targets: MaskTargets, *, fusion: str = "product", numerics: str = "stable"
-) -> list[GridPredictions]:
-    """What the loss compares with the masks, one entry per size group (none for P = 0).
-
-    Arguments and errors as for `mask_alignment_loss`; differentiable.
-    """
-    maps = _checked_maps(maps, targets, fusion, numerics)
+def compute_pair_losses(predictions: GridPredictions, criterion: str = "bce", resolution: str = "mask") -> Tensor:
+    """Return the terms of `mask_alignment_loss` before the mean: [P], in the order of the pairs."""
+    _check_choice("criterion", criterion, CRITERIA)
+    _check_choice("resolution", resolution, RESOLUTIONS)
+    targets, numerics = predictions.targets, predictions.numerics
     if len(targets) == 0:
-        return []
-    p = _predictions(maps, targets, fusion, numerics, "auto")
-    log_f = _log_distribution(maps, targets, fusion, numerics)
-    if fusion != "none":
-        p, log_f = p[0], log_f[0]
-    return [GridPredictions(group, targets.frames(group, p), targets.frames(group, log_f)) for group in targets.groups]
+        return torch.cat([layer[:0].flatten() for layer in predictions.maps])
+    with no_autocast(targets.device.type):  # on CUDA it refuses `binary_cross_entropy`
+        if criterion == "kl":
+            return _compare(targets, predictions.log_f, _cross_entropy)
+        if criterion != "bce":
+            return _compare(targets, predictions.p, partial(_overlap_loss, criterion=criterion, resolution=resolution))
+        if resolution == "grid":
+            return _compare(targets, predictions.p, partial(_grid_bce, numerics=numerics))
+        if numerics == "paper":
+            return _compare(targets, predictions.p, paper.mask_bce)
+        return mask_bce(predictions.p, targets.pairs, targets.packed, backend=predictions.backend).mean(0)
 
 
-def mask_shares(targets: MaskTargets, group: PairGroup, dtype: torch.dtype) -> Tensor:
-    """The masked share of each cell's area, for every pair of a group: [P_g, h, w]. See `area_average`."""
-    shares = [area_average(masks, group.grid, dtype) for masks in targets.mask_chunks(group)]
+def compute_mask_shares(targets: MaskTargets, group: PairGroup, dtype: torch.dtype) -> Tensor:
+    """Return the masked share of each cell's area, for every pair of a group: [P_g, h, w]. See `average_mask`."""
+    shares = [average_mask(masks, group.grid, dtype) for masks in targets.mask_chunks(group)]
     return torch.cat(shares)[group.mask]
 
 
-def area_average(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The masked share of each cell's area, by exact overlap of pixels and cells.
+def average_mask(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the masked share of each cell's area, by exact overlap of pixels and cells.
 
     `adaptive_avg_pool2d` counts a pixel that straddles two cells fully in both; here it is divided between them. In
     units of 1/h pixel a pixel spans h and a cell Hm, so all overlaps are integers, and products and sums stay exact
@@ -194,71 +206,42 @@ def _integer_overlaps(pixels: int, cells: int, device: torch.device) -> Tensor:
     return (torch.minimum(pixel + cells, cell + pixels) - torch.maximum(pixel, cell)).clamp_min(0)
 
 
-def _checked_maps(maps: Sequence[Tensor], targets: MaskTargets, fusion: str, numerics: str) -> list[Tensor]:
-    """The maps in fp32 or float64, after the checks that need no value."""
-    _check_choice("fusion", fusion, FUSIONS)
-    _check_choice("numerics", numerics, NUMERICS)
+def _check_maps(maps: Sequence[Tensor], targets: MaskTargets) -> list[Tensor]:
+    """Return the maps in fp32 or float64, after the checks that need no value."""
     if not isinstance(targets, MaskTargets):
         raise TypeError(f"targets must be MaskTargets, got {type(targets).__name__}")
     maps = list(maps)
     if not maps:
         raise ValueError("no attention map: the mask loss needs at least one layer's [R, N]")
-    for number, layer in enumerate(maps):
+    for index, layer in enumerate(maps):
         if not isinstance(layer, Tensor) or not layer.is_floating_point():
             kind = layer.dtype if isinstance(layer, Tensor) else type(layer).__name__
-            raise TypeError(f"maps[{number}] must be a floating-point tensor [R, N], got {kind}")
+            raise TypeError(f"maps[{index}] must be a floating-point tensor [R, N], got {kind}")
         if layer.dim() != 2 or layer.shape != maps[0].shape:
             raise ValueError(
-                f"maps[{number}] has shape {list(layer.shape)}, maps[0] {list(maps[0].shape)}: "
+                f"maps[{index}] has shape {list(layer.shape)}, maps[0] {list(maps[0].shape)}: "
                 "one [R, N] per layer, all of one shape"
             )
         if layer.device != targets.device:
-            raise ValueError(f"maps[{number}] is on {layer.device}, the targets are on {targets.device}: move one")
+            raise ValueError(f"maps[{index}] is on {layer.device}, the targets are on {targets.device}: move one")
     dtype = torch.float64 if any(layer.dtype == torch.float64 for layer in maps) else torch.float32
     return [layer.to(dtype) for layer in maps]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+        raise OptionError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
 
 
-def _predictions(maps: list[Tensor], targets: MaskTargets, fusion: str, numerics: str, backend: str) -> Tensor:
-    """p [K, M] of all cells, in the order of the pairs; K = 1 or, with fusion "none", the layers."""
-    if numerics == "stable":
-        return grid_prediction(maps, targets.pairs, fusion=fusion, backend=backend)
-    cells = _cells(paper.fuse(maps, fusion), targets)
-    frames = [cells[:, part].unflatten(1, (-1, *size)) for _, part, size in targets.pairs.runs()]
-    return torch.cat([paper.min_max(frame).flatten(1) for frame in frames], dim=1)
-
-
-def _cells(maps: list[Tensor], targets: MaskTargets) -> Tensor:
-    """[len(maps), M] of all cells, in the order of the pairs."""
-    rows, columns = targets.pairs.cells
-    return torch.stack([layer[rows, columns] for layer in maps])
-
-
-def _log_distribution(maps: list[Tensor], targets: MaskTargets, fusion: str, numerics: str) -> Tensor:
-    """log (f / sum over the frame of f) [K, M] of all cells, in the order of the pairs."""
-    cells = _cells(maps if numerics == "stable" else paper.fuse(maps, fusion), targets)
-    parts = []
-    for _, part, size in targets.pairs.runs():
-        frames = cells[:, part].unflatten(1, (-1, *size))
-        # the normaliser over the video, which the paper's f has, cancels
-        log_f = log_fused(frames, fusion) if numerics == "stable" else frames.clamp_min(floor_of(frames.dtype)).log()
-        parts.append(log_f.flatten(2).log_softmax(-1).flatten(1))
-    return torch.cat(parts, dim=1)
-
-
-def _by_group(targets: MaskTargets, cells: Tensor, loss: Callable[[Tensor, MaskTargets, PairGroup], Tensor]) -> Tensor:
-    """[P] from cells [K, M]: of every group's frames [K, P_g, h, w] the losses [K, P_g], averaged over K."""
+def _compare(targets: MaskTargets, cells: Tensor, loss: Callable[[Tensor, MaskTargets, PairGroup], Tensor]) -> Tensor:
+    """[P] from cells [K, M]: the losses [K, P_g] of each group's frames [K, P_g, h, w], averaged over K."""
     losses = torch.cat([loss(targets.frames(group, cells), targets, group).mean(0) for group in targets.groups])
     order = torch.cat([group.pairs for group in targets.groups])
     return torch.empty_like(losses).index_copy(0, order, losses)
 
 
 def _grid_bce(p: Tensor, targets: MaskTargets, group: PairGroup, numerics: str) -> Tensor:
-    share = mask_shares(targets, group, p.dtype)
+    share = compute_mask_shares(targets, group, p.dtype)
     if numerics == "paper":
         return paper.bce(p, share).mean((-2, -1))
     return -(share * _inside(p).log() + (1 - share) * _inside(1 - p).log()).mean((-2, -1))
@@ -276,7 +259,7 @@ def _overlap_loss(p: Tensor, targets: MaskTargets, group: PairGroup, criterion: 
     cells.
     """
     if resolution == "grid":
-        masked, everything = mask_shares(targets, group, p.dtype), p.new_ones(group.grid)
+        masked, everything = compute_mask_shares(targets, group, p.dtype), p.new_ones(group.grid)
     else:
         rows, columns = (interpolation(*sizes, like=p) for sizes in zip(group.mask_size, group.grid, strict=True))
         chunks = (masks.to(p.dtype) for masks in targets.mask_chunks(group))
@@ -290,6 +273,6 @@ def _overlap_loss(p: Tensor, targets: MaskTargets, group: PairGroup, criterion: 
 
 def _cross_entropy(log_f: Tensor, targets: MaskTargets, group: PairGroup) -> Tensor:
     """-sum t log f against the masked share of each cell; 0 for an empty mask."""
-    share = mask_shares(targets, group, log_f.dtype)
+    share = compute_mask_shares(targets, group, log_f.dtype)
     area = share.sum((-2, -1), keepdim=True)
     return -(share / torch.where(area == 0, 1, area) * log_f).sum((-2, -1))

@@ -1,6 +1,6 @@
-"""The mask targets of a batch: which columns of which attention map should look like which mask.
+"""Mask targets of a batch: which columns of which attention map should look like which mask.
 
-Import the names from `swim_fast.loss.mask_loss`, which computes with them.
+Import the names from `swim_fast.loss.mask_loss`.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _CHUNK_PIXELS_ACCELERATOR = 2**25
 
 @dataclass(frozen=True, eq=False)
 class PairGroup:
-    """The pairs of one patch grid and one mask size; their frames and masks can be stacked.
+    """Pairs of one grid and one mask size, whose frames and masks can be stacked.
 
     Attributes:
         grid: (h, w) of the patch.
         mask_size: (Hm, Wm) of the masks.
-        mask_numbers: which of `MaskTargets.masks` the group uses, each once.
-        pairs: [P_g] int64, numbers of the pairs.
-        mask: [P_g] int64, each pair's mask as an index into `mask_numbers`.
+        mask_indices: indices into `MaskTargets.masks`, each once.
+        pairs: [P_g] int64, indices of the pairs.
+        mask: [P_g] int64, each pair's mask as an index into `mask_indices`.
     """
 
     grid: tuple[int, int]
     mask_size: tuple[int, int]
-    mask_numbers: tuple[int, ...]
+    mask_indices: tuple[int, ...]
     pairs: Tensor
     mask: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class MaskTargets:
-    """What the maps of one batch should look like: P pairs of (map row, supervised temporal patch).
+    """Masks that the maps of one batch should look like: P pairs of (map row, supervised temporal patch).
 
-    The constructor checks types and shapes and reads no value from a device; `check` looks at the values.
+    The constructor checks types and shapes and reads no value from a device; `check` reads the values.
 
     Attributes:
         row: [P] integer, row of the maps.
@@ -51,7 +51,7 @@ class MaskTargets:
         height, width: [P] integer, the patch's grid h x w in visual tokens, row-major from `start`.
         mask: [P] integer, index into `masks`; several pairs may share one mask.
         masks: uint8 or bool [Hm, Wm] each, sizes may differ; non-zero is the object. They move to a device bit-packed.
-            `PackedMasks`, which is such a sequence, is taken as it is.
+            `PackedMasks` are such a sequence.
 
     Raises:
         TypeError, ValueError: dtype, shape, length or device of a field does not fit; the field is named.
@@ -82,22 +82,22 @@ class MaskTargets:
                     f"MaskTargets.masks are on {self.masks.device}, row on {self.row.device}: use .to(device)"
                 )
             return
-        for number, mask in enumerate(self.masks):
+        for index, mask in enumerate(self.masks):
             if not isinstance(mask, Tensor) or mask.dtype not in (torch.uint8, torch.bool):
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"MaskTargets.masks[{number}] must be a uint8 or bool tensor [Hm, Wm], got {kind}")
+                raise TypeError(f"MaskTargets.masks[{index}] must be a uint8 or bool tensor [Hm, Wm], got {kind}")
             if mask.dim() != 2 or mask.numel() == 0:
-                raise ValueError(f"MaskTargets.masks[{number}] must be [Hm, Wm] with pixels, got {list(mask.shape)}")
+                raise ValueError(f"MaskTargets.masks[{index}] must be [Hm, Wm] with pixels, got {list(mask.shape)}")
             if mask.device != self.row.device:
                 raise ValueError(
-                    f"MaskTargets.masks[{number}] is on {mask.device}, row on {self.row.device}: use .to(device)"
+                    f"MaskTargets.masks[{index}] is on {mask.device}, row on {self.row.device}: use .to(device)"
                 )
 
     def _indices(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("row", "start", "height", "width", "mask")}
 
     def __len__(self) -> int:
-        """The number of pairs P."""
+        """Number of pairs P."""
         return len(self.row)
 
     @property
@@ -105,23 +105,25 @@ class MaskTargets:
         return self.row.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskTargets:
-        """The same targets on `device`, the masks bit-packed. Called on the CPU copy, it also finds out there what the
-        loss would otherwise have to read back from the device."""
+        """Return the targets on `device`, the masks bit-packed.
+
+        Sizes and groups are found before the move, on the CPU: the loss would have to wait for the device.
+        """
         return self._map(lambda tensors: tensors.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MaskTargets:
-        """A copy in page-locked memory; `DataLoader(pin_memory=True)` calls it."""
+        """Return a copy in page-locked memory; `DataLoader(pin_memory=True)` calls it."""
         return self._map(lambda tensors: tensors.pin_memory())
 
     def _map(self, move: Callable) -> MaskTargets:
         moved = MaskTargets(**{n: move(t) for n, t in self._indices().items()}, masks=move(self.packed))
-        # Into the cache of the properties: what is known on the host must not be asked of the device again.
+        # into the cache of the properties, so that nothing is read back from the device
         groups = tuple(replace(group, pairs=move(group.pairs), mask=move(group.mask)) for group in self.groups)
         moved.__dict__.update(_table=self._table, groups=groups, pairs=move(self.pairs))
         return moved
 
     def check(self, rows: int | None = None, columns: int | None = None) -> MaskTargets:
-        """Looks at the values, best on the CPU before `to` (on a device it waits for it). Returns self.
+        """Check the values, best on the CPU before `to` (on a device it waits for it), and return self.
 
         Args:
             rows: R of the maps, if known.
@@ -141,7 +143,7 @@ class MaskTargets:
 
     @cached_property
     def _table(self) -> list[list[int]]:
-        """P times height, width, mask. Reads them once if they are on a device (`to` brings them along from the CPU).
+        """P times height, width, mask. Read once if they are on a device; `to` copies them from the CPU.
 
         Raises:
             ValueError: a grid size below 1 or a mask index without a mask.
@@ -161,10 +163,9 @@ class MaskTargets:
 
     @cached_property
     def pairs(self) -> GridPairs:
-        """The pairs as the kernels take them, in their order."""
-        return GridPairs.from_rows(
-            self.row, self.start, [(height, width) for height, width, _ in self._table], self.mask
-        )
+        """The same pairs in the form that the kernels take."""
+        sizes = [(height, width) for height, width, _ in self._table]
+        return GridPairs.from_rows(self.row, self.start, sizes, self.mask)
 
     @cached_property
     def groups(self) -> tuple[PairGroup, ...]:
@@ -184,7 +185,7 @@ class MaskTargets:
                 PairGroup(
                     grid=(height, width),
                     mask_size=(mask_size[0], mask_size[1]),
-                    mask_numbers=tuple(local),
+                    mask_indices=tuple(local),
                     pairs=torch.tensor(pairs, device=self.device),
                     mask=torch.tensor(mask, device=self.device),
                 )
@@ -192,22 +193,22 @@ class MaskTargets:
         return tuple(groups)
 
     def frames(self, group: PairGroup, cells: Tensor) -> Tensor:
-        """Of cells [..., M] in the order of `pairs` those of one group, frame by frame: [..., P_g, h, w]."""
+        """Return the frames of one group, [..., P_g, h, w], from cells [..., M] in the order of `pairs`."""
         height, width = group.grid
         first = self.pairs.columns.first_cell.long().index_select(0, group.pairs)
         index = first[:, None] + torch.arange(height * width, device=self.device)
         return cells.index_select(-1, index.flatten()).unflatten(-1, (len(group.pairs), height, width))
 
     def mask_chunks(self, group: PairGroup) -> Iterator[Tensor]:
-        """The group's masks, each once, in the order of `mask_numbers`: bool [n, Hm, Wm], a few at a time."""
+        """Yield the group's masks in the order of `mask_indices`, a few at a time: bool [n, Hm, Wm]."""
         pixels = _CHUNK_PIXELS_CPU if self.device.type == "cpu" else _CHUNK_PIXELS_ACCELERATOR
         step = max(1, pixels // (group.mask_size[0] * group.mask_size[1]))
-        for first in range(0, len(group.mask_numbers), step):
-            yield self.packed.unpack(group.mask_numbers[first : first + step])
+        for first in range(0, len(group.mask_indices), step):
+            yield self.packed.unpack(group.mask_indices[first : first + step])
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int | None = None) -> None:
-    """Raises ValueError unless low <= values < high."""
+    """Raise ValueError unless low <= values < high."""
     bad = values < low if high is None else (values < low) | (values >= high)
     if bad.any():
         pair = int(bad.nonzero()[0, 0])

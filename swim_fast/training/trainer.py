@@ -19,11 +19,12 @@ from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.batch.dataset import MixtureSampler
 from swim_fast.data.batch.packing import PackingSampler
 from swim_fast.data.batch.workers import start_worker
-from swim_fast.loss.mask_loss import pair_losses
-from swim_fast.loss.metrics import METRICS, grounding_sums
+from swim_fast.loss.mask_loss import GridPredictions, compute_pair_losses
+from swim_fast.loss.metrics import sum_metrics
 from swim_fast.modeling.adapters import has_adapters, load_adapters
 from swim_fast.modeling.freezing import get_part_parameters
 from swim_fast.modeling.text_loss import count_labels
+from swim_fast.options import METRICS
 from swim_fast.training.callbacks import (
     BackwardWhereTrained,
     EarlyStopping,
@@ -188,17 +189,12 @@ class SwimTrainer(CheckpointingTrainer):
         mask, grounding = text.new_zeros(()), text.new_zeros(len(METRICS) + 1)
         options = self.loss_options
         if outputs.attentions:
-            trained = options.mask_weight > 0
-            mask = pair_losses(
-                outputs.attentions if trained else [m.detach() for m in outputs.attentions],
-                targets,
-                fusion=options.fusion,
-                criterion=options.criterion,
-                numerics=options.numerics,
-                resolution=options.resolution,
-                backend=options.backend,
-            ).sum()
-            grounding = grounding_sums(outputs.attentions, targets, fusion=options.fusion)
+            maps = outputs.attentions if options.mask_weight > 0 else [m.detach() for m in outputs.attentions]
+            predictions = GridPredictions.from_maps(
+                maps, targets, fusion=options.fusion, numerics=options.numerics, backend=options.backend
+            )
+            mask = compute_pair_losses(predictions, options.criterion, options.resolution).sum()
+            grounding = sum_metrics(predictions)
         elif len(targets) and options.mask_weight > 0:
             raise RuntimeError(
                 f"the mask loss is on (mask_weight {options.mask_weight}) and this batch has {len(targets)} targets, "

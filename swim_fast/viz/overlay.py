@@ -1,7 +1,7 @@
 """The two drawings that all pictures share: the colours of a map over a frame, and a line around a mask.
 
 Arrays are numpy: frames uint8 [H, W, 3] RGB, masks [Hm, Wm] of any dtype and size (non-zero is the object), maps [h, w]
-with one number per visual token, in any unit, such as `p` of `swim_fast.loss.mask_loss.grid_predictions`. The colours
+with one number per visual token, in any unit, such as `p` of `swim_fast.loss.mask_loss.GridPredictions`. The colours
 of a map run from its own minimum to its own maximum, as the loss sees it.
 """
 

@@ -63,15 +63,15 @@ def test_a_step_without_the_attention_loss_is_one_of_a_stock_model(folder, monke
 def test_nothing_is_timed_unless_the_losses_agree(trainer, monkeypatch):
     from swim_fast.training import trainer as module
 
-    right = module.pair_losses
+    right = module.compute_pair_losses
     trainer, batch = trainer
     training_steps.assert_same_losses(trainer, batch)
     loss = trainer.loss_options
 
-    def wrong(*arguments, backend, **options):
-        return right(*arguments, backend=backend, **options) * (1.01 if backend != "eager" else 1)
+    def wrong(predictions, *choices):
+        return right(predictions, *choices) * (1.01 if predictions.backend != "eager" else 1)
 
-    monkeypatch.setattr(module, "pair_losses", wrong)
+    monkeypatch.setattr(module, "compute_pair_losses", wrong)
     with pytest.raises(AssertionError, match="mask loss"):
         training_steps.assert_same_losses(trainer, batch)
     assert trainer.loss_options is loss  # as it was, also after an error

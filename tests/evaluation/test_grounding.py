@@ -10,7 +10,8 @@ from swim_fast.data.batch.collation import Collator
 from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
 from swim_fast.data.source.records import RecordFile
 from swim_fast.evaluation.grounding import supervised_layers
-from swim_fast.loss.metrics import METRICS, grounding_means, grounding_sums
+from swim_fast.loss.mask_loss import GridPredictions
+from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
 from tests.evaluation.conftest import CLIPS, arguments, lines, results
 
 
@@ -29,8 +30,10 @@ def sums_one_by_one(folder, path, fused):
         about = ("labels", "mask_targets", "samples", "problems", "notes")
         with torch.no_grad():
             maps = model(**{key: value for key, value in batch.items() if key not in about}).attentions
-        by_layer = by_layer + grounding_sums(maps, batch["mask_targets"], fusion="none")
-        together = together + grounding_sums([maps[layer] for layer in fused], batch["mask_targets"])
+        by_layer = by_layer + sum_metrics(GridPredictions.from_maps(maps, batch["mask_targets"], fusion="none"))
+        together = together + sum_metrics(
+            GridPredictions.from_maps([maps[layer] for layer in fused], batch["mask_targets"])
+        )
     return by_layer, together
 
 
@@ -44,9 +47,9 @@ def test_layers_and_fused(checkpoint, annotated, tmp_path, capsys, layers, fused
     assert list(found["problems"]) == ["5"] and "broken.mp4" in found["problems"]["5"]
     assert found["fused_layers"] == fused and list(found["layers"]) == ["0", "1"]
     for layer in (0, 1):
-        expected = grounding_means(by_layer[layer])
+        expected = average_metrics(by_layer[layer])
         assert found["layers"][str(layer)] == pytest.approx(expected, rel=1e-4)
-    assert found["fused"] == pytest.approx(grounding_means(together), rel=1e-4)
+    assert found["fused"] == pytest.approx(average_metrics(together), rel=1e-4)
     assert found["fused"] != found["layers"]["0"]
     printed = capsys.readouterr().out
     values = [f"{found['layers']['1'][name]:.3f}" for name in METRICS]

@@ -56,7 +56,7 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.sample.builder import SampleBuilder
     from swim_fast.data.source.records import RecordFile
-    from swim_fast.loss.mask_loss import grid_predictions
+    from swim_fast.loss.mask_loss import GridPredictions
     from swim_fast.modeling import attach_noun_attention
 
     processor = AutoProcessor.from_pretrained(model)
@@ -68,9 +68,10 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
     names = [name for name in (*sample.inputs, "attention_mask") if name != "labels"]
     with torch.no_grad():
         maps = attached(**{name: batch[name] for name in names}, noun_queries=queries, use_cache=False).attentions
-    (predictions,) = grid_predictions(maps, targets, fusion=loss.fusion)
+    (group,) = targets.groups
+    frames = targets.frames(group, GridPredictions.from_maps(maps, targets, fusion=loss.fusion).p[0])
     found = {}
-    for pair, p in zip(predictions.group.pairs.tolist(), predictions.p.numpy(), strict=True):
+    for pair, p in zip(group.pairs.tolist(), frames.numpy(), strict=True):
         _, start, height, width, _ = sample.pairs[pair]
         found.setdefault(sample.patches[start // (height * width)], []).append(p)
     return {patch: np.mean(values, axis=0) for patch, values in found.items()}

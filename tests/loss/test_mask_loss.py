@@ -15,19 +15,25 @@ from swim_fast.loss.mask_loss import (
     FUSIONS,
     NUMERICS,
     RESOLUTIONS,
+    GridPredictions,
     MaskTargets,
-    area_average,
-    grid_predictions,
+    average_mask,
+    compute_pair_losses,
     mask_alignment_loss,
-    pair_losses,
 )
+from swim_fast.loss.metrics import sum_metrics
 from swim_kernels import PackedMasks
 
 CHOICES = [
     dict(zip(("fusion", "criterion", "numerics", "resolution"), values, strict=True))
     for values in itertools.product(FUSIONS, CRITERIA, NUMERICS, RESOLUTIONS)
 ]
+predict = GridPredictions.from_maps
 each_choice = pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(choice.values()))
+
+
+def pair_losses(maps, targets, criterion, resolution, **options):
+    return compute_pair_losses(predict(maps, targets, **options), criterion, resolution)
 
 
 # ---- the judge: one pair at a time, one formula a line ----
@@ -53,14 +59,14 @@ def judge_overlap_matrix(cells, pixels, dtype):
     return matrix
 
 
-def judge_area_average(mask, height, width, dtype):
+def judge_average_mask(mask, height, width, dtype):
     rows, columns = (judge_overlap_matrix(c, n, dtype) for c, n in zip((height, width), mask.shape, strict=True))
     return rows @ mask.to(dtype) @ columns.T
 
 
 def judge_criterion(f, log_f, mask, criterion, numerics, resolution):
     """One frame's loss; f and log_f [h, w], each up to what the numerics allow."""
-    share = judge_area_average(mask, *f.shape, f.dtype)
+    share = judge_average_mask(mask, *f.shape, f.dtype)
     if criterion == "kl":
         return -(share / share.sum() * (log_f - log_f.flatten().logsumexp(0))).sum() if share.sum() > 0 else f.sum() * 0
     if f.max() == f.min():
@@ -221,9 +227,7 @@ def test_a_nearly_flat_frame_keeps_its_digits(generator):
     """Six layers of 1/12288 within 1e-4: log a has an absolute rounding error of 1e-6, min-max would magnify it."""
     exact = [(1 / 12288 * (1 + 1e-4 * torch.rand(1, 20, generator=generator).double())).float() for _ in range(6)]
     targets = one_frame(torch.ones(4, 5, dtype=torch.bool), 4, 5)
-    p32, p64 = (
-        grid_predictions([m.to(t) for m in exact], targets)[0].p.flatten() for t in (torch.float32, torch.float64)
-    )
+    p32, p64 = (predict([m.to(t) for m in exact], targets).p.flatten() for t in (torch.float32, torch.float64))
     log_f = sum(layer.log() for layer in exact)[0]
     naive = (log_f - log_f.min()) / (log_f.max() - log_f.min())
     assert (naive - p64).abs().max() > 5e-3
@@ -234,10 +238,9 @@ def test_a_nearly_flat_frame_keeps_its_digits(generator):
 def test_stable_is_the_limit_of_paper(fusion, generator, monkeypatch):
     monkeypatch.setattr(paper_loss, "EPSILON", 1e-40)
     maps, targets = random_maps(generator), random_targets(generator)
-    stable, paper = (grid_predictions(maps, targets, fusion=fusion, numerics=numerics) for numerics in NUMERICS)
-    for ours, theirs in zip(stable, paper, strict=True):
-        torch.testing.assert_close(ours.p, theirs.p, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(ours.log_f, theirs.log_f, rtol=1e-9, atol=1e-12)
+    stable, paper = (predict(maps, targets, fusion=fusion, numerics=numerics) for numerics in NUMERICS)
+    torch.testing.assert_close(stable.p, paper.p, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(stable.log_f, paper.log_f, rtol=1e-9, atol=1e-12)
 
 
 def test_paper_bce_ends_at_100(generator):
@@ -352,8 +355,7 @@ def test_a_constant_frame_predicts_zero(numerics):
     inside = {"stable": -math.log(1e-6), "paper": 100.0}[numerics]
     for maps, h, w in (([torch.full((1, 4), 0.25)], 2, 2), ([torch.full((1, 1), 0.7)], 1, 1)):
         targets = one_frame(mask, h, w)
-        (prediction,) = grid_predictions(maps, targets, numerics=numerics)
-        assert (prediction.p == 0).all()
+        assert (predict(maps, targets, numerics=numerics).p == 0).all()
         assert mask_alignment_loss(maps, targets, numerics=numerics).item() == pytest.approx(inside / 4, rel=1e-5)
 
 
@@ -400,7 +402,7 @@ def test_no_pair_gives_zero_with_a_graph(choice):
         assert loss.shape == () and loss.item() == 0 and loss.dtype == torch.float32
         loss.backward()
         assert all(layer.grad.shape == layer.shape and (layer.grad == 0).all() for layer in maps)
-    assert grid_predictions(maps, targets) == []
+    assert predict(maps, targets).p.shape == (1, 0) and targets.groups == ()
 
 
 # ---- how it computes ----
@@ -438,9 +440,9 @@ def test_autocast_changes_nothing(choice, generator):
 
 def test_area_average_under_autocast(generator):
     masks = torch.rand(1, 719, 1279, generator=generator) < 0.5
-    plain = area_average(masks, (26, 46))
+    plain = average_mask(masks, (26, 46))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(area_average(masks, (26, 46)), plain)
+        assert torch.equal(average_mask(masks, (26, 46)), plain)
 
 
 class Operations(TorchDispatchMode):
@@ -520,25 +522,49 @@ def test_splitting_the_pairs_changes_nothing(choice, generator):
 # ---- predictions and area averages ----
 
 
+@each_choice
+def test_metrics_read_what_the_loss_has_computed(choice, generator):
+    """In any order, and without taking the loss's graph from it."""
+    maps, targets = random_maps(generator), random_targets(generator)
+    criterion, resolution = choice["criterion"], choice["resolution"]
+    options = {"fusion": choice["fusion"], "numerics": choice["numerics"]}
+    results = []
+    for loss_first in (True, False):
+        leaves = with_graph(maps)
+        predictions = predict(leaves, targets, **options)
+        if loss_first:
+            losses, metrics = compute_pair_losses(predictions, criterion, resolution), sum_metrics(predictions)
+        else:
+            metrics, losses = sum_metrics(predictions), compute_pair_losses(predictions, criterion, resolution)
+        assert losses.requires_grad and not metrics.requires_grad
+        results.append((losses, metrics, *torch.autograd.grad(losses.sum(), leaves)))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+    detached = predictions.detach()
+    for name in ("p", "log_f"):
+        ours = getattr(predictions, name)
+        assert getattr(predictions.detach(), name).data_ptr() == ours.data_ptr() and ours.requires_grad
+        assert torch.equal(getattr(detached, name), ours) and not getattr(detached, name).requires_grad
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("numerics", NUMERICS)
 def test_grid_predictions(fusion, numerics, generator):
     maps, targets = random_maps(generator), random_targets(generator)
     seen = []
-    for prediction in grid_predictions(maps, targets, fusion=fusion, numerics=numerics):
-        group = prediction.group
+    predictions = predict(maps, targets, fusion=fusion, numerics=numerics)
+    for group in targets.groups:
+        p, log_f = targets.frames(group, predictions.p), targets.frames(group, predictions.log_f)
         seen += group.pairs.tolist()
-        assert prediction.p.shape == prediction.log_f.shape
-        assert prediction.p.shape == (*((3,) if fusion == "none" else ()), len(group.pairs), *group.grid)
-        assert prediction.p.amin() == 0 and prediction.p.amax() <= 1
-        torch.testing.assert_close(prediction.log_f.exp().sum((-2, -1)), torch.ones(prediction.p.shape[:-2]).double())
+        assert p.shape == log_f.shape == (3 if fusion == "none" else 1, len(group.pairs), *group.grid)
+        assert p.amin() == 0 and p.amax() <= 1
+        torch.testing.assert_close(log_f.exp().sum((-2, -1)), torch.ones(p.shape[:-2]).double())
         for i, pair in enumerate(group.pairs.tolist()):
             row, start = targets.row[pair], int(targets.start[pair])
             frame = torch.stack([layer[row, start : start + math.prod(group.grid)] for layer in maps])
-            f = {"product": frame.prod(0), "mean": frame.mean(0), "none": frame}[fusion]
+            f = {"product": frame.prod(0, keepdim=True), "mean": frame.mean(0, keepdim=True), "none": frame}[fusion]
             expected = (f / f.sum(-1, keepdim=True)).unflatten(-1, group.grid)
-            torch.testing.assert_close(prediction.log_f[..., i, :, :].exp(), expected)
-            assert group.mask_numbers[group.mask[i]] == targets.mask[pair]
+            torch.testing.assert_close(log_f[:, i].exp(), expected)
+            assert group.mask_indices[group.mask[i]] == targets.mask[pair]
             assert group.mask_size == targets.masks[targets.mask[pair]].shape
     assert sorted(seen) == list(range(len(targets)))
 
@@ -546,20 +572,20 @@ def test_grid_predictions(fusion, numerics, generator):
 @pytest.mark.parametrize(
     "size, grid", [((19, 23), (4, 5)), ((3, 5), (6, 7)), ((12, 8), (3, 4)), ((7, 7), (7, 7)), ((5, 3), (1, 1))]
 )
-def test_area_average(size, grid, generator):
+def test_average_mask(size, grid, generator):
     masks = torch.rand(2, *size, generator=generator) < 0.5
-    expected = torch.stack([judge_area_average(mask, *grid, torch.float64) for mask in masks])
-    torch.testing.assert_close(area_average(masks, grid, torch.float64), expected, rtol=1e-12, atol=1e-14)
+    expected = torch.stack([judge_average_mask(mask, *grid, torch.float64) for mask in masks])
+    torch.testing.assert_close(average_mask(masks, grid, torch.float64), expected, rtol=1e-12, atol=1e-14)
     # Correctly rounded in fp32, and the whole area is kept.
-    assert torch.equal(area_average(masks, grid), area_average(masks, grid, torch.float64).float())
-    torch.testing.assert_close(area_average(masks, grid).mean((1, 2)), masks.float().mean((1, 2)))
+    assert torch.equal(average_mask(masks, grid), average_mask(masks, grid, torch.float64).float())
+    torch.testing.assert_close(average_mask(masks, grid).mean((1, 2)), masks.float().mean((1, 2)))
 
 
 def test_area_average_divides_a_straddling_pixel():
     mask = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.uint8)
-    assert area_average(mask, (2, 2)).flatten().tolist() == pytest.approx([4 / 9, 0, 0, 0])
+    assert average_mask(mask, (2, 2)).flatten().tolist() == pytest.approx([4 / 9, 0, 0, 0])
     middle = torch.tensor([[0, 1, 0]], dtype=torch.uint8)
-    assert area_average(middle, (1, 2)).tolist() == [[pytest.approx(1 / 3)] * 2]
+    assert average_mask(middle, (1, 2)).tolist() == [[pytest.approx(1 / 3)] * 2]
 
 
 @each_choice

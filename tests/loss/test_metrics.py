@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 
-from swim_fast.loss.mask_loss import MaskTargets, area_average, mask_alignment_loss
-from swim_fast.loss.metrics import METRICS, grounding_means, grounding_sums
+from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, average_mask, mask_alignment_loss
+from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
+
+
+def grounding_sums(maps, targets, **options):
+    return sum_metrics(GridPredictions.from_maps(maps, targets, **options))
 
 
 def one_frame(mask, height, width, row=0):
@@ -35,7 +39,7 @@ def judge(maps, targets, fusion):
         f = (frame.prod(0) if fusion == "product" else frame.mean(0)).view(h, w)
         y, x = divmod(int(f.argmax()), w)
         hit = mask[math.floor((y + 0.5) * mask.shape[0] / h), math.floor((x + 0.5) * mask.shape[1] / w)]
-        m = area_average(mask, (h, w), torch.float64)
+        m = average_mask(mask, (h, w), torch.float64)
         p = (f - f.min()) / (f.max() - f.min())
         iou = (p * m).sum() / (p + m - p * m).sum()
         sums += torch.stack([hit.double(), (f * m).sum() / f.sum(), iou, torch.ones_like(iou)])
@@ -70,7 +74,7 @@ def test_soft_iou_is_one_minus_the_loss():
     whole = torch.arange(len(targets)) != 5  # less the empty mask
     fields = (targets.row, targets.start, targets.height, targets.width, targets.mask)
     targets = MaskTargets(*(field[whole] for field in fields), masks=targets.masks)
-    means = grounding_means(grounding_sums(maps, targets))
+    means = average_metrics(grounding_sums(maps, targets))
     loss = mask_alignment_loss(maps, targets, criterion="iou", resolution="grid")
     assert means["soft_iou"] == pytest.approx(1 - loss.item())
 
@@ -92,7 +96,7 @@ def test_counted_by_hand():
 def test_perfect_and_opposite_attention():
     mask = torch.zeros(8, 12, dtype=torch.bool)
     mask[2:4, 3:9] = True
-    inside = area_average(mask, (4, 4)).flatten()
+    inside = average_mask(mask, (4, 4)).flatten()
     on, off = ([layer[None] / layer.sum()] for layer in (inside, 1 - inside))
     assert grounding_sums(on, one_frame(mask, 4, 4)).tolist() == pytest.approx([1, 1, 1, 1])
     assert grounding_sums(off, one_frame(mask, 4, 4)).tolist() == pytest.approx([0, 0, 0, 1], abs=1e-6)
@@ -129,9 +133,9 @@ def test_no_pair_and_only_empty_masks(fusion, shape):
 
 
 def test_means():
-    means = grounding_means(torch.tensor([3.0, 2.0, 1.0, 4.0]))
+    means = average_metrics(torch.tensor([3.0, 2.0, 1.0, 4.0]))
     assert means == {"pointing_accuracy": 0.75, "mass_in_mask": 0.5, "soft_iou": 0.25} and tuple(means) == METRICS
-    assert all(math.isnan(value) for value in grounding_means(torch.zeros(4)).values())
+    assert all(math.isnan(value) for value in average_metrics(torch.zeros(4)).values())
 
 
 def test_sums_add_up_over_batches():
