@@ -22,7 +22,8 @@ from torch import Tensor
 
 from swim_fast.loss.mask_loss import MaskTargets, mask_alignment_loss
 from swim_kernels import NounQueries, PackedMasks, flash_noun_attention
-from swim_kernels.flash_noun_attention.providers.torch import Call, Provider, TorchCpu
+from swim_kernels.flash_noun_attention.providers.base import Call, Provider
+from swim_kernels.flash_noun_attention.providers.torch import TorchCpu
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ class Replayed(Provider):
     def tensors(self) -> tuple[Tensor, ...]:
         return *self._forward, *self._gradients
 
-    def refusal(self, query, key, value, call):
-        return None
+    def check(self, query, key, value, call):
+        pass
 
     def forward(self, query, key, value, call):
         return tuple(tensor.detach() for tensor in self._forward)

@@ -1,6 +1,6 @@
 """Kernels of swim-fast: ops on tensors that know nothing of models, data or training."""
 
-from swim_kernels.flash_noun_attention import flash_noun_attention, flash_noun_attention_refusal
+from swim_kernels.flash_noun_attention import Unsupported, flash_noun_attention
 from swim_kernels.grid_prediction import grid_prediction
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.noun_attention import NounQueries, noun_attention
@@ -11,8 +11,8 @@ __all__ = [
     "GridPairs",
     "NounQueries",
     "PackedMasks",
+    "Unsupported",
     "flash_noun_attention",
-    "flash_noun_attention_refusal",
     "grid_prediction",
     "mask_bce",
     "noun_attention",

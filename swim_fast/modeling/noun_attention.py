@@ -23,7 +23,7 @@ from swim_fast.errors import OptionError, UserError
 from swim_fast.modeling import fused_attention
 from swim_fast.modeling.families import get_attentions, get_default_layers, get_family
 from swim_fast.modeling.hooks import add_keyword_step, remove_keyword_step
-from swim_kernels import flash_noun_attention, noun_attention
+from swim_kernels import Unsupported, flash_noun_attention, noun_attention
 
 ATTENTION_NAME = "swim_noun_attention"
 
@@ -84,16 +84,16 @@ def noun_attention_forward(module, query, key, value, attention_mask, noun_queri
     if kwargs.get("sliding_window") is not None:
         noun_queries = noun_queries.within_window(kwargs["sliding_window"])
     how = {"scale": kwargs.get("scaling"), "backend": attached.backend}
-    chosen = "asked for"
-    if attached.fused:
+    try:
+        if not attached.fused:
+            raise Unsupported("asked for")
         about = kwargs | {"right_padded": right_padded}
-        chosen = fused_attention.choose(
-            name, (query, key, value), attention_mask, noun_queries, attached.backend, about
-        )
-    fused_attention.say(name, query.device, chosen)
-    if isinstance(chosen, str):
+        options = fused_attention.choose_options(name, query, attention_mask, about)
+        output, maps = flash_noun_attention(query, key, value, noun_queries, **how, **options)
+    except Unsupported as reason:
+        fused_attention.log_choice(name, query.device, f"an op of their own ({reason})")
         return wrapped(**kwargs)[0], noun_attention(query, key, noun_queries, **how)
-    output, maps = flash_noun_attention(query, key, value, noun_queries, **how, **chosen)
+    fused_attention.log_choice(name, query.device, f"one node with the attention ({options['provider']})")
     output = output.transpose(1, 2).contiguous()
     if right_padded and attention_mask is not None:  # flash attention leaves zeros there
         output = output.masked_fill(~attention_mask.bool()[:, :, None, None], 0.0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from swim_kernels import NounQueries, flash_noun_attention, noun_attention
-from swim_kernels.flash_noun_attention.providers import torch as providers
+from swim_kernels.flash_noun_attention.providers import base
+from swim_kernels.flash_noun_attention.providers import torch as torch_providers
 from tests.kernels import flash_stand_ins
 from tests.kernels.noun_attention_cases import make_queries, strided
 
@@ -51,11 +52,11 @@ LEFT_PADDED = (2, 4, 2, [(0, 40, 9, 41, 0), (1, 30, 0, 31, 1)], [[*range(10, 20)
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Flash attention libraries that need a GPU, replaced; CPU tensors of any dtype pass for 16-bit ones on CUDA."""
-    monkeypatch.setattr(providers, "half_on_cuda", lambda query: None)
+    monkeypatch.setattr(base, "check_half_on_cuda", lambda query: None)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda parameters: True)
     aten = flash_stand_ins.aten()
     for name in ("_flash_attention_forward", "_flash_attention_backward"):
-        monkeypatch.setattr(providers, name, getattr(aten, name))
+        monkeypatch.setattr(torch_providers, name, getattr(aten, name))
     for module, stand_in in (
         ("flash_attn.flash_attn_interface", flash_stand_ins.flash_attn_2()),
         ("flash_attn_interface", flash_stand_ins.flash_attn_3()),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from swim_kernels import flash_noun_attention, flash_noun_attention_refusal
-from swim_kernels.flash_noun_attention.node import PROVIDERS
+from swim_kernels import Unsupported, flash_noun_attention
+from swim_kernels.flash_noun_attention.api import PROVIDERS
 from swim_kernels.flash_noun_attention.providers import flash_attn as flash_attn_providers
 from tests.kernels import flash_stand_ins
 from tests.kernels.flash_noun_attention_cases import (
@@ -227,8 +227,12 @@ def test_nothing_is_kept_beyond_what_the_attention_keeps():
 
 
 def refusal(case="dense", **options):
+    """The reason, None if there is none."""
     query, key, value, queries, given, _ = make(CASES[case])
-    return flash_noun_attention_refusal(query, key, value, queries, **given | options)
+    try:
+        flash_noun_attention(query, key, value, queries, **given | options)
+    except Unsupported as reason:
+        return str(reason)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +250,6 @@ def refusal(case="dense", **options):
 )
 def test_refusals(case, options, message):
     assert message in refusal(case, **options)
-    query, key, value, queries, given, _ = make(CASES[case])
-    with pytest.raises(ValueError, match=message):
-        flash_noun_attention(query, key, value, queries, **given | options)
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -260,13 +261,15 @@ def test_refusals_of_the_libraries(monkeypatch):
     assert "flash-attn-3 cannot be used" in refusal(provider="flash_attn_3")
     query, key, value, queries, _, _ = make(CASES["dense"])
     odd = [x[..., :12] for x in (query, key, value)]
-    assert "multiple of 8" in flash_noun_attention_refusal(*odd, queries, provider="flash_attn_2")
+    with pytest.raises(Unsupported, match="multiple of 8"):
+        flash_noun_attention(*odd, queries, provider="flash_attn_2")
 
 
 def test_softmax_beyond_the_token_is_refused():
     query, key, value, _, _, _ = make(CASES["dense"])
     queries = make_queries([(0, 20, 0, 41, 0)], [[1, 2]])
-    assert "key_end is not position + 1" in flash_noun_attention_refusal(query, key, value, queries)
+    with pytest.raises(Unsupported, match=r"key_end is not position \+ 1"):
+        flash_noun_attention(query, key, value, queries)
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -283,7 +286,7 @@ def test_rows_that_are_not_those_of_the_attention_are_refused(rows, options, mes
     query, key, value, _, _, _ = make(CASES["group of 7"])
     if rows[0][2]:
         options = options | CASES["packed"][-1]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Unsupported, match=message):
         flash_noun_attention(query, key, value, make_queries(rows, [[1, 2]]), **options)
 
 
@@ -296,7 +299,7 @@ def test_unknown_provider():
 
 
 def parameters(function):
-    return list(flash_attn_providers.parameters_of(function))
+    return list(flash_attn_providers.get_parameters(function))
 
 
 @pytest.mark.parametrize("name", ["_flash_attention_forward", "_flash_attention_backward"])

@@ -67,9 +67,9 @@ def assert_same(fused, separate):
 def calls(monkeypatch):
     """Which providers were run."""
     seen = []
-    apply = node._FlashNounAttention.apply
+    apply = node.FlashNounAttention.apply
     monkeypatch.setattr(
-        node._FlashNounAttention, "apply", lambda *arguments: (seen.append(arguments[5].name), apply(*arguments))[1]
+        node.FlashNounAttention, "apply", lambda *arguments: (seen.append(arguments[5].name), apply(*arguments))[1]
     )
     return seen
 
@@ -139,7 +139,7 @@ def test_padding_comes_out_as_flash_attention_leaves_it(flash):
 
 @pytest.fixture
 def log(caplog):
-    fused_attention._say_once.cache_clear()
+    fused_attention._log_once.cache_clear()
     caplog.set_level(logging.INFO, logger=fused_attention.logger.name)
     return lambda: [record.message for record in caplog.records if record.name == fused_attention.logger.name]
 

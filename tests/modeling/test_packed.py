@@ -147,9 +147,9 @@ def test_one_node_with_the_noun_maps(model, batch, request, monkeypatch, attenti
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = [0, 3]
     separate = results(attach_noun_attention(model, layers, fused=False), inputs, queries)
-    seen, apply = [], node._FlashNounAttention.apply
+    seen, apply = [], node.FlashNounAttention.apply
     monkeypatch.setattr(
-        node._FlashNounAttention, "apply", lambda *arguments: (seen.append(arguments[5].name), apply(*arguments))[1]
+        node.FlashNounAttention, "apply", lambda *arguments: (seen.append(arguments[5].name), apply(*arguments))[1]
     )
     fused = results(attach_noun_attention(model, layers), inputs, queries)
     name = {"sdpa": "torch_cpu", "flash_attention_2": "flash_attn_2"}[attention]

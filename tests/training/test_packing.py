@@ -9,7 +9,7 @@ from PIL import Image
 
 from swim_fast.config import ConfigError, load_config
 from swim_fast.training.trainer import SUMS
-from swim_kernels.flash_noun_attention.node import _FlashNounAttention
+from swim_kernels.flash_noun_attention.node import FlashNounAttention
 from tests.data.conftest import box
 from tests.training.conftest import history, record, run, run_here, square_clip, text_record, weights, write_records
 
@@ -54,8 +54,8 @@ def trainer_of(config, *overrides):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("softmax", ["causal", "full"])
 def test_same_losses_and_gradients_as_padded(write_config, mixed, checkpointing, softmax, monkeypatch):
-    nodes, apply = [], _FlashNounAttention.apply
-    monkeypatch.setattr(_FlashNounAttention, "apply", lambda *args: (nodes.append(args[5].name), apply(*args))[1])
+    nodes, apply = [], FlashNounAttention.apply
+    monkeypatch.setattr(FlashNounAttention, "apply", lambda *args: (nodes.append(args[5].name), apply(*args))[1])
     config = write_config(
         data={"train": [{"path": str(mixed)}], "max_tokens_per_batch": 2000, "max_frames": 6},
         attention_loss={"softmax": softmax},

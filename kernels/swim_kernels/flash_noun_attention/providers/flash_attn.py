@@ -13,42 +13,66 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from swim_kernels.flash_noun_attention.providers.torch import (
+from swim_kernels.flash_noun_attention.providers.base import (
     Call,
     Provider,
-    deterministic,
+    Unsupported,
+    check_on_cuda,
     from_flash,
     lse_from_flash,
     lse_to_flash,
-    refusal_on_cuda,
     to_flash,
+    wants_determinism,
 )
 
 
 class _FlashAttn(Provider):
+    """A package: which of its functions run, and with which options."""
+
     package: str  # what to install
     module: str  # what to import
     names: tuple[str, str]  # of its forward and backward
+    packed_names: tuple[str, str]  # the same for packed sequences
+    kept = slice(0)  # of what the forward returns after output and lse
+    grad_output_position = 0  # among the tensors of the backward
 
-    def refusal(self, query, key, value, call):
-        reason = refusal_on_cuda(query, call)
-        if reason:
-            return reason
+    def check(self, query, key, value, call):
+        check_on_cuda(query, call)
         try:
-            self._functions()
+            self._import_functions(call)
         except (ImportError, AttributeError) as error:
-            return f"{self.package} cannot be used: {error}"
-        return None
+            raise Unsupported(f"{self.package} cannot be used: {error}") from error
 
-    def _functions(self) -> tuple[Callable, Callable]:
+    def forward(self, query, key, value, call):
+        forward, _ = self._import_functions(call)
+        inputs = (to_flash(x, call) for x in (query, key, value))
+        output, lse, *rest = forward(*inputs, **self._forward_options(forward, call))
+        return from_flash(output, call), lse_from_flash(lse, call), *rest[self.kept]
+
+    def backward(self, grad_output, query, key, value, forward, call, grad_lse=None):
+        output, lse, *kept = forward
+        _, backward = self._import_functions(call)
+        # uninitialised memory in the library's layout: ours, for it is added to afterwards
+        gradients = {n: torch.empty_like(to_flash(x, call)) for n, x in (("dq", query), ("dk", key), ("dv", value))}
+        tensors = [query, key, value, output]
+        tensors.insert(self.grad_output_position, grad_output)
+        options = self._backward_options(backward, call, kept, grad_lse)
+        backward(*(to_flash(x, call) for x in tensors), lse_to_flash(lse, call), **gradients, **options)
+        return tuple(from_flash(gradient, call) for gradient in gradients.values())
+
+    def _import_functions(self, call: Call) -> list[Callable]:
         module = importlib.import_module(self.module)
-        forward, backward = (getattr(module, name) for name in self.names)
-        return forward, backward
+        return [getattr(module, name) for name in (self.names if call.cu_seqlens is None else self.packed_names)]
 
-    def _gradients(self, query, key, value, call):
-        """Uninitialised memory for the gradients in the library's layout: ours, for it is added to afterwards."""
-        return {name: torch.empty_like(to_flash(x, call)) for name, x in (("dq", query), ("dk", key), ("dv", value))}
+    def _forward_options(self, function: Callable, call: Call) -> dict[str, object]:
+        raise NotImplementedError
+
+    def _backward_options(
+        self, function: Callable, call: Call, kept: list[Tensor], grad_lse: Tensor | None
+    ) -> dict[str, object]:
+        raise NotImplementedError
 
 
 class FlashAttn2(_FlashAttn):
@@ -57,36 +81,15 @@ class FlashAttn2(_FlashAttn):
     name, package, module = "flash_attn_2", "flash-attn", "flash_attn.flash_attn_interface"
     names = ("_flash_attn_forward", "_flash_attn_backward")
     packed_names = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
+    kept = slice(1, 2)  # the state of its random numbers
 
-    def forward(self, query, key, value, call):
-        forward, _ = self._functions_for(call)
-        output, lse, _, random_state = forward(
-            *(to_flash(x, call) for x in (query, key, value)), return_softmax=False, **self._common(call)
-        )
-        return from_flash(output, call), lse_from_flash(lse, call), random_state
+    def _forward_options(self, function, call):
+        return self._options(call) | {"return_softmax": False}
 
-    def backward(self, grad_output, query, key, value, forward, call, grad_lse=None):
-        output, lse, random_state = forward
-        gradients = self._gradients(query, key, value, call)
-        _, backward = self._functions_for(call)
-        backward(
-            *(to_flash(x, call) for x in (grad_output, query, key, value, output)),
-            lse_to_flash(lse, call),
-            **gradients,
-            **self._common(call),
-            deterministic=deterministic(),
-            rng_state=random_state,
-        )
-        return tuple(from_flash(gradient, call) for gradient in gradients.values())
+    def _backward_options(self, function, call, kept, grad_lse):
+        return self._options(call) | {"deterministic": wants_determinism(), "rng_state": kept[0]}
 
-    def _functions_for(self, call):
-        if call.cu_seqlens is None:
-            return self._functions()
-        module = importlib.import_module(self.module)
-        return tuple(getattr(module, name) for name in self.packed_names)
-
-    @staticmethod
-    def _common(call) -> dict[str, object]:
+    def _options(self, call: Call) -> dict[str, object]:
         return _packed(call) | {
             "dropout_p": 0.0,
             "softmax_scale": call.scale,
@@ -102,30 +105,17 @@ class FlashAttn3(_FlashAttn):
     """flash-attn-3, for Hopper: dense, packed, windows. Argument names differ between its releases."""
 
     name, package, module = "flash_attn_3", "flash-attn-3", "flash_attn_interface"
-    names = ("_flash_attn_forward", "_flash_attn_backward")
+    names = packed_names = ("_flash_attn_forward", "_flash_attn_backward")
 
-    def forward(self, query, key, value, call):
-        forward, _ = self._functions()
-        inputs = (to_flash(x, call) for x in (query, key, value))
-        output, lse, *_ = forward(*inputs, **_known(forward, self._common(call), given=("q", "k", "v")))
-        return from_flash(output, call), lse_from_flash(lse, call)
+    def _forward_options(self, function, call):
+        return _select(function, self._options(call), ("q", "k", "v"))
 
-    def backward(self, grad_output, query, key, value, forward, call, grad_lse=None):
-        output, lse = forward
-        gradients = self._gradients(query, key, value, call)
-        given = ("dout", "q", "k", "v", "out", "softmax_lse", *gradients)
-        _, backward = self._functions()
-        backward(
-            *(to_flash(x, call) for x in (grad_output, query, key, value, output)),
-            lse_to_flash(lse, call),
-            **gradients,
-            **_known(backward, self._common(call) | {"deterministic": deterministic()}, given),
-        )
-        return tuple(from_flash(gradient, call) for gradient in gradients.values())
+    def _backward_options(self, function, call, kept, grad_lse):
+        given = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
+        return _select(function, self._options(call) | {"deterministic": wants_determinism()}, given)
 
-    @staticmethod
-    def _common(call) -> dict[str, object]:
-        """Under every name that a release has had; `_known` picks those of the one at hand."""
+    def _options(self, call: Call) -> dict[str, object]:
+        """Return the options under every name that a release has had."""
         left, right = (-1, -1) if call.window is None else (call.window - 1, 0)
         return _packed(call) | {
             "softmax_scale": call.scale,
@@ -141,33 +131,20 @@ class FlashAttn4(_FlashAttn):
     """flash-attn-4, for Hopper and Blackwell: dense, packed, windows. Its backward takes a gradient of lse."""
 
     name, package, module = "flash_attn_4", "flash-attn-4", "flash_attn.cute.interface"
-    names = ("_flash_attn_fwd", "_flash_attn_bwd")
+    names = packed_names = ("_flash_attn_fwd", "_flash_attn_bwd")
+    grad_output_position = 4
 
     def takes_grad_lse(self, query):
         return query.shape[3] < 256  # its kernel for 256 on sm_100 has none
 
-    def forward(self, query, key, value, call):
-        forward, _ = self._functions()
-        inputs = (to_flash(x, call) for x in (query, key, value))
-        output, lse, *_ = forward(*inputs, return_lse=True, **self._common(call))
-        return from_flash(output, call), lse_from_flash(lse, call)
+    def _forward_options(self, function, call):
+        return self._options(call) | {"return_lse": True}
 
-    def backward(self, grad_output, query, key, value, forward, call, grad_lse=None):
-        output, lse = forward
-        _, backward = self._functions()
-        gradients = self._gradients(query, key, value, call)
-        backward(
-            *(to_flash(x, call) for x in (query, key, value, output, grad_output)),
-            lse_to_flash(lse, call),
-            **gradients,
-            **self._common(call),
-            deterministic=deterministic(),
-            dlse=None if grad_lse is None else lse_to_flash(grad_lse, call),
-        )
-        return tuple(from_flash(gradient, call) for gradient in gradients.values())
+    def _backward_options(self, function, call, kept, grad_lse):
+        dlse = None if grad_lse is None else lse_to_flash(grad_lse, call)
+        return self._options(call) | {"deterministic": wants_determinism(), "dlse": dlse}
 
-    @staticmethod
-    def _common(call) -> dict[str, object]:
+    def _options(self, call: Call) -> dict[str, object]:
         return _packed(call) | {
             "softmax_scale": call.scale,
             "causal": True,
@@ -177,24 +154,26 @@ class FlashAttn4(_FlashAttn):
 
 
 def _packed(call: Call) -> dict[str, object]:
-    """Where packed sequences start and end; nothing for a dense call."""
+    """Return where packed sequences start and end; nothing for a dense call."""
     if call.cu_seqlens is None:
         return {}
     lengths = dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), call.max_length)
     return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), call.cu_seqlens) | lengths
 
 
-def _known(function: Callable, arguments: dict[str, object], given: tuple[str, ...]) -> dict[str, object]:
-    """Those arguments that the function has, and None for what else it insists on beside the `given` tensors."""
-    parameters = parameters_of(function)
+def _select(function: Callable, arguments: dict[str, object], given: tuple[str, ...]) -> dict[str, object]:
+    """Return those arguments that the function has, and None for what else it insists on beside the `given` tensors."""
+    parameters = get_parameters(function)
     insisted = [name for name, required in parameters.items() if required and name not in given]
     return dict.fromkeys(insisted) | {name: value for name, value in arguments.items() if name in parameters}
 
 
 @functools.cache
-def parameters_of(function: Callable) -> dict[str, bool]:
-    """Name of every parameter, and whether it must be given; of an operator of torch, whose Python signature hides
-    them, too."""
+def get_parameters(function: Callable) -> dict[str, bool]:
+    """Return the name of every parameter and whether it must be given.
+
+    Also of an operator of torch, whose Python signature hides them.
+    """
     operator = getattr(function, "_opoverload", None)
     if operator is not None:
         return {argument.name: not argument.has_default_value() for argument in operator._schema.arguments}
