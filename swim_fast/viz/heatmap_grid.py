@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from swim_fast.files import atomic_write
 from swim_fast.viz.overlay import (
     COLORMAP,
     PictureError,
@@ -138,8 +139,8 @@ def heatmap_grid(
     if legend:
         write(left, total_height - bottom + 0.06, "\n".join(legend), ha="left", va="top", fontsize=7, color="0.25")
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, format="png")
     return figure
 
 
