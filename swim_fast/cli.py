@@ -1,7 +1,6 @@
 """`swim-fast`: one command, a sub-command per job."""
 
 import argparse
-import dataclasses
 import logging
 import sys
 
@@ -60,11 +59,11 @@ def _demo(args) -> int:
 
 
 def _describe(args) -> int:
-    from swim_fast.inference.describe import DescribeOptions, describe
+    from swim_fast.evaluation.commands import read_options
+    from swim_fast.inference.describe import describe
+    from swim_fast.jobs import Describe
 
-    names = (field.name for field in dataclasses.fields(DescribeOptions))
-    options = DescribeOptions(**{name: getattr(args, name) for name in names})
-    for file in describe(args.media, args.question, args.model, options).files:
+    for file in describe(read_options(Describe, args)).files:
         print(file)
     return 0
 
@@ -99,17 +98,21 @@ def build_parser() -> argparse.ArgumentParser:
     job.add_argument("overrides", nargs="*", metavar="key=value")
     job.set_defaults(run=_demo)
 
-    job = jobs.add_parser("describe", help="ask a checkpoint about a video or image, and draw where it looks")
+    job = jobs.add_parser(
+        "describe",
+        argument_default=argparse.SUPPRESS,
+        help="ask a checkpoint about a video or image, and draw where it looks",
+    )
     job.add_argument("media", help="video, folder of frames, or image")
     job.add_argument("question", help="plain text")
     job.add_argument("--model", required=True, help="checkpoint; options left out are those it was trained with")
     job.add_argument("--max-frames", type=int, help="most frames taken from the video")
     job.add_argument("--fps", type=float, help="frames taken per second of the video, up to --max-frames")
     job.add_argument("--reader", choices=("decord", "torchcodec", "pyav"))
-    job.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
-    job.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    job.add_argument("--max-new-tokens", type=int, help="longest answer (default: 256)")
+    job.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
     job.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
-    job.add_argument("--show", action="append", default=[], metavar="NOUN", help="draw its attention; may be repeated")
+    job.add_argument("--show", action="append", metavar="NOUN", help="draw its attention; may be repeated")
     job.add_argument("--occurrence", type=int, metavar="N", help="which NOUN of several, from 1 (default: the last)")
     job.add_argument("--layers", type=int, nargs="+", help="layers that are fused (default: those of training)")
     job.add_argument("--out", help="PNG of the attention (default: attention.png)")

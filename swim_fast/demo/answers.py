@@ -1,4 +1,4 @@
-"""Does a trained checkpoint answer right? Plain text and pixels in, greedy text out, no tags, no maps."""
+"""Answers of a trained checkpoint against the reference: plain text and pixels in, greedy text out."""
 
 from collections.abc import Sequence
 
@@ -6,21 +6,27 @@ from tqdm import tqdm
 
 from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
 from swim_fast.data.source.records import Record
-from swim_fast.inference.generation import generate, prompt_and_answer
+from swim_fast.inference.generation import generate, split_answer
+from swim_fast.inference.loading import Checkpoint
 
 
-def answer_accuracy(model, processor, records: Sequence[Record], options: SampleOptions, batch_size: int = 16) -> float:
-    """Share of records whose greedy answer is the reference, word for word.
+def compute_accuracy(
+    checkpoint: Checkpoint, records: Sequence[Record], options: SampleOptions, batch_size: int = 16
+) -> float:
+    """Return the share of records whose greedy answer is the reference, word for word.
 
     Args:
-        model, processor: a checkpoint as loaded by stock transformers.
-        records: with one question and one answer each.
+        checkpoint: a stock model and its processor.
+        records: one question and one answer each.
+        options: how frames are taken.
+        batch_size: records at a time.
     """
+    model, processor = checkpoint
     builder = SampleBuilder(processor, options)
     right = 0
     for begin in tqdm(range(0, len(records), batch_size), desc="answering", leave=False):
         samples = [builder(records[i]) for i in range(begin, min(begin + batch_size, len(records)))]
-        prompts, answers = zip(*map(prompt_and_answer, samples), strict=True)
+        prompts, answers = zip(*map(split_answer, samples), strict=True)
         found = generate(model, processor, prompts, max_new_tokens=max(map(len, answers)))
         expected = processor.batch_decode(answers, skip_special_tokens=True)
         right += sum(said.strip() == text.strip() for said, text in zip(found, expected, strict=True))

@@ -44,16 +44,15 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
         folders: run name → trained checkpoint.
         path: PNG to write.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     from swim_fast.data.sample.builder import SampleBuilder
     from swim_fast.data.source.records import RecordFile
-    from swim_fast.inference.describe import noun_maps
+    from swim_fast.inference.loading import load_model, load_processor
+    from swim_fast.inference.noun_maps import compute_noun_maps
     from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid
 
     source = next(iter(config.data.eval.values()))
     records = RecordFile(source.path, source.media)
-    processor = AutoProcessor.from_pretrained(config.model.path)
+    processor = load_processor(config.model.path)
     builder = SampleBuilder(processor, config.sample_options())
     record, sample = max(((record, builder(record)) for record in records), key=lambda pair: len(pair[1].masks))
     conversation, info = builder.render(record), builder.reader.info(record)
@@ -61,8 +60,7 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     encoding = builder.encode.video(conversation, pixels, sample.frames, info)
     maps = []
     for folder in folders.values():
-        model = AutoModelForImageTextToText.from_pretrained(folder)
-        maps.append(noun_maps(model, processor, encoding, config.attention_loss)[0])
+        maps.append(compute_noun_maps(load_model(folder), processor, encoding, config.attention_loss)[0])
     patch_size, columns = builder.encode.temporal_patch_size, []
     for _, start, height, width, mask in sample.pairs[: len(sample.masks)]:  # of the first row
         patch = sample.patches[start // (height * width)]

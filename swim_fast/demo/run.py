@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from swim_fast.config import RunConfig, load_config
+from swim_fast.files import atomic_write
 
 WITH, WITHOUT = "with_attention_loss", "text_loss_only"
 METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou", "answer_accuracy")
@@ -19,7 +20,7 @@ def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 100
     earlier run.
 
     Returns:
-        What `metrics.json` holds: per run the held-out pointing accuracy, mass in mask, soft IoU and answer accuracy,
+        Contents of `metrics.json`: per run the held-out pointing accuracy, mass in mask, soft IoU and answer accuracy,
         and the seconds of the whole demo.
     """
     import torch
@@ -45,7 +46,8 @@ def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 100
     draw_curves(folders, folder / "curves.png")
     draw_attention(config, folders, folder / "attention.png")
     report["seconds"] = round(time.perf_counter() - begin, 1)
-    (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(folder / "metrics.json") as file:
+        file.write(json.dumps(report, indent=2) + "\n")
     _print_table(report)
     print(f"{folder / 'metrics.json'}  {folder / 'attention.png'}  {folder / 'curves.png'}  {report['seconds']:.0f} s")
     return report
@@ -60,18 +62,15 @@ def _variant(config: RunConfig, output: Path, mask_weight: float) -> RunConfig:
 
 
 def _train_and_score(config: RunConfig) -> dict[str, float]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     from swim_fast.data.source.records import RecordFile
-    from swim_fast.demo.answers import answer_accuracy
+    from swim_fast.demo.answers import compute_accuracy
+    from swim_fast.inference.loading import load_checkpoint
     from swim_fast.training.run import train
 
     metrics = train(config)
     (name, source), *_ = config.data.eval.items()
-    output = config.training["output_dir"]
-    model = AutoModelForImageTextToText.from_pretrained(output)  # the saved checkpoint is a plain one
-    processor = AutoProcessor.from_pretrained(output)
-    accuracy = answer_accuracy(model, processor, RecordFile(source.path, source.media), config.sample_options())
+    checkpoint = load_checkpoint(config.training["output_dir"])
+    accuracy = compute_accuracy(checkpoint, RecordFile(source.path, source.media), config.sample_options())
     scores = {key: metrics[f"eval_{name}_{key}"] for key in METRICS[:-1]} | {"answer_accuracy": accuracy}
     return {key: round(value, 4) for key, value in scores.items()}
 

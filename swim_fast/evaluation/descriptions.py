@@ -1,7 +1,7 @@
 """VideoRefer-Bench-D: descriptions of objects, scored by a judge in four dimensions.
 
-A record: the question that asks for the description and the clip, see `swim_fast.evaluation.benchmark`, and the correct
-description under ``caption`` or as the first answer of ``conversations``.
+A record: the question that asks for the description and the clip, see `swim_fast.evaluation.prompts`, and the correct
+description under `caption` or as the first answer of `conversations`.
 """
 
 from __future__ import annotations
@@ -13,29 +13,13 @@ from typing import Any
 
 from swim_fast.data.source.records import Record, RecordFile, read_turns
 from swim_fast.data.source.tags import strip_tags
-from swim_fast.evaluation.benchmark import prompt_record, prompt_sample, question_of, read_items, text_under
 from swim_fast.evaluation.judge import DIMENSIONS, PROMPT_VERSION, JudgeTask, judge
-from swim_fast.evaluation.predictions import Predictions, stored_settings
-from swim_fast.evaluation.ranks import Ranks
-from swim_fast.evaluation.run import RunOptions, predict_rest
-from swim_fast.inference.generation import generate, load_model
-from swim_fast.llm.endpoint import EndpointOptions
+from swim_fast.evaluation.predictions import stored_settings
+from swim_fast.evaluation.prompts import make_prompt, make_record, read_items, read_question_text, read_text
+from swim_fast.evaluation.run import Batch, Ranks, Run, Work
+from swim_fast.inference.generation import generate
+from swim_fast.jobs import Descriptions
 from swim_fast.llm.settle import Outcome
-
-FRAME_MODES = ("text", "single", "multi")
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """The judge, the file of its answers (None: in the folder of the run), and how often it may answer."""
-
-    endpoint: EndpointOptions
-    journal: Path | None = None
-    attempts: int = 3
-
-    def __post_init__(self):
-        if self.attempts < 1:
-            raise ValueError(f"--attempts is {self.attempts}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -46,8 +30,8 @@ class Description:
     caption: str
 
 
-def read_description(records: RecordFile, entry: dict[str, Any], number: int) -> Description:
-    """The item of an entry, whose keys are in lower case.
+def read_description(records: RecordFile, entry: dict[str, Any], index: int) -> Description:
+    """Return the item of an entry, whose keys are in lower case.
 
     Raises:
         DataError: for whatever is missing.
@@ -55,82 +39,55 @@ def read_description(records: RecordFile, entry: dict[str, Any], number: int) ->
     if entry.get("caption") is None and entry.get("conversations") is not None:
         answers = [turn.text for turn in read_turns(entry) if turn.role == "assistant"]
         entry = {**entry, "caption": strip_tags(answers[0])[0] if answers else None}
-    caption = text_under(entry, "caption").strip()
-    return Description(prompt_record(records, entry, number, question_of(entry)), caption)
+    caption = read_text(entry, "caption").strip()
+    return Description(make_record(records, entry, index, read_question_text(entry)), caption)
 
 
-def evaluate_descriptions(
-    options: RunOptions,
-    ranks: Ranks,
-    judging: JudgeOptions | None = None,
-    *,
-    judge_only: bool = False,
-    frame_mode: str = "text",
-    max_new_tokens: int = 256,
-) -> dict[str, Any] | None:
+def evaluate_descriptions(options: Descriptions, ranks: Ranks) -> dict[str, Any] | None:
     """Describe the objects of a file, and have the descriptions judged.
 
-    Args:
-        options, ranks: how the model is run.
-        judging: the judge; None: predictions only.
-        judge_only: judge the predictions that are in the folder, without loading a model.
-        frame_mode: how the object is pointed out, which is recorded beside the scores: "text", by the question alone;
-            "single" or "multi", also drawn into one or all frames of the clips that were handed over.
-        max_new_tokens: most tokens of a description.
-
     Returns:
-        What `score_descriptions` makes of it, on the first rank; None on the others.
+        The results of `score_descriptions`, on the first rank; None on the others.
 
     Raises:
         DataError: the file cannot be read, or none of its records can be used.
-        ValueError: a model that cannot be loaded; predictions of another run in the folder, or none to judge.
+        CheckpointError: the model cannot be loaded.
+        PredictionsError: the folder holds predictions of another run, or none to judge.
         EndpointError: the judge cannot be asked.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
-    if judge_only and judging is None:
-        raise ValueError("--judge-only needs a --judge-model")
-    records = RecordFile(options.file, options.media)
-    items, problems = read_items(records, options.count(len(records)), read_description)
-    settings = options.settings("descriptions", max_new_tokens=max_new_tokens, frame_mode=frame_mode)
-    if judge_only:  # whatever the predictions were made with, as long as it is this model on this file
-        made = stored_settings(options.out)
+    run = Run(options, ranks)
+    items, problems = read_items(run.records, run.indices, read_description)
+    settings = run.settings("descriptions", max_new_tokens=options.max_new_tokens, frame_mode=options.frame_mode)
+    if options.judge_only:  # whatever the predictions were made with, as long as it is this model on this file
         named = ("evaluation", "model", "file", "contents")
-        settings = {**made, **{name: settings[name] for name in named}}
-    with Predictions(options.out, settings) as predictions:
-        if not judge_only and any(number not in predictions.done for number in items):
-            model, processor = load_model(options.model, options.dtype, options.attention, ranks.device)
-            builder = options.sample_builder(processor)
+        settings = {**stored_settings(Path(options.out)), **{name: settings[name] for name in named}}
 
-            def describe(batch):
-                said = generate(model, processor, [sample for _, sample in batch], max_new_tokens)
-                return [{"description": text.strip()} for text in said]
+    def prepare() -> Work:
+        model, processor = run.load()
+        builder = run.sample_builder(processor)
 
-            predict_rest(
-                list(items),
-                lambda number: prompt_sample(builder, items[number].record),
-                describe,
-                predictions,
-                options,
-                ranks,
-                desc="describing",
-            )
-        if ranks.rank:
-            return None
-        entries = predictions.entries()
+        def predict(batch: Batch) -> list[dict[str, Any]]:
+            said = generate(model, processor, [sample for _, sample in batch], options.max_new_tokens)
+            return [{"description": text.strip()} for text in said]
+
+        return Work(lambda index: make_prompt(builder, items[index].record), predict)
+
+    entries = run.predict(list(items), settings, None if options.judge_only else prepare, "describing")
+    if entries is None:
+        return None
     outcomes = None
-    if judging is not None:
+    if options.judge_model is not None:
         tasks = [
-            JudgeTask(number, item.caption, entries[number]["description"])
-            for number, item in items.items()
-            if "description" in entries.get(number, {})
+            JudgeTask(index, item.caption, entries[index]["description"])
+            for index, item in items.items()
+            if "description" in entries.get(index, {})
         ]
-        journal = judging.journal or options.out / "judge.journal.jsonl"
-        outcomes = judge(tasks, judging.endpoint, journal, judging.attempts)
+        journal = Path(options.journal or Path(options.out) / "judge.journal.jsonl")
+        outcomes = judge(tasks, options.endpoint(options.judge_model), journal, options.attempts)
         settings = {
             **settings,
-            "judge": judging.endpoint.model,
-            "judge_temperature": judging.endpoint.temperature,
+            "judge": options.judge_model,
+            "judge_temperature": options.temperature,
             "judge_prompt": PROMPT_VERSION,
         }
     return {"settings": settings, **score_descriptions(items, entries, problems, outcomes)}
@@ -145,27 +102,27 @@ def score_descriptions(
     """Average the scores.
 
     Args:
-        items: the records by number.
-        entries: predictions and problems of clips by record number.
-        problems: of records that could not be read.
-        outcomes: of the judge, for every description; None where nobody judged.
+        items: the records by index.
+        entries: predictions and problems of clips by record index.
+        problems: what is wrong with records that could not be read.
+        outcomes: the judge's, for every description; None where nobody judged.
 
     Returns:
-        ``described``: how many; ``problems``: record number -> why there is no description, which counts nowhere;
-        ``scores``: record number -> the four scores; ``failed``: record number -> why there are none though the judge
-        was asked, which count nowhere either; ``means``: by dimension over the scores, and ``average``: the mean of the
-        means; None without scores.
+        `described`: number of descriptions; `problems`: record index -> why there is none, which counts nowhere;
+        `scores`: record index -> the four scores; `failed`: record index -> why there are none though the judge was
+        asked, which count nowhere either; `means`: by dimension over the scores, and `average`: the mean of the means;
+        None without scores.
     """
     problems = dict(problems)
-    for number in items:
-        entry = entries.get(number, {"problem": "was not described"})
+    for index in items:
+        entry = entries.get(index, {"problem": "was not described"})
         if "problem" in entry:
-            problems[number] = entry["problem"]
+            problems[index] = entry["problem"]
     judged = outcomes or {}
     scores = {n: dict(zip(DIMENSIONS, o.result, strict=True)) for n, o in judged.items() if o.result is not None}
     means = {name: sum(row[name] for row in scores.values()) / len(scores) for name in DIMENSIONS} if scores else None
     return {
-        "described": sum(number not in problems for number in items),
+        "described": sum(index not in problems for index in items),
         "problems": dict(sorted(problems.items())),
         "scores": scores,
         "failed": {n: outcome.reason for n, outcome in judged.items() if outcome.result is None},

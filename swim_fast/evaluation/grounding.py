@@ -4,118 +4,104 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from swim_fast.config import AttentionLossConfig, RunConfig
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.sample.builder import Sample
-from swim_fast.data.source.records import RecordFile
-from swim_fast.evaluation.predictions import Predictions
-from swim_fast.evaluation.ranks import Ranks
-from swim_fast.evaluation.run import RunOptions, predict_rest
-from swim_fast.inference.generation import load_model
+from swim_fast.errors import OptionError
+from swim_fast.evaluation.run import Batch, Ranks, Run, Work
+from swim_fast.jobs import Grounding
 from swim_fast.loss.mask_loss import GridPredictions
 from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
 from swim_fast.modeling import attach_noun_attention
 from swim_fast.modeling.families import get_attentions, get_default_layers
 
-FUSIONS = ("product", "mean")
 
-
-def read_layers(text: str) -> list[int] | str:
-    """The layers that an option names: "all", "supervised", or numbers with commas.
+def read_layers(layers: str | list[int]) -> list[int] | str:
+    """Return the layers that an option names: "all", "supervised", or their indices.
 
     Raises:
-        ValueError: something else.
+        OptionError: something else.
     """
-    if text in ("all", "supervised"):
-        return text
+    if layers in ("all", "supervised") or isinstance(layers, list):
+        return layers
     try:
-        return [int(part) for part in text.split(",")]
+        return [int(part) for part in layers.split(",")]
     except ValueError:
-        raise ValueError(f"--layers is {text!r}; give all, supervised or numbers such as 2,7,12") from None
+        raise OptionError(f"--layers is {layers!r}; give all, supervised or indices such as 2,7,12") from None
 
 
-def supervised_layers(folder: str, num_layers: int) -> list[int]:
-    """The layers that a checkpoint was trained on, as the configuration in its folder says; without one, every fifth
-    counted back from the last."""
-    import yaml
-
-    path = Path(folder) / "config.yaml"
-    try:
-        chosen = yaml.safe_load(path.read_text(encoding="utf-8"))["attention_loss"]["layers"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        chosen = None
+def supervised_layers(trained: RunConfig | None, num_layers: int) -> list[int]:
+    """Return the layers that a model was trained on; if that is unknown, every fifth counted back from the last."""
+    chosen = trained.attention_loss.layers if trained else None
     return sorted(layer % num_layers for layer in chosen) if chosen else get_default_layers(num_layers)
 
 
-def evaluate_grounding(
-    options: RunOptions,
-    ranks: Ranks,
-    layers: list[int] | str = "all",
-    *,
-    fusion: str = "product",
-    query_position: str = "noun",
-    softmax: str = "causal",
-    backend: str = "auto",
-) -> dict[str, Any] | None:
-    """Pointing accuracy, mass in mask and soft IoU over the pairs of noun token and temporal patch of a file.
+def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | None:
+    """Measure pointing accuracy, mass in mask and soft IoU over the pairs of noun token and temporal patch of a file.
 
-    Args:
-        options, ranks: how the model is run.
-        layers: "all", "supervised" (see `supervised_layers`) or their numbers.
-        fusion: of the layers; with layers "all" the supervised ones alone are fused.
-        query_position, softmax: as in `SampleOptions`.
-        backend: of the kernels.
+    Rows, softmax and fusion that the options do not name are those of the run that made the model. With layers "all"
+    the supervised ones alone are fused.
 
     Returns:
-        What `score_grounding` makes of it, on the first rank; None on the others.
+        The results of `score_grounding`, on the first rank; None on the others.
 
     Raises:
         DataError: the file cannot be read.
-        ValueError: a model that cannot be loaded or a layer that it does not have; predictions of another run in the
-            folder.
+        CheckpointError: the model cannot be loaded.
+        ValueError: a layer that it does not have.
+        PredictionsError: the folder holds predictions of another run.
     """
-    records = RecordFile(options.file, options.media)
-    numbers = range(options.count(len(records)))
-    how = {"query_position": query_position, "softmax": softmax}
-    settings = options.settings("grounding", layers=layers, fusion=fusion, **how)
-    with Predictions(options.out, settings) as predictions:
-        if any(number not in predictions.done for number in numbers):
-            model, processor = load_model(options.model, options.dtype, options.attention, ranks.device)
-            count = len(get_attentions(model))
-            supervised = supervised_layers(options.model, count)
-            chosen = {"all": list(range(count)), "supervised": supervised}.get(str(layers), layers)
-            attach_noun_attention(model, chosen, backend)
-            chosen = sorted(layer % count for layer in chosen)
-            fused = supervised if layers == "all" else chosen
-            builder = options.sample_builder(processor, read_out="supervised", **how)
-            collate = Collator(processor)
+    run, layers = Run(options, ranks), read_layers(options.layers)
+    how = _choose_maps(options, run.trained)
+    fusion, rows = how["fusion"], {name: how[name] for name in ("query_position", "softmax")}
+    settings = run.settings("grounding", layers=layers, **how)
 
-            def build(number: int) -> Sample:
-                record = records[number]
-                return builder(record) if record.objects else Sample(record.name, {})
+    def prepare() -> Work:
+        model, processor = run.load()
+        count = len(get_attentions(model))
+        supervised = supervised_layers(run.trained, count)
+        chosen = {"all": list(range(count)), "supervised": supervised}.get(str(layers), layers)
+        attach_noun_attention(model, chosen, options.backend)
+        chosen = sorted(layer % count for layer in chosen)
+        fused = supervised if layers == "all" else chosen
+        builder = run.sample_builder(processor, read_out="supervised", **rows)
+        collate = Collator(processor)
 
-            def look(batch: list[tuple[int, Sample]]) -> list[dict[str, Any]]:
-                samples = [sample for _, sample in batch]
-                with_rows = [sample for sample in samples if sample.rows]
-                sums = iter(_sums(model, collate, with_rows, chosen, fused, fusion) if with_rows else ())
-                return [next(sums) if sample.rows else {"sums": {}} for sample in samples]
+        def build(index: int) -> Sample:
+            record = run.records[index]
+            return builder(record) if record.objects else Sample(record.name, {})
 
-            predict_rest(numbers, build, look, predictions, options, ranks, desc="looking")
-        if ranks.rank:
-            return None
-        entries = predictions.entries()
-    return {"settings": settings, **score_grounding({n: e for n, e in entries.items() if n in numbers})}
+        def predict(batch: Batch) -> list[dict[str, Any]]:
+            samples = [sample for _, sample in batch]
+            with_rows = [sample for sample in samples if sample.rows]
+            sums = iter(_compute_sums(model, collate, with_rows, chosen, fused, fusion) if with_rows else ())
+            return [next(sums) if sample.rows else {"sums": {}} for sample in samples]
+
+        return Work(build, predict)
+
+    entries = run.predict(run.indices, settings, prepare, "looking")
+    if entries is None:
+        return None
+    return {"settings": settings, **score_grounding({n: entry for n, entry in entries.items() if n in run.indices})}
+
+
+def _choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str]:
+    """Return fusion, query_position and softmax: as given, else as in training, else the defaults."""
+    loss = trained.attention_loss if trained else AttentionLossConfig()
+    how = {name: getattr(loss, name) for name in ("fusion", "query_position", "softmax")}
+    how["fusion"] = "mean" if loss.fusion == "mean" else "product"
+    return how | {name: value for name, value in options.given().items() if name in how}
 
 
 @torch.no_grad()
-def _sums(
+def _compute_sums(
     model, collate: Collator, samples: Sequence[Sample], layers: list[int], fused: list[int], fusion: str
 ) -> list[dict[str, Any]]:
-    """`sum_metrics` of each sample: by layer, and of the fused layers."""
+    """Return the `sum_metrics` of each sample: by layer, and of the fused layers."""
     batch = collate(samples)
     queries = batch["noun_queries"].to(model.device)
     outputs = model(**model_inputs(batch, model.device), noun_queries=queries, use_cache=False, logits_to_keep=1)
@@ -136,17 +122,17 @@ def _sums(
 
 
 def score_grounding(entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over all pairs.
+    """Average over all pairs.
 
     Args:
-        entries: by record number; ``sums``: layer (or "fused") -> `sum_metrics`, or ``problem``.
+        entries: predictions by record index; `sums`: layer (or "fused") -> `sum_metrics`, or `problem`.
 
     Returns:
-        ``layers``: layer -> the `METRICS`; ``fused``: the same of the fused layers, which are ``fused_layers``;
-        ``records`` with pairs, ``pairs``, ``without``: the number of records without tagged noun, and ``problems``:
-        record number -> why nothing is known of it.
+        `layers`: layer -> the `METRICS`; `fused`: the same of the fused layers, which are `fused_layers`; `records`:
+        number of those with pairs; `pairs`: their number; `without`: number of records without tagged noun; `problems`:
+        record index -> why nothing is known of it.
     """
-    problems = {number: entry["problem"] for number, entry in entries.items() if "problem" in entry}
+    problems = {index: entry["problem"] for index, entry in entries.items() if "problem" in entry}
     looked = [entry for entry in entries.values() if entry.get("sums")]
     totals: dict[str, torch.Tensor] = {}
     for entry in looked:
@@ -164,29 +150,3 @@ def score_grounding(entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         "without": len(entries) - len(looked) - len(problems),
         "problems": problems,
     }
-
-
-def draw_grounding(results: Mapping[str, Any], path: Path) -> None:
-    """Draw the metrics over the layers to a PNG: one panel each, the fused value as a dashed line.
-
-    Args:
-        results: of `score_grounding`, with pairs.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    layers = [int(layer) for layer in results["layers"]]
-    figure = Figure(figsize=(9.6, 2.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
-        values = {layer: results["layers"][str(layer)][metric] for layer in layers}
-        axes.plot(layers, list(values.values()), color="0.6", marker=".", zorder=1)
-        fused = [layer for layer in results["fused_layers"] if layer in values]
-        axes.scatter(fused, [values[layer] for layer in fused], color="tab:blue", s=24, zorder=2, label="fused layers")
-        axes.axhline(results["fused"][metric], color="tab:blue", linestyle="--", linewidth=1, label="fused")
-        axes.set_title(metric.replace("_", " "), fontsize=10)
-        axes.set_xlabel("layer")
-        axes.set_ylim(0, max(1e-3, 1.15 * max(*values.values(), results["fused"][metric])))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swim_fast.llm.endpoint import EndpointOptions
 from swim_fast.llm.journal import Journal, answer_key
 from swim_fast.llm.json_answer import final_text, find_values
 from swim_fast.llm.settle import AnswerError, Outcome, Request, Settler
+from swim_fast.options import Endpoint
 
 DIMENSIONS = ("Subject Correspondence", "Appearance Description", "Temporal Description", "Hallucination Detection")
 PROMPT_VERSION = "swim-fast 1"  # recorded beside the scores; to be raised with every change of the prompt
@@ -126,7 +126,7 @@ def _read_score(value: Any, name: str) -> int:
 
 
 def judge(
-    tasks: Sequence[JudgeTask], endpoint: EndpointOptions, journal: Path, attempts: int = 3, progress: bool = True
+    tasks: Sequence[JudgeTask], endpoint: Endpoint, journal: Path, attempts: int = 3, progress: bool = True
 ) -> dict[int, Outcome[tuple[int, ...]]]:
     """Have descriptions judged until each has its scores or no attempt is left.
 
@@ -143,7 +143,7 @@ def judge(
     Raises:
         EndpointError: the endpoint cannot be used; what was answered is in the journal.
         FileInUseError: another run uses the journal.
-        ImportError: openai is missing.
+        MissingLibraryError: openai is missing.
     """
     requests = [_make_request(task, endpoint) for task in tasks]
     with Journal(journal) as answers:
@@ -154,7 +154,7 @@ def judge(
         return {request.index: settler.outcome(request) for request in requests}
 
 
-def _make_request(task: JudgeTask, endpoint: EndpointOptions) -> Request[tuple[int, ...]]:
+def _make_request(task: JudgeTask, endpoint: Endpoint) -> Request[tuple[int, ...]]:
     chat = messages(task)
     key = answer_key(task.index, {"temperature": endpoint.temperature}, endpoint.model, chat)
     return Request(task.index, key, chat, read_scores)

@@ -1,7 +1,7 @@
 """Published numbers of VideoRefer-Bench, with their conditions as far as their sources state them.
 
-Numbers: tables of "VideoRefer Suite" (arXiv 2501.00599, tables 1, 2 and 5) and of ``VideoRefer/benchmark/README.md`` in
-https://github.com/alibaba-damo-academy/PixelRefer. Conditions: ``evaluation_general_mllms.md`` beside it (models
+Numbers: tables of "VideoRefer Suite" (arXiv 2501.00599, tables 1, 2 and 5) and of `VideoRefer/benchmark/README.md` in
+https://github.com/alibaba-damo-academy/PixelRefer. Conditions: `evaluation_general_mllms.md` beside it (models
 that take no masks: targets drawn into the clip by set-of-mark, 16 frames), the evaluation scripts there, and table 5.
 """
 

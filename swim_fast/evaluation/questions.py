@@ -1,8 +1,8 @@
 """VideoRefer-Bench-Q: multiple-choice questions about objects, by the letter in the answer or by likelihood.
 
-A record: ``Question``, ``options`` (["(A) A helmet", …]), ``Answer`` ("(A) A helmet", "(A)" or "A"), ``type``, and the
-clip, see `swim_fast.evaluation.benchmark`. Options without letters are given them in their order; an object
-{"A": "A helmet", …} in the place of the list, and ``choices`` in the place of ``options``, do as well.
+A record: `Question`, `options` (["(A) A helmet", …]), `Answer` ("(A) A helmet", "(A)" or "A"), `type`, and the clip, as
+in `swim_fast.evaluation.prompts`. Options without letters get them in their order. An object {"A": "A helmet", …} in
+place of the list, and `choices` in place of `options`, do as well.
 
 The prompt is that of the published evaluation: question, options, and "Answer with the option's letter from the given
 choices directly.", separated by spaces.
@@ -18,15 +18,13 @@ from typing import Any
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
-from swim_fast.evaluation.benchmark import prompt_record, prompt_sample, question_of, read_items, text_under
-from swim_fast.evaluation.predictions import Predictions
+from swim_fast.evaluation.prompts import make_prompt, make_record, read_items, read_question_text, read_text
 from swim_fast.evaluation.published import QUESTION_TYPES
-from swim_fast.evaluation.ranks import Ranks
-from swim_fast.evaluation.run import RunOptions, predict_rest
-from swim_fast.inference.generation import generate, load_model, text_scores
+from swim_fast.evaluation.run import Batch, Ranks, Run, Work
+from swim_fast.inference.generation import generate, score_texts
+from swim_fast.jobs import Questions
 
-WAYS = ("generation", "likelihood")
-# What counts as the answer, by way; the first is the one that is put beside published numbers.
+# Rules that read a letter, by the way of answering; the first is the one that is put beside published numbers.
 READINGS = {"generation": ("published", "lenient"), "likelihood": ("letter", "total", "mean")}
 
 _OPTION = re.compile(r"\s*(?:\(([A-Za-z])\)|([A-Za-z])[).:])\s*(.*)", re.DOTALL)
@@ -47,21 +45,23 @@ class Question:
         return "".join(option[1] for option in self.options)
 
 
-def read_question(records: RecordFile, entry: dict[str, Any], number: int) -> Question:
-    """The question of an entry, whose keys are in lower case.
+def read_question(records: RecordFile, entry: dict[str, Any], index: int) -> Question:
+    """Return the question of an entry, whose keys are in lower case.
 
     Raises:
         DataError: for whatever is missing or contradictory.
     """
-    options = _options(entry)
-    question = question_of(entry)
+    options = _read_options(entry)
+    question = read_question_text(entry)
     prompt = f"{question} {' '.join(options)}. {_DIRECTLY}"
     kind = entry.get("type")
-    record = prompt_record(records, entry, number, prompt)
-    return Question(record, options, _right(entry, options), kind if isinstance(kind, str) and kind else "untyped")
+    record = make_record(records, entry, index, prompt)
+    return Question(
+        record, options, _read_right_letter(entry, options), kind if isinstance(kind, str) and kind else "untyped"
+    )
 
 
-def _options(entry: dict[str, Any]) -> tuple[str, ...]:
+def _read_options(entry: dict[str, Any]) -> tuple[str, ...]:
     given = entry.get("options", entry.get("choices"))
     if isinstance(given, dict):
         given = [f"({letter}) {text}" for letter, text in given.items()]
@@ -85,8 +85,8 @@ def _options(entry: dict[str, Any]) -> tuple[str, ...]:
     return options
 
 
-def _right(entry: dict[str, Any], options: Sequence[str]) -> str:
-    text = text_under(entry, "answer").strip()
+def _read_right_letter(entry: dict[str, Any], options: Sequence[str]) -> str:
+    text = read_text(entry, "answer").strip()
     letters = {option[1]: option for option in options}
     match = _OPTION.fullmatch(text)
     if len(text) == 1 and text.upper() in letters:
@@ -100,9 +100,10 @@ def _right(entry: dict[str, Any], options: Sequence[str]) -> str:
 
 
 def published_letter(said: str, letters: str) -> str | None:
-    """The option that an answer names by the published rule: the first "(X)", else the first "X)", both with a capital
-    X, else the first character that is no full stop; white space around the answer does not count. None where that is
-    the letter of no option.
+    """Return the option that an answer names by the published rule; None if that is the letter of no option.
+
+    The rule takes the first "(X)", else the first "X)", both with a capital X, else the first character that is no full
+    stop. White space around the answer does not count.
     """
     said = said.strip()
     if match := re.search(r"\(([A-Z])\)", said) or re.search(r"([A-Z])\)", said):
@@ -113,7 +114,7 @@ def published_letter(said: str, letters: str) -> str | None:
 
 
 def lenient_letter(said: str, letters: str) -> str | None:
-    """The one option that an answer names in any of the usual forms; None where it names none or several.
+    """Return the one option that an answer names in any of the usual forms; None if it names none or several.
 
     In this order: "(B)", in either case and also with full-width brackets; "B)", "(B"; a first word "B", "b." or "B:";
     "answer is B", "option B"; a lone capital anywhere. White space, asterisks and quotation marks around do not matter.
@@ -135,63 +136,48 @@ def lenient_letter(said: str, letters: str) -> str | None:
     return None
 
 
-def evaluate_questions(
-    options: RunOptions, ranks: Ranks, by: str = "generation", max_new_tokens: int = 16
-) -> dict | None:
+def evaluate_questions(options: Questions, ranks: Ranks) -> dict[str, Any] | None:
     """Answer the questions of a file and count the right answers.
 
-    Args:
-        options, ranks: how the model is run.
-        by: "generation", the letter in the model's greedy answer, or "likelihood", the option that it finds likeliest.
-        max_new_tokens: most tokens of an answer.
-
     Returns:
-        What `score_questions` makes of it, on the first rank; None on the others.
+        The results of `score_questions`, on the first rank; None on the others.
 
     Raises:
         DataError: the file cannot be read, or none of its records can be used.
-        ValueError: a model that cannot be loaded; predictions of another run in the folder.
+        CheckpointError: the model cannot be loaded.
+        PredictionsError: the folder holds predictions of another run.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
-    records = RecordFile(options.file, options.media)
-    items, problems = read_items(records, options.count(len(records)), read_question)
-    settings = options.settings("questions", by=by, max_new_tokens=max_new_tokens if by == "generation" else None)
-    with Predictions(options.out, settings) as predictions:
-        if any(number not in predictions.done for number in items):
-            model, processor = load_model(options.model, options.dtype, options.attention, ranks.device)
-            builder = options.sample_builder(processor)
+    run, by = Run(options, ranks), options.by
+    items, problems = read_items(run.records, run.indices, read_question)
+    settings = run.settings("questions", by=by, max_new_tokens=options.max_new_tokens if by == "generation" else None)
 
-            def answer(batch):
-                prompts = [sample for _, sample in batch]
-                if by == "generation":
-                    said = generate(model, processor, prompts, max_new_tokens)
-                    return [{"answer": text} for text in said]
-                chosen = zip(prompts, (items[number].options for number, _ in batch), strict=True)
-                scores = (text_scores(model, processor, prompt, texts, options.batch_size) for prompt, texts in chosen)
-                return [{"scores": [asdict(score) for score in found]} for found in scores]
+    def prepare() -> Work:
+        model, processor = run.load()
+        builder = run.sample_builder(processor)
 
-            predict_rest(
-                list(items),
-                lambda number: prompt_sample(builder, items[number].record),
-                answer,
-                predictions,
-                options,
-                ranks,
-                desc="answering",
+        def predict(batch: Batch) -> list[dict[str, Any]]:
+            prompts = [sample for _, sample in batch]
+            if by == "generation":
+                return [{"answer": text} for text in generate(model, processor, prompts, options.max_new_tokens)]
+            texts = [items[index].options for index, _ in batch]
+            scored = (
+                score_texts(model, processor, *asked, options.batch_size) for asked in zip(prompts, texts, strict=True)
             )
-        if ranks.rank:
-            return None
-        return {"settings": settings, **score_questions(items, predictions.entries(), problems, by)}
+            return [{"scores": [asdict(score) for score in scores]} for scores in scored]
+
+        return Work(lambda index: make_prompt(builder, items[index].record), predict)
+
+    entries = run.predict(list(items), settings, prepare, "answering")
+    return None if entries is None else {"settings": settings, **score_questions(items, entries, problems, by)}
 
 
 def read_letters(question: Question, entry: Mapping[str, Any], by: str) -> dict[str, str | None]:
-    """The letter that a prediction gives, by each of the `READINGS`; None where it gives none."""
+    """Return the letter that a prediction gives, by each of the `READINGS`; None where it gives none."""
     if by == "generation":
         readers = {"published": published_letter, "lenient": lenient_letter}
         return {name: read(entry["answer"], question.letters) for name, read in readers.items()}
     best = {name: max(range(len(question.options)), key=lambda i: entry["scores"][i][name]) for name in READINGS[by]}
-    return {name: question.letters[place] for name, place in best.items()}
+    return {name: question.letters[option] for name, option in best.items()}
 
 
 def score_questions(
@@ -200,25 +186,25 @@ def score_questions(
     """Count the right answers.
 
     Args:
-        items: the questions by record number.
-        entries: predictions and problems of clips by record number.
-        problems: of records that could not be read.
-        by: one of `WAYS`.
+        items: the questions by record index.
+        entries: predictions and problems of clips by record index.
+        problems: what is wrong with records that could not be read.
+        by: "generation" or "likelihood".
 
     Returns:
-        ``readings``: for each of the `READINGS`, under ``types`` (and ``all``) the number of answers, of ``right`` and
-        of ``unparsable`` ones (which count as wrong) and the ``accuracy``, in per cent; ``problems``: record number ->
-        why there is no answer, which counts nowhere; ``answers``: record number -> letters.
+        `readings`: for each of the `READINGS`, under `types` (and `all`) the number of answers, of `right` and of
+        `unparsable` ones (which count as wrong) and the `accuracy`, in per cent; `problems`: record index -> why there
+        is no answer, which counts nowhere; `answers`: record index -> letters.
     """
     problems = dict(problems)
     answers: dict[int, dict[str, Any]] = {}
-    for number, question in items.items():
-        entry = entries.get(number, {"problem": "was not asked"})
+    for index, question in items.items():
+        entry = entries.get(index, {"problem": "was not asked"})
         if "problem" in entry:
-            problems[number] = entry["problem"]
+            problems[index] = entry["problem"]
         else:
             letters = read_letters(question, entry, by)
-            answers[number] = {"type": question.type, "right": question.answer, **letters}
+            answers[index] = {"type": question.type, "right": question.answer, **letters}
     found = [answer["type"] for answer in answers.values()]
     order = [*(name for name in QUESTION_TYPES if name in found), *sorted(set(found) - set(QUESTION_TYPES))]
     readings = {

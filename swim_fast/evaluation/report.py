@@ -1,4 +1,4 @@
-"""Results on disk and for people: one JSON file, one table as Markdown that can be read as it is."""
+"""Results on disk and for people: one JSON file, and one table as Markdown that reads well as plain text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from swim_fast.evaluation import published
 from swim_fast.evaluation.judge import DIMENSIONS
 from swim_fast.evaluation.questions import READINGS
+from swim_fast.files import atomic_write
 from swim_fast.loss.metrics import METRICS
 
 _READINGS = {
@@ -24,7 +25,7 @@ _SHOWN_PROBLEMS = 5
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns of even width; all but the first and the last are flush right."""
+    """Return a Markdown table with columns of even width; all but the first and the last are flush right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     right = [0 < i < len(head) - 1 for i in range(len(head))]
 
@@ -37,7 +38,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def questions_report(results: Mapping[str, Any]) -> str:
-    """The table of `score_questions` with published numbers beside one's own."""
+    """Return the table of `score_questions` with published numbers beside one's own."""
     settings, by = results["settings"], results["by"]
     kinds = list(dict.fromkeys((*published.QUESTION_TYPES, *results["readings"][READINGS[by][0]]["types"])))
     rows = []
@@ -61,7 +62,7 @@ def questions_report(results: Mapping[str, Any]) -> str:
 
 
 def descriptions_report(results: Mapping[str, Any]) -> str:
-    """The table of `score_descriptions` with published numbers beside one's own."""
+    """Return the table of `score_descriptions` with published numbers beside one's own."""
     settings, means = results["settings"], results["means"]
     head = ["model", *DIMENSIONS, "mean", "conditions"]
     lines = ["# VideoRefer-Bench-D: scores from 0 to 5", ""]
@@ -86,7 +87,7 @@ def descriptions_report(results: Mapping[str, Any]) -> str:
 
 
 def grounding_report(results: Mapping[str, Any]) -> str:
-    """The table of `score_grounding`; fused layers carry an asterisk."""
+    """Return the table of `score_grounding`; fused layers carry an asterisk."""
     fused = results["fused_layers"]
     rows = [
         [f"{layer}{' *' if int(layer) in fused else ''}", *(_number(values[name], 3) for name in METRICS), ""]
@@ -104,15 +105,17 @@ def grounding_report(results: Mapping[str, Any]) -> str:
 
 
 def write_report(folder: Path, results: Mapping[str, Any], report: str) -> None:
-    """Write ``results.json`` and ``results.md``; of descriptions also ``scores.jsonl``, with what they depend on."""
+    """Write `results.json` and `results.md`; of descriptions also `scores.jsonl`, with what they depend on."""
     settings = results["settings"]
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(report + "\n", encoding="utf-8")
+    texts = {"results.json": json.dumps(results, indent=2) + "\n", "results.md": report + "\n"}
     if "judge" in settings:
         about = {name: settings[name] for name in ("judge", "judge_temperature", "judge_prompt", "frame_mode")}
-        rows = {**results["scores"], **{number: {"failed": reason} for number, reason in results["failed"].items()}}
-        lines = [json.dumps({"record": number, **row, **about}) + "\n" for number, row in sorted(rows.items())]
-        (folder / "scores.jsonl").write_text("".join(lines), encoding="utf-8")
+        rows = {**results["scores"], **{index: {"failed": reason} for index, reason in results["failed"].items()}}
+        lines = [json.dumps({"record": index, **row, **about}) + "\n" for index, row in sorted(rows.items())]
+        texts["scores.jsonl"] = "".join(lines)
+    for name, text in texts.items():
+        with atomic_write(folder / name) as file:
+            file.write(text)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -124,6 +127,6 @@ def _problem_lines(problems: Mapping[int, str], what: str) -> list[str]:
 
 
 def _listed(reasons: Mapping[int, str], what: str) -> list[str]:
-    shown = [f"- record {number}: {reason}" for number, reason in list(reasons.items())[:_SHOWN_PROBLEMS]]
+    shown = [f"- record {index}: {reason}" for index, reason in list(reasons.items())[:_SHOWN_PROBLEMS]]
     rest = [f"- … and {len(reasons) - len(shown)} more in results.json"] if len(reasons) > len(shown) else []
     return ["", f"{len(reasons)} {what}:", "", *shown, *rest]

@@ -1,105 +1,199 @@
-"""What all evaluations share: options, which records are left to do, batches of them through the model."""
+"""A checkpoint run over a file by any number of processes: what is left to do, batches of it through the model."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from swim_fast.data.sample.builder import MediaReader, Sample, SampleBuilder, SampleOptions
+from swim_fast.data.sample.builder import MediaReader, Sample, SampleBuilder
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.records import Record
+from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.video.reader import MediaInfo
 from swim_fast.evaluation.predictions import Predictions, file_state, model_state
-from swim_fast.evaluation.ranks import Ranks
+from swim_fast.inference.loading import Checkpoint, choose_sampling, load_checkpoint, trained_as
+from swim_fast.jobs import Evaluation
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+Batch = Sequence[tuple[int, Sample]]  # record indices and samples
+
+# A rank may have long clips where another has short ones, and waits for it at the end.
+_PATIENCE = timedelta(days=7)
+_SAMPLING = ("max_frames", "fps", "min_pixels", "max_pixels", "total_pixels", "max_tokens", "reader")
+
 
 @dataclass(frozen=True)
-class RunOptions:
-    """How a model is run over a file.
+class Ranks:
+    """This process among those of the run: its rank, their number, and the device of its model."""
+
+    rank: int
+    size: int
+    device: str
+
+    def share(self, things: Sequence[T]) -> Sequence[T]:
+        """Return this rank's part."""
+        return things[self.rank :: self.size]
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def running_ranks() -> Iterator[Ranks]:
+    """Connect the ranks that torchrun started while the block runs; a single one without torchrun.
+
+    Results travel by files in a folder that all ranks see, so that gloo does on GPUs too.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    if size == 1:
+        yield Ranks(0, 1, device)
+        return
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Ranks(rank, size, device)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Work:
+    """How records are predicted, once a model is loaded.
 
     Attributes:
-        model: checkpoint folder or name on the Hugging Face hub.
-        file: JSON list or JSONL of records.
-        out: folder for predictions, results and tables.
-        media: folder that media paths are relative to; None: the file's own.
-        limit: only so many records, from the first; None for all.
-        max_frames, max_pixels, reader, decode_timeout: as in `SampleOptions`.
-        folder_fps: frames per second of clips that are folders of frames, which do not say; 1 is what training takes.
-        batch_size: samples at a time.
-        dtype, attention: as for `load_model`.
-        workers: processes that decode clips, for each rank; 0 decodes between the batches.
-
-    Raises:
-        ValueError: for a value outside its range.
+        build: makes the sample of a record; its DataErrors are kept as problems, never as predictions.
+        predict: returns what is kept of each record of a batch.
     """
 
-    model: str
-    file: str
-    out: Path
-    media: str | None = None
-    limit: int | None = None
-    max_frames: int = 32
-    max_pixels: int | None = None
-    folder_fps: float = 1.0
-    batch_size: int = 4
-    dtype: str = "auto"
-    attention: str = "sdpa"
-    reader: str = "decord"
-    decode_timeout: float = 60.0
-    workers: int = 2
+    build: Callable[[int], Sample]
+    predict: Callable[[Batch], list[dict[str, Any]]]
 
-    def __post_init__(self):
-        for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-        if not 0 < self.folder_fps < float("inf"):
-            raise ValueError(f"--folder-fps is {self.folder_fps}; it must be positive")
-        self._sample_options()
+
+class Run:
+    """A checkpoint run over a file.
+
+    Args:
+        options: model, file and sampling; what they do not say of the sampling is that of the run that made the model.
+        ranks: the processes of the run.
+
+    Attributes:
+        records: the file.
+        indices: the records that are meant.
+        trained: configuration of the run that made the model; None if unknown.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+
+    def __init__(self, options: Evaluation, ranks: Ranks):
+        self.options, self.ranks = options, ranks
+        self.records = RecordFile(options.file, options.media)
+        self.indices = range(len(self.records) if options.limit is None else min(options.limit, len(self.records)))
+        self.trained = trained_as(options.model)
+        self.sampling = choose_sampling(options, self.trained)
+
+    def load(self) -> Checkpoint:
+        """Load the model and its processor onto the rank's device."""
+        return load_checkpoint(self.options.model, self.options, self.ranks.device)
 
     def sample_builder(self, processor: Any, **changes: Any) -> SampleBuilder:
-        """Makes samples of records; ``changes`` are other fields of `SampleOptions`."""
-        builder = SampleBuilder(processor, self._sample_options(**changes))
-        builder.reader = _WithFolders(self.reader, self.decode_timeout, self.folder_fps)
+        """Return what makes samples of records; `changes` are other fields of `SampleOptions`."""
+        builder = SampleBuilder(processor, dataclasses.replace(self.sampling, **changes))
+        builder.reader = _WithFolders(self.sampling.reader, self.sampling.decode_timeout, self.options.folder_fps)
         return builder
 
-    def _sample_options(self, **changes: Any) -> SampleOptions:
-        return SampleOptions(
-            max_frames=self.max_frames,
-            max_pixels=self.max_pixels,
-            reader=self.reader,
-            decode_timeout=self.decode_timeout,
-            **changes,
-        )
-
     def settings(self, kind: str, **more: Any) -> dict[str, Any]:
-        """What predictions depend on. The size of the batches is left out: it changes no more than the last bits."""
+        """Return what predictions depend on; not the size of the batches, which changes no more than the last bits."""
+        options = self.options
         return {
             "evaluation": kind,
-            "model": self.model,
-            "weights": model_state(self.model),
-            "file": Path(self.file).name,
-            "contents": file_state(self.file),
-            "max_frames": self.max_frames,
-            "max_pixels": self.max_pixels,
-            "folder_fps": self.folder_fps,
-            "dtype": self.dtype,
-            "attention": self.attention,
-            "reader": self.reader,
+            "model": options.model,
+            "weights": model_state(options.model),
+            "file": Path(options.file).name,
+            "contents": file_state(options.file),
+            **{name: getattr(self.sampling, name) for name in _SAMPLING},
+            "folder_fps": options.folder_fps,
+            "dtype": options.dtype,
+            "attention": options.attention,
             **more,
         }
 
-    def count(self, records: int) -> int:
-        """How many of a file's records are meant."""
-        return records if self.limit is None else min(self.limit, records)
+    def predict(
+        self, indices: Sequence[int], settings: dict[str, Any], prepare: Callable[[], Work] | None, desc: str
+    ) -> dict[int, dict[str, Any]] | None:
+        """Predict the records that have no prediction yet, each rank its share.
+
+        Args:
+            indices: the records that are meant.
+            settings: everything that predictions depend on.
+            prepare: loads the model; called if anything is left to do. None: take what there is.
+            desc: label of the progress bar.
+
+        Returns:
+            The predictions and problems by record index, on the first rank; None on the others.
+
+        Raises:
+            PredictionsError: the folder holds predictions made with other settings.
+            CheckpointError: the model cannot be loaded.
+        """
+        with Predictions(Path(self.options.out), settings) as predictions:
+            rest = [index for index in indices if index not in predictions.done]
+            if rest and prepare is not None:
+                work = prepare()
+                self.ranks.wait()  # all have read what there is before any adds to it
+                predictions.open(self.ranks.rank)
+                if self.ranks.rank == 0:
+                    taken = ", ".join(f"{name} {settings[name]}" for name in _SAMPLING if settings[name] is not None)
+                    logger.info("sampling: %s", taken)
+                    if predictions.done:
+                        logger.info("%d predictions are there already", len(predictions.done))
+                self._predict(self.ranks.share(rest), work, predictions, desc)
+                predictions.close()
+                self.ranks.wait()
+            return None if self.ranks.rank else predictions.entries()
+
+    def _predict(self, indices: Sequence[int], work: Work, predictions: Predictions, desc: str) -> None:
+        options = self.options
+        loader = DataLoader(
+            _Samples(indices, work.build),
+            options.batch_size,
+            num_workers=options.workers,
+            collate_fn=list,
+            multiprocessing_context="fork" if options.workers else None,  # `build` need not be picklable
+        )
+        hidden = self.ranks.rank > 0
+        with logging_redirect_tqdm(), tqdm(total=len(indices), desc=desc, unit="record", disable=hidden) as bar:
+            for batch in loader:
+                good = []
+                for index, sample in batch:
+                    if isinstance(sample, DataError):
+                        logger.warning("left out: %s", sample)
+                        predictions.add(index, {"problem": str(sample)})
+                    else:
+                        good.append((index, sample))
+                if good:
+                    for (index, _), entry in zip(good, work.predict(good), strict=True):
+                        predictions.add(index, entry)
+                bar.update(len(batch))
 
 
 class _WithFolders(MediaReader):
@@ -111,71 +205,21 @@ class _WithFolders(MediaReader):
 
     def info(self, record: Record) -> MediaInfo:
         info = super().info(record)
-        return replace(info, fps=self._folder_fps) if record.media.is_dir() else info
+        return dataclasses.replace(info, fps=self._folder_fps) if record.media.is_dir() else info
 
 
-class _Samples:
-    """Map-style dataset of numbers and samples, or of what is wrong with them."""
+class _Samples(Dataset):
+    """Record indices with their samples, or with what is wrong with them."""
 
-    def __init__(self, numbers: Sequence[int], build: Callable[[int], Sample]):
-        self._numbers, self._build = numbers, build
+    def __init__(self, indices: Sequence[int], build: Callable[[int], Sample]):
+        self._indices, self._build = indices, build
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._indices)
 
-    def __getitem__(self, place: int) -> tuple[int, Sample | DataError]:
-        number = self._numbers[place]
+    def __getitem__(self, position: int) -> tuple[int, Sample | DataError]:
+        index = self._indices[position]
         try:
-            return number, self._build(number)
+            return index, self._build(index)
         except DataError as error:
-            return number, error
-
-
-def predict_rest(
-    numbers: Sequence[int],
-    build: Callable[[int], Sample],
-    predict: Callable[[list[tuple[int, Sample]]], list[dict[str, Any]]],
-    predictions: Predictions,
-    options: RunOptions,
-    ranks: Ranks,
-    desc: str,
-) -> None:
-    """Predict the records that have no prediction yet: this rank its share. Returns when all ranks are done.
-
-    Args:
-        numbers: of the records that are meant.
-        build: makes the sample of a record; its DataErrors are kept as problems, never as predictions.
-        predict: of a batch of record numbers and samples, what is kept of each.
-        predictions: made by every rank, not yet open.
-        options, ranks: how and where.
-        desc: what the progress bar says.
-    """
-    from torch.utils.data import DataLoader
-
-    rest = ranks.share([number for number in numbers if number not in predictions.done])
-    ranks.wait()  # all have read what there is before any adds to it
-    predictions.open(ranks.rank)
-    loader = DataLoader(
-        _Samples(rest, build),
-        options.batch_size,
-        num_workers=options.workers,
-        collate_fn=list,
-        multiprocessing_context="fork" if options.workers else None,  # `build` need not be picklable
-    )
-    if ranks.rank == 0 and predictions.done:
-        logger.info("%d predictions are there already", len(predictions.done))
-    with logging_redirect_tqdm(), tqdm(total=len(rest), desc=desc, unit="record", disable=ranks.rank > 0) as bar:
-        for batch in loader:
-            good = []
-            for number, sample in batch:
-                if isinstance(sample, DataError):
-                    logger.warning("left out: %s", sample)
-                    predictions.add(number, {"problem": str(sample)})
-                else:
-                    good.append((number, sample))
-            if good:
-                for (number, _), entry in zip(good, predict(good), strict=True):
-                    predictions.add(number, entry)
-            bar.update(len(batch))
-    predictions.close()
-    ranks.wait()
+            return index, error

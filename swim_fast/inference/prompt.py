@@ -1,4 +1,4 @@
-"""A question in plain words about a clip or image: where its nouns stand, and what the model reads."""
+"""A question in plain words about a clip or image: the spans of its nouns, and what the model reads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, Turn
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.data.video.reader import FrameReader, MediaInfo
+from swim_fast.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,10 @@ class Prompt:
     """A question about a clip or image, ready for a model.
 
     Attributes:
-        encoding: tokens and pixels; ``encoding.nouns`` are the shown nouns.
-        frames: numbers of the frames that were taken, padding included.
+        encoding: tokens and pixels; `encoding.nouns` are the shown nouns.
+        frames: indices of the frames that were taken, padding included.
         pixels: those frames, uint8 [T, H, W, 3].
-        info: of the clip or image.
+        info: number, size and rate of the frames of the clip or image.
         temporal_patch_size: frames of a temporal patch, 1 for an image.
     """
 
@@ -46,25 +47,26 @@ class Prompt:
     temporal_patch_size: int
 
     def patches(self) -> list[list[int]]:
-        """The distinct frame numbers of each temporal patch."""
+        """Return the distinct frame indices of each temporal patch."""
         size = self.temporal_patch_size
         return [sorted(set(self.frames[first : first + size])) for first in range(0, len(self.frames), size)]
 
 
 def plain_question(text: str) -> str:
-    """The question without ``<ins>`` tags, placeholders of the clip and white space around it.
+    """Return a question without `<ins>` tags, placeholders of the clip and white space around it.
 
     Raises:
-        ValueError: nothing is left. DataError: tags that do not match.
+        OptionError: nothing is left.
+        DataError: tags that do not match.
     """
     plain = PLACEHOLDER.sub(" ", strip_tags(text)[0]).strip()
     if not plain:
-        raise ValueError("the question is empty: ask something, such as 'What happens in the video?'")
+        raise OptionError("the question is empty: ask something, such as 'What happens in the video?'")
     return plain
 
 
 def find_noun(text: str, noun: str, occurrence: int | None = None) -> Span:
-    """Where a noun stands in a text, as whole words, whatever their case: half-open range of characters.
+    """Return the half-open range of characters that is a noun in a text, as whole words in any case.
 
     Args:
         text: the question.
@@ -72,18 +74,18 @@ def find_noun(text: str, noun: str, occurrence: int | None = None) -> Span:
         occurrence: which one, from 1; None: the last.
 
     Raises:
-        ValueError: it does not occur, or not so often; the words of the text are listed.
+        OptionError: it does not occur, or not so often; the words of the text are listed.
     """
     pattern = r"\s+".join(map(re.escape, noun.split()))
     found = [m.span() for m in re.finditer(rf"(?<!{_LETTER}){pattern}(?!{_LETTER})", text, re.IGNORECASE) if pattern]
     if not found:
         words = ", ".join(dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", text)))
-        raise ValueError(f"{noun!r} does not occur in the question; its words are: {words}")
+        raise OptionError(f"{noun!r} does not occur in the question; its words are: {words}")
     if occurrence is None:
         return found[-1]
     if not 1 <= occurrence <= len(found):
         times = "once" if len(found) == 1 else f"{len(found)} times"
-        raise ValueError(f"{noun!r} occurs {times} in the question: there is no occurrence {occurrence}")
+        raise OptionError(f"{noun!r} occurs {times} in the question: there is no occurrence {occurrence}")
     return found[occurrence - 1]
 
 
@@ -104,8 +106,7 @@ def encode_question(
         ValueError: a processor that cannot be used.
     """
     encoder = Encoder(processor, sampling.min_pixels, sampling.max_pixels)
-    # Tagged as a whole, the question's place in what the template renders is known without a search. The answer only
-    # shows where the prompt ends.
+    # Tagged as a whole, the question needs no search in what the template renders; the answer only marks its end.
     turns = (Turn("user", f"<ins>{question}</ins>"), Turn("assistant", "a"))
     try:
         conversation = ConversationRenderer(processor)(Record("", 0, "", turns, kind, media, ({},)))

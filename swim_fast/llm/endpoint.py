@@ -9,11 +9,11 @@ import os
 import random
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
-from swim_fast.errors import OptionError, UserError
+from swim_fast.errors import MissingLibraryError, UserError
 from swim_fast.llm.journal import Answer
+from swim_fast.options import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -31,58 +31,25 @@ class RefusedError(Exception):
     """The endpoint refuses this one request, for its contents or its length."""
 
 
-@dataclass(frozen=True)
-class EndpointOptions:
-    """How an endpoint is asked.
-
-    Attributes:
-        model: name of the model at the endpoint.
-        base_url: URL of the OpenAI-compatible API, such as http://localhost:8000/v1; None: OpenAI's own.
-        concurrency: most requests under way at the same time.
-        timeout: seconds that one request may take.
-        retries: most repetitions of a request after a time-out, a lost connection, a rate limit or a server error.
-        backoff: seconds before the first retry; doubled for each further one, up to a minute, less up to a half at
-            random. A longer Retry-After of the server is honoured, by all requests.
-        temperature: sampling temperature; None leaves it to the endpoint.
-
-    Raises:
-        OptionError: a value outside its range.
-    """
-
-    model: str
-    base_url: str | None = None
-    concurrency: int = 16
-    timeout: float = 60.0
-    retries: int = 8
-    backoff: float = 1.0
-    temperature: float | None = None
-
-    def __post_init__(self):
-        for name in ("concurrency", "timeout", "backoff"):
-            if not getattr(self, name) > 0:
-                raise OptionError(f"--{name} is {getattr(self, name)}; it must be positive")
-        if self.retries < 0:
-            raise OptionError(f"--retries is {self.retries}; it must not be negative")
-
-
-class Endpoint:
-    """An open endpoint, to be used and closed in one event loop.
+class Client:
+    """An open connection to an endpoint, to be used and closed in one event loop.
 
     The key is read from the environment variable OPENAI_API_KEY and goes nowhere but to the endpoint.
 
     Raises:
-        ImportError: the package openai is not installed.
+        MissingLibraryError: the package openai is not installed.
         EndpointError: there is no key.
 
     Attributes:
         requests: number of requests sent, retries included.
     """
 
-    def __init__(self, options: EndpointOptions):
+    def __init__(self, options: Endpoint):
         try:
             import openai
         except ImportError as error:
-            raise ImportError("the model is asked through openai; pip install 'swim-fast[nl-refer]'") from error
+            message = "the model is asked through openai; pip install 'swim-fast[nl-refer]'"
+            raise MissingLibraryError(message) from error
         key = os.environ.get("OPENAI_API_KEY")
         if not key:
             raise EndpointError("OPENAI_API_KEY is not set; a local server that wants no key takes any value")
@@ -184,29 +151,29 @@ class Endpoint:
             raise asyncio.CancelledError
 
 
-async def run_workers(endpoint: Endpoint, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def run_workers(client: Client, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run as many workers as there may be requests at the same time, until all end or one fails; then close.
 
     Args:
-        endpoint: what the workers ask.
+        client: what the workers ask through.
         work: a worker, which takes what is next until nothing is left.
 
     Raises:
         Exception: what the first worker that failed raised.
     """
-    workers = [asyncio.create_task(work()) for _ in range(endpoint.options.concurrency)]
+    workers = [asyncio.create_task(work()) for _ in range(client.options.concurrency)]
     try:
         await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
     finally:
-        await _end(workers, endpoint)
+        await _end(workers, client)
     for worker in workers:
         if not worker.cancelled() and worker.exception() is not None:
             raise worker.exception()
 
 
-async def _end(workers: list[asyncio.Task], endpoint: Endpoint) -> None:
+async def _end(workers: list[asyncio.Task], client: Client) -> None:
     """End the workers that still run; requests under way are being paid for and get some seconds to arrive."""
-    endpoint.stop()
+    client.stop()
     await asyncio.sleep(0)
     if pending := [worker for worker in workers if not worker.done()]:
         logger.warning("stopping: waiting up to %d s for %d answers; Ctrl-C gives them up", GRACE_SECONDS, len(pending))
@@ -214,7 +181,7 @@ async def _end(workers: list[asyncio.Task], endpoint: Endpoint) -> None:
     for worker in workers:
         worker.cancel()
     await asyncio.gather(*workers, return_exceptions=True)
-    await endpoint.close()
+    await client.close()
 
 
 def retry_after(headers: Any) -> float | None:

@@ -15,8 +15,9 @@ from typing import Generic, TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from swim_fast.llm.endpoint import Endpoint, EndpointOptions, RefusedError, run_workers
+from swim_fast.llm.endpoint import Client, RefusedError, run_workers
 from swim_fast.llm.journal import Answer, Journal
+from swim_fast.options import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class Settler:
     """Settles requests at one endpoint.
 
     Args:
-        options: how the endpoint is asked.
+        endpoint: the model, and how it is asked.
         journal: takes the answers; None only where nothing is asked, as in a dry run.
         attempts: most answers for a request.
         prices: of a million tokens in and out.
@@ -157,12 +158,12 @@ class Settler:
 
     def __init__(
         self,
-        options: EndpointOptions,
+        endpoint: Endpoint,
         journal: Journal | None,
         attempts: int,
         prices: tuple[float, float] = (0.0, 0.0),
     ):
-        self._options, self._journal, self._attempts = options, journal, attempts
+        self._endpoint, self._journal, self._attempts = endpoint, journal, attempts
         self._refused: dict[str, str] = {}
         self.usage = Usage(prices)
 
@@ -189,7 +190,7 @@ class Settler:
 
         Raises:
             EndpointError: the endpoint cannot be used; what was answered is in the journal.
-            ImportError: openai is missing.
+            MissingLibraryError: openai is missing.
         """
         with logging_redirect_tqdm(), tqdm(total=total, desc=desc, unit="record", disable=not progress) as bar:
             asyncio.run(self._settle(self._open(requests), bar))
@@ -212,30 +213,30 @@ class Settler:
             yield request
 
     async def _settle(self, requests: Iterator[Request | None], bar: tqdm) -> None:
-        endpoint, usage = Endpoint(self._options), self.usage
+        client, usage = Client(self._endpoint), self.usage
 
         async def work() -> None:
             for request in requests:  # shared by all workers
                 if request is not None:
-                    await self._ask(request, endpoint)
+                    await self._ask(request, client)
                 shown = {"tokens in": usage.tokens_in, "out": usage.tokens_out, "refused": len(self._refused)}
                 bar.set_postfix(shown | ({"cost": f"{usage.cost:.2f}"} if any(usage.prices) else {}), refresh=False)
                 bar.update()
                 await asyncio.sleep(0)  # reading records must not starve the requests under way
 
         try:
-            await run_workers(endpoint, work)
+            await run_workers(client, work)
         except BaseException:
             path = self._journal.path
             logger.warning("stopped; %d answers of this run are in %s, the same command resumes", usage.answers, path)
             raise
         finally:
-            usage.requests = endpoint.requests
+            usage.requests = client.requests
 
-    async def _ask(self, request: Request, endpoint: Endpoint) -> None:
+    async def _ask(self, request: Request, client: Client) -> None:
         while (chat := self.outcome(request).chat) is not None:
             try:
-                answer = await endpoint.ask(chat)
+                answer = await client.ask(chat)
             except RefusedError as error:
                 self._refused[request.key] = str(error)
                 logger.warning("record %d is left out: %s", request.index, error)

@@ -26,62 +26,15 @@ from tqdm import tqdm
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
-from swim_fast.errors import OptionError
-from swim_fast.llm.endpoint import EndpointOptions
+from swim_fast.jobs import Build
 from swim_fast.llm.journal import Journal
 from swim_fast.llm.settle import Settler, Usage
 from swim_fast.nl_refer.asking import find_requests, make_request
 from swim_fast.nl_refer.english.expressions import Expression
 from swim_fast.nl_refer.english.rules import UnclearError, name_objects
 from swim_fast.nl_refer.output import check_distinct, media_note, record_writer
-from swim_fast.nl_refer.placeholders import BINDINGS, Task, check_rest, find_task, replace_placeholders
-from swim_fast.nl_refer.validation import MAX_WORDS, RejectedError, check_expressions
-
-REWRITERS = ("rules", "openai")
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How a file is rewritten.
-
-    Attributes:
-        rewriter: "rules", offline and without cost, or "openai", a language model.
-        endpoint: endpoint of the model; must be given for it.
-        binding: see `find_task`.
-        max_words: most words of an expression.
-        attempts: most answers for one record.
-        limit: only so many records, from the first; None for all.
-        price_in, price_out: price of a million tokens, in any currency.
-        dry_run: write and ask nothing; estimate.
-        progress: show a progress bar.
-
-    Raises:
-        OptionError: a value outside its range, and options that do not go together.
-    """
-
-    rewriter: str = "rules"
-    endpoint: EndpointOptions | None = None
-    binding: str = "number"
-    max_words: int = MAX_WORDS
-    attempts: int = 3
-    limit: int | None = None
-    price_in: float = 0.0
-    price_out: float = 0.0
-    dry_run: bool = False
-    progress: bool = True
-
-    def __post_init__(self):
-        if self.rewriter not in REWRITERS:
-            raise OptionError(f"--rewriter is {self.rewriter!r}; it must be one of {', '.join(REWRITERS)}")
-        if self.binding not in BINDINGS:
-            raise OptionError(f"--bind is {self.binding!r}; it must be one of {', '.join(BINDINGS)}")
-        if (self.rewriter == "openai") != (self.endpoint is not None):
-            raise OptionError("--rewriter openai needs a --model, and --model needs --rewriter openai")
-        for name in ("max_words", "attempts", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if min(self.price_in, self.price_out) < 0:
-            raise OptionError("--price-in and --price-out must not be negative")
+from swim_fast.nl_refer.placeholders import Task, check_rest, find_task, replace_placeholders
+from swim_fast.nl_refer.validation import RejectedError, check_expressions
 
 
 @dataclass
@@ -137,46 +90,36 @@ class _Failure:
     answer: str | None = None
 
 
-def build(
-    source: str | Path,
-    out: str | Path,
-    options: BuildOptions,
-    *,
-    journal: str | Path | None = None,
-    review: str | Path | None = None,
-) -> BuildReport:
+def build(options: Build) -> BuildReport:
     """Rewrite a file of raw VideoRefer records.
 
-    Args:
-        source: JSON list or JSONL.
-        out: the NL-Refer file; a JSON list if its name ends in `.json`, else JSONL. Media paths stay as they are: from
-            another folder than the source's, the source's must be given as `media`.
-        options: how the file is rewritten.
-        journal: file of the model's answers; by default beside `out`.
-        review: file of the failures; by default beside `out`. None is left behind if nothing failed.
+    Media paths stay as they are: if the output lies in another folder than the source, the source's folder must be
+    given as `media` where the output is used. No review file is left behind if nothing failed.
 
     Raises:
         DataError: the source cannot be read at all.
         OptionError: two of the files are the same one.
         FileError: a file cannot be written.
         EndpointError: the endpoint cannot be used.
-        ImportError: HanTa or openai is missing.
+        MissingLibraryError: HanTa or openai is missing.
     """
-    review = Path(f"{out}.review.jsonl" if review is None else review)
-    journal = Path(f"{out}.journal.jsonl" if journal is None else journal)
-    check_distinct(source, out=out, review=review, journal=journal)
-    records = RecordFile(source)
-    count = len(records) if options.limit is None else min(options.limit, len(records))
-    report = BuildReport(source, dry_run=options.dry_run)
+    review = Path(options.review or f"{options.out}.review.jsonl")
+    journal = Path(options.journal or f"{options.out}.journal.jsonl")
+    check_distinct(options.file, out=options.out, review=review, journal=journal)
+    records = RecordFile(options.file)
+    count = min(len(records), options.limit or len(records))
+    report = BuildReport(options.file, dry_run=options.dry_run)
     if options.rewriter == "rules":
-        _write(records, count, options, out, review, report, lambda task, _: _ask_rules(task, options.max_words))
+        _write(records, count, options, review, report, lambda task, _: _ask_rules(task, options.max_words))
         return report
     # A dry run makes no journal, but reads one that is there.
     with nullcontext() if options.dry_run and not journal.exists() else Journal(journal) as answers:
-        settler = Settler(options.endpoint, answers, options.attempts, (options.price_in, options.price_out))
+        settler = Settler(
+            options.endpoint(options.model), answers, options.attempts, (options.price_in, options.price_out)
+        )
         report.usage = usage = settler.usage
-        how = {"model": options.endpoint.model, "max_words": options.max_words}
-        requests = find_requests(records, count, options.binding, **how)
+        how = {"model": options.model, "max_words": options.max_words}
+        requests = find_requests(records, count, options.bind, **how)
         if options.dry_run:
             settler.estimate(requests, count, "asking", options.progress)
             report.counts.update(records=count)
@@ -197,7 +140,7 @@ def build(
                 kind = "never named, says the model" if outcome.final else "rejected in every attempt"
             return _Failure(kind, outcome.reason, outcome.answers[-1] if outcome.answers else None)
 
-        _write(records, count, options, out, review, report, rewrite)
+        _write(records, count, options, review, report, rewrite)
     return report
 
 
@@ -213,8 +156,7 @@ def _ask_rules(task: Task, max_words: int) -> Sequence[Expression] | _Failure:
 def _write(
     records: RecordFile,
     count: int,
-    options: BuildOptions,
-    out: str | Path,
+    options: Build,
     review: Path,
     report: BuildReport,
     rewrite: Callable[[Task, dict], Sequence[Expression] | _Failure],
@@ -222,11 +164,11 @@ def _write(
     """Make the output and the review file from what `rewrite` returns for each record."""
     dry = nullcontext(lambda _: None)
     with (
-        dry if options.dry_run else record_writer(out) as keep,
+        dry if options.dry_run else record_writer(options.out) as keep,
         dry if options.dry_run else record_writer(review) as fail,
     ):
         for index in tqdm(range(count), desc="writing", unit="record", disable=not options.progress):
-            result, entry = _convert(records, index, options.binding, report.counts, rewrite)
+            result, entry = _convert(records, index, options.bind, report.counts, rewrite)
             report.counts["records"] += 1
             if isinstance(result, _Failure):
                 report.counts["failed"] += 1
@@ -236,7 +178,7 @@ def _write(
                 keep(result)
     if options.dry_run:
         return
-    report.out = Path(out)
+    report.out = Path(options.out)
     if report.counts["failed"]:
         report.review = review
     else:

@@ -18,8 +18,6 @@ from swim_fast.data.source.tags import OBJECT_PLACEHOLDER
 from swim_fast.nl_refer.english.expressions import Expression
 from swim_fast.nl_refer.english.rules import Mention
 
-BINDINGS = ("number", "order")
-
 _DETERMINERS = frozenset("a an the this that these those his her its their our your my".split())
 
 

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import ROLES, RecordFile
-from swim_fast.errors import OptionError, UserError
+from swim_fast.errors import UserError
+from swim_fast.jobs import Synonyms
 from swim_fast.nl_refer.english.expressions import split_words
 from swim_fast.nl_refer.english.inflection import pluralize, takes_an
 from swim_fast.nl_refer.output import check_distinct, media_note, record_writer
 
 logger = logging.getLogger(__name__)
 
-MISSING = ("keep", "drop")
 _TAG = re.compile(r"(?:(?<!\w)(an?)(\s+))?<ins>(\s*)(.*?)(\s*)</ins>", re.IGNORECASE | re.DOTALL)
 
 
@@ -114,46 +114,25 @@ class VariantReport:
         return "\n".join([*lines, f"  output: {self.out}", *media_note(self.source, self.out)])
 
 
-def write_variant(
-    source: str | Path,
-    out: str | Path,
-    *,
-    seed: int = 0,
-    table: str | Path | None = None,
-    missing: str = "keep",
-    limit: int | None = None,
-    progress: bool = True,
-) -> VariantReport:
+def write_variant(options: Synonyms, progress: bool = True) -> VariantReport:
     """Write a file in which the nouns tagged in questions are replaced by synonyms; answers stay as they are.
 
     Number and capitals of a noun are kept, an article before it is corrected, and a noun that a record tags twice is
     replaced by the same synonym. A synonym that the record's questions already use is not taken. Changed records say in
     a field `synonyms` what was replaced by what. The choice depends on the seed and the record's index alone.
 
-    Args:
-        source: NL-Refer file.
-        out: file to write; a JSON list if its name ends in `.json`.
-        seed: another seed, another choice among several synonyms.
-        table: see `SynonymTable`.
-        missing: "keep" or "drop" records in which nothing can be replaced.
-        limit: only so many records.
-        progress: show a progress bar.
-
     Raises:
         DataError: the file cannot be read at all.
         TableError: the table cannot be read or is malformed.
-        OptionError: options outside their range, or files that are the same one.
+        OptionError: two of the files are the same one.
         FileError: the file cannot be written.
     """
-    if missing not in MISSING:
-        raise OptionError(f"missing is {missing!r}; it must be one of {', '.join(MISSING)}")
-    if limit is not None and limit < 1:
-        raise OptionError(f"--limit is {limit}; it must be at least 1")
-    check_distinct(source, out=out, table=table)
-    known, records = SynonymTable(table), RecordFile(source)
-    report = VariantReport(source, Path(out), missing)
-    with record_writer(out) as write:
-        for index in tqdm(range(min(len(records), limit or len(records))), unit="record", disable=not progress):
+    check_distinct(options.file, out=options.out, table=options.table)
+    table, records = SynonymTable(options.table), RecordFile(options.file)
+    count = min(len(records), options.limit or len(records))
+    report = VariantReport(options.file, Path(options.out), options.missing)
+    with record_writer(options.out) as write:
+        for index in tqdm(range(count), unit="record", disable=not progress):
             report.counts["records"] += 1
             try:
                 entry = records.raw(index)
@@ -162,13 +141,13 @@ def write_variant(
                 report.counts["malformed"] += 1
                 logger.warning("%s", error)
                 continue
-            changed = _variant(entry, known, random.Random(f"{seed} {index}"), report)
-            if changed is not None or missing == "keep":
+            changed = _replace_nouns(entry, table, random.Random(f"{options.seed} {index}"), report)
+            if changed is not None or options.missing == "keep":
                 write(entry if changed is None else changed)
     return report
 
 
-def _variant(entry: dict, table: SynonymTable, rng: random.Random, report: VariantReport) -> dict | None:
+def _replace_nouns(entry: dict, table: SynonymTable, rng: random.Random, report: VariantReport) -> dict | None:
     questions = [ROLES[turn["from"]] == "user" for turn in entry["conversations"]]
     used = {
         word

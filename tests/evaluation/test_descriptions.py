@@ -55,7 +55,7 @@ def test_predictions_then_judge(checkpoint, descriptions, tmp_path, capsys, monk
     capsys.readouterr()
 
     # The judge alone: no model is loaded, whatever the options of the model are.
-    monkeypatch.setattr("swim_fast.evaluation.descriptions.load_model", None)
+    monkeypatch.setattr("swim_fast.evaluation.run.load_checkpoint", None)
     plan = {1: ["python"], 2: ["high", "missing", "good"], 3: ["high", "good"], 4: ["broken", "good"]}
     server = FakeJudge(plan)
     only = [*arguments("descriptions", checkpoint, descriptions, tmp_path, "--judge-only", "--max-frames", 8)]

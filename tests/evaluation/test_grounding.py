@@ -10,6 +10,7 @@ from swim_fast.data.batch.collation import Collator
 from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
 from swim_fast.data.source.records import RecordFile
 from swim_fast.evaluation.grounding import supervised_layers
+from swim_fast.inference.loading import trained_as
 from swim_fast.loss.mask_loss import GridPredictions
 from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
 from tests.evaluation.conftest import CLIPS, arguments, lines, results
@@ -39,7 +40,7 @@ def sums_one_by_one(folder, path, fused):
 
 @pytest.mark.parametrize("layers, fused", [("all", [1]), ("0,-1", [0, 1])])
 def test_layers_and_fused(checkpoint, annotated, tmp_path, capsys, layers, fused):
-    assert supervised_layers(str(checkpoint), 2) == [1]
+    assert supervised_layers(trained_as(checkpoint), 2) == [1]
     assert main(arguments("grounding", checkpoint, annotated, tmp_path, f"--layers={layers}", "--batch-size", 3)) == 0
     by_layer, together = sums_one_by_one(checkpoint, annotated, fused)
     found = results(tmp_path)
@@ -78,8 +79,9 @@ def test_a_second_run_looks_at_the_rest(checkpoint, annotated, tmp_path, capsys)
 
 
 def test_layers_of_the_training_configuration(tmp_path):
-    assert supervised_layers("Qwen/Qwen2.5-VL-7B-Instruct", 28) == [2, 7, 12, 17, 22, 27]
-    (tmp_path / "config.yaml").write_text("attention_loss:\n  layers: [3, -1]\n")
-    assert supervised_layers(str(tmp_path), 28) == [3, 27]
-    (tmp_path / "config.yaml").write_text("attention_loss: {layers: null}\n")
-    assert supervised_layers(str(tmp_path), 28) == [2, 7, 12, 17, 22, 27]
+    assert supervised_layers(trained_as("Qwen/Qwen2.5-VL-7B-Instruct"), 28) == [2, 7, 12, 17, 22, 27]
+    whole = "model: {path: start}\ndata: {train: []}\n"
+    (tmp_path / "config.yaml").write_text(f"{whole}attention_loss:\n  layers: [3, -1]\n")
+    assert supervised_layers(trained_as(tmp_path), 28) == [3, 27]
+    (tmp_path / "config.yaml").write_text(f"{whole}attention_loss: {{layers: null}}\n")
+    assert supervised_layers(trained_as(tmp_path), 28) == [2, 7, 12, 17, 22, 27]

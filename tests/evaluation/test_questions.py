@@ -12,9 +12,10 @@ from swim_fast.data.sample.sampling import choose_frames
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
 from swim_fast.data.video.reader import FrameReader
-from swim_fast.evaluation.benchmark import read_items
+from swim_fast.evaluation.prompts import read_items
 from swim_fast.evaluation.questions import published_letter, read_question
-from swim_fast.evaluation.run import RunOptions
+from swim_fast.evaluation.run import Ranks, Run
+from swim_fast.jobs import Questions
 from tests.evaluation.conftest import OPTIONS, arguments, lines, question, results, stable
 
 DIRECTLY = "Answer with the option's letter from the given choices directly."
@@ -124,9 +125,10 @@ def test_likelihoods(checkpoint, questions, videos, one_by_one, tmp_path, capsys
 
 def test_the_rate_of_folders(checkpoint, questions, tmp_path):
     processor = AutoProcessor.from_pretrained(checkpoint)
-    items, _ = read_items(RecordFile(questions), 6, read_question)
+    items, _ = read_items(RecordFile(questions), range(6), read_question)
     for rate in (1.0, 24.0):
-        builder = RunOptions("m", "f", tmp_path, max_frames=4, folder_fps=rate).sample_builder(processor)
+        options = Questions(model="m", file=questions, out=tmp_path, max_frames=4, folder_fps=rate)
+        builder = Run(options, Ranks(0, 1, "cpu")).sample_builder(processor)
         seconds = [builder(items[number].record).inputs["second_per_grid_ts"] for number in (0, 4)]
         assert float(seconds[0]) == pytest.approx(
             2 * 5 / 3 / 4
@@ -137,7 +139,7 @@ def test_the_rate_of_folders(checkpoint, questions, tmp_path):
 def read(tmp_path, *records):
     path = tmp_path / "q.json"
     path.write_text(json.dumps(records))
-    return read_items(RecordFile(path), len(records), read_question)
+    return read_items(RecordFile(path), range(len(records)), read_question)
 
 
 def test_variants_of_the_format(tmp_path):

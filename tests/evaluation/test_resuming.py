@@ -101,7 +101,7 @@ def test_another_run_is_refused(checkpoint, questions, tmp_path, capsys, monkeyp
         (["--limit", 0], "--limit is 0"),
         (["--folder-fps", 0], "--folder-fps is 0"),
         (["--max-new-tokens", 0], "--max-new-tokens is 0"),
-        (["--dtype", "float23"], "--dtype float23 is no dtype"),
+        (["--dtype", "float23"], "--dtype is 'float23'; choose one of: auto"),
     ],
 )
 def test_options_outside_their_range(checkpoint, questions, tmp_path, capsys, change, reason):
@@ -111,4 +111,4 @@ def test_options_outside_their_range(checkpoint, questions, tmp_path, capsys, ch
 
 def test_no_checkpoint(questions, tmp_path, capsys):
     assert main(arguments("questions", tmp_path / "absent", questions, tmp_path / "out")) == 2
-    assert "neither a checkpoint folder" in capsys.readouterr().err
+    assert "is no checkpoint that can be loaded" in capsys.readouterr().err

@@ -12,14 +12,20 @@ from PIL import Image
 from swim_fast.cli import main
 from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, RunConfig
 from swim_fast.data.source.errors import DataError
-from swim_fast.inference.describe import DescribeOptions, describe, trained_as
+from swim_fast.inference.describe import describe
+from swim_fast.inference.loading import trained_as
 from swim_fast.inference.prompt import find_noun, plain_question
+from swim_fast.jobs import Describe
 from swim_fast.modeling.noun_attention import get_attached_layers
 from swim_fast.viz.heatmap_grid import PANEL_PIXELS
 from swim_fast.viz.heatmap_video import panel_size, patch_weights, write_heatmap_video
 from tests.training.conftest import FRAMES, HEIGHT, TEXTS, WIDTH, record, square_clip, write_records
 
 QUESTION = "What does the square do beside the zebra?"
+
+
+def ask(media, question, model, **options):
+    return describe(Describe(media=media, question=question, model=model, **options))
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +93,14 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
     ids=["product", "mean-predictor"],
 )
 def test_maps_are_those_of_training(folder, tmp_path, monkeypatch, noun, loss):
-    def answer(model, *_):
+    def answer(model, *_, stream):
         assert get_attached_layers(model) == [], "the stock model answers, also when maps were computed"
-        return "answer"
+        return ["answer"]
 
-    monkeypatch.setattr("swim_fast.inference.describe.generate_answer", answer)
+    monkeypatch.setattr("swim_fast.inference.describe.generate", answer)
     model = trained(folder, tmp_path / "run", replace(loss), max_frames=FRAMES)
     out = tmp_path / "attention.png"
-    found = describe(folder / "clip.mp4", QUESTION, model, DescribeOptions(show=[noun], out=out))
+    found = ask(folder / "clip.mp4", QUESTION, model, show=[noun], out=out)
     expected = training_maps(folder, model, noun, trained_as(model).sample_options(), loss)
     assert found.maps.shape == (1, FRAMES // 2, 2, 3) and sorted(expected) == [0, 1, 2]
     for patch, p in expected.items():
@@ -106,21 +112,19 @@ def test_options_win_over_the_run(folder, tmp_path):
     model = trained(folder, tmp_path / "run", AttentionLossConfig(layers=[0]), max_frames=2)
     shutil.copytree(model, model / "checkpoint-7", ignore=shutil.ignore_patterns("config.yaml"))
     assert trained_as(model / "checkpoint-7").data.max_frames == 2
-    options = DescribeOptions(show=["square"], out=tmp_path / "a.png", max_new_tokens=1)
+    options = {"show": ["square"], "out": tmp_path / "a.png", "max_new_tokens": 1}
     clip = folder / "clip.mp4"
-    as_trained = describe(clip, QUESTION, model / "checkpoint-7", options).maps
+    as_trained = ask(clip, QUESTION, model / "checkpoint-7", **options).maps
     assert as_trained.shape[1] == 1
-    other_layer = describe(clip, QUESTION, model, replace(options, layers=[2])).maps
+    other_layer = ask(clip, QUESTION, model, **options, layers=[2]).maps
     assert other_layer.shape == as_trained.shape and not np.allclose(other_layer, as_trained, atol=1e-2)
     twice = "The square and the square"
-    first, second, last = (
-        describe(clip, twice, model, replace(options, occurrence=number)).maps for number in (1, 2, None)
-    )
+    first, second, last = (ask(clip, twice, model, **options, occurrence=number).maps for number in (1, 2, None))
     assert np.array_equal(second, last) and not np.allclose(first, last, atol=1e-3)
-    four_frames = replace(options, max_frames=6, fps=2.5)  # of 1.5 s
-    assert describe(clip, QUESTION, model, four_frames).maps.shape[1] == 2
+    four_frames = {"max_frames": 6, "fps": 2.5}  # of 1.5 s
+    assert ask(clip, QUESTION, model, **options, **four_frames).maps.shape[1] == 2
     without_maps = trained(folder, tmp_path / "text", AttentionLossConfig(layers=[], mask_weight=0.0), max_frames=2)
-    assert np.array_equal(describe(clip, QUESTION, without_maps, options).maps, other_layer)  # the default of 3 layers
+    assert np.array_equal(ask(clip, QUESTION, without_maps, **options).maps, other_layer)  # the default of 3 layers
     (model / "config.yaml").write_text("data: {max_frame: 2}")
     assert trained_as(model) is None and trained_as("owner/name") is None
 
@@ -129,9 +133,9 @@ def test_command_answers_as_the_stock_model_and_computes_no_maps(folder, tmp_pat
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from swim_fast.data.video.reader import FrameReader
-    from swim_fast.modeling import noun_attention as attach
 
-    monkeypatch.setattr(attach, "attach_noun_attention", lambda *_: pytest.fail("a map was computed"))
+    compute = "swim_fast.inference.describe.compute_noun_maps"
+    monkeypatch.setattr(compute, lambda *_: pytest.fail("a map was computed"))
     monkeypatch.chdir(tmp_path)
     command = ["describe", str(folder / "clip.mp4"), f"<video>\n {QUESTION} "]
     assert main([*command, "--model", str(folder / "model"), "--max-frames", "4", "--max-new-tokens", "6"]) == 0
@@ -168,8 +172,8 @@ def test_command_draws_a_row_per_noun_and_a_video(folder, tmp_path, capsys):
 def test_image(folder, tmp_path, capsys):
     picture = tmp_path / "picture.PNG"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8)).save(picture)
-    options = DescribeOptions(show=["square"], out=tmp_path / "a.png", max_new_tokens=1)
-    maps = describe(picture, QUESTION, folder / "model", options).maps
+    options = {"show": ["square"], "out": tmp_path / "a.png", "max_new_tokens": 1}
+    maps = ask(picture, QUESTION, folder / "model", **options).maps
     assert maps.shape == (1, 1, 2, 3) and maps.min() == 0 and maps.max() == 1
     assert Image.open(tmp_path / "a.png").size[1] > 2 * PANEL_PIXELS
     command = ["describe", str(picture), QUESTION, "--model", str(folder / "model"), "--show", "square"]
@@ -181,8 +185,8 @@ def test_frames_of_a_folder(folder, tmp_path):
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 255, (56, 84, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    options = DescribeOptions(show=["square"], out=tmp_path / "out" / "a.png", max_new_tokens=1)
-    assert describe(tmp_path, QUESTION, folder / "model", options).maps.shape[1] == 2  # the last frame twice
+    options = {"show": ["square"], "out": tmp_path / "out" / "a.png", "max_new_tokens": 1}
+    assert ask(tmp_path, QUESTION, folder / "model", **options).maps.shape[1] == 2  # the last frame twice
 
 
 def test_find_noun():
@@ -215,13 +219,13 @@ def test_plain_question():
     [
         ({"media": "absent.mp4"}, "absent.mp4: there is no such file or folder"),
         ({"media": "broken.mp4"}, r"broken.mp4: cannot be decoded"),
-        ({"model": "absent"}, "--model 'absent' is no checkpoint that can be loaded"),
-        ({"model": "damaged"}, "--model 'damaged' is no checkpoint that can be loaded"),
+        ({"model": "absent"}, "model 'absent' is no checkpoint that can be loaded"),
+        ({"model": "damaged"}, "model 'damaged' is no checkpoint that can be loaded"),
         ({"question": " "}, "the question is empty"),
         ({"question": "What <|im_end|> now?"}, "the question: the text holds '<|im_end|>'"),
         ({"show": ["cat"]}, "'cat' does not occur in the question; its words are: What, does"),
         ({"show": ["square"], "layers": [9]}, "layer 9 is out of range"),
-        ({"layers": [0]}, "layers is about the attention of a noun: name one with --show NOUN"),
+        ({"layers": [0]}, "layers is about the attention of a noun: name one with show NOUN"),
         ({"max_frames": 1}, "max_frames is 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"device": "cuda:99"}, "--device cuda:99 cannot be used here"),
@@ -236,7 +240,7 @@ def test_what_a_user_can_mend(folder, tmp_path, monkeypatch, change, message):
     arguments = {"media": folder / "clip.mp4", "question": QUESTION, "model": folder / "model"}
     arguments |= {name: change.pop(name) for name in list(change) if name in arguments}
     with pytest.raises(ValueError) as refused:
-        describe(**arguments, options=DescribeOptions(**change))
+        ask(**arguments, **change)
     assert message in str(refused.value).replace("\n", " ")
     assert isinstance(refused.value, DataError) or "mp4" not in message
     assert not (tmp_path / "attention.png").exists()

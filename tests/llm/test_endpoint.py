@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from swim_fast.llm.endpoint import EndpointOptions, retry_after
+from swim_fast.llm.endpoint import retry_after
+from swim_fast.options import Endpoint
 
 
 def test_retry_after():
@@ -24,5 +25,5 @@ def test_retry_after():
     "option", [{"concurrency": 0}, {"timeout": 0}, {"timeout": float("nan")}, {"backoff": -1.0}, {"retries": -1}]
 )
 def test_options_outside_their_range(option):
-    with pytest.raises(ValueError, match=f"--{next(iter(option))} is"):
-        EndpointOptions("m", **option)
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is"):
+        Endpoint(model="m", **option)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from swim_fast.llm.endpoint import EndpointOptions
 from swim_fast.llm.journal import Answer, Journal
 from swim_fast.llm.settle import AnswerError, Request, Settler, judge_answers
+from swim_fast.options import Endpoint
 from tests.helpers.fake_openai import TOKENS, FakeOpenAI, serving
 
 
@@ -47,7 +47,7 @@ def test_only_open_requests_are_asked(tmp_path, monkeypatch, caplog):
     server._digits = lambda text: "42"
     with serving(server) as url, Journal(tmp_path / "journal.jsonl") as journal:
         journal.add("key0", 0, Answer("7", 1, 1))
-        options = EndpointOptions("m", url, concurrency=2, retries=0, timeout=5)
+        options = Endpoint(model="m", base_url=url, concurrency=2, retries=0, timeout=5)
         settler = Settler(options, journal, attempts=2, prices=(1e6, 0))
         settler.estimate([request(4), None], 2, "asking", progress=False)
         assert (settler.usage.open, settler.usage.tokens_out) == (1, 5) and not server.requests
@@ -66,6 +66,6 @@ def test_only_open_requests_are_asked(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_report(dry_run):
-    settler = Settler(EndpointOptions("m"), None, 1, (2.0, 8.0))
+    settler = Settler(Endpoint(model="m"), None, 1, (2.0, 8.0))
     settler.usage.open, settler.usage.tokens_in, settler.usage.tokens_out = 3, 1_000_000, 500_000
     assert "1,000,000 tokens in, 500,000 out, cost 6.00" in "\n".join(settler.usage.lines(dry_run))

@@ -6,8 +6,9 @@ import pytest
 
 from swim_fast.cli import main
 from swim_fast.data.source.records import RecordFile
-from swim_fast.llm.endpoint import EndpointError, EndpointOptions
-from swim_fast.nl_refer.build import BuildOptions, build
+from swim_fast.jobs import Build
+from swim_fast.llm.endpoint import EndpointError
+from swim_fast.nl_refer.build import build
 from tests.helpers.fake_openai import TOKENS, FakeOpenAI, raw_record, serving, tagged
 
 
@@ -25,16 +26,10 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def options(url, *, attempts=3, model="fake", **changes):
-    endpoint = {"concurrency": 4, "timeout": 0.7, "retries": 3, "backoff": 0.05, **changes}
-    return BuildOptions(
-        "openai",
-        EndpointOptions(model, url, **endpoint),
-        attempts=attempts,
-        price_in=2.0,
-        price_out=8.0,
-        progress=False,
-    )
+def rewrite(source, out, url, **changes):
+    quick = {"concurrency": 4, "timeout": 0.7, "retries": 3, "backoff": 0.05, "model": "fake"}
+    asked = {"rewriter": "openai", "base_url": url, "price_in": 2.0, "price_out": 8.0, "progress": False}
+    return build(Build(file=source, out=out, **{**quick, **asked, **changes}))
 
 
 def test_every_misbehaviour_is_survived(tmp_path, caplog):
@@ -54,7 +49,7 @@ def test_every_misbehaviour_is_survived(tmp_path, caplog):
     text_only = {"index": "qa", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
     source = write(tmp_path / "raw.jsonl", [*(raw_record(n) for n in range(12)), text_only])
     with serving(server) as url:
-        report = build(source, tmp_path / "out.jsonl", options(url))
+        report = rewrite(source, tmp_path / "out.jsonl", url)
     wanted = [0, 1, 2, 3, 4, 5, 6, 7, 11]
     out = read(tmp_path / "out.jsonl")
     assert [entry["index"] for entry in out] == [*(f"raw_{n}" for n in wanted), "qa"]
@@ -99,25 +94,25 @@ def test_the_same_command_again_asks_nothing_but_what_was_refused(tmp_path):
     source = write(tmp_path / "raw.jsonl", [raw_record(n) for n in range(5)])
     out = tmp_path / "out.json"
     with serving(server) as url:
-        build(source, out, options(url))
+        rewrite(source, out, url)
         first = json.loads(out.read_text())
         assert server.most_at_once == 4
-        report = build(source, out, options(url))
+        report = rewrite(source, out, url)
         assert server.requests == {0: 1, 1: 3, 2: 2, 3: 1, 4: 1}
         assert report.usage.settled_before == 4 and report.usage.open == 1
         assert report.usage.kept_in == 7 * TOKENS[0]
         assert [e["index"] for e in first] == ["raw_0", "raw_3", "raw_4"]
         assert [e["index"] for e in json.loads(out.read_text())] == ["raw_0", "raw_2", "raw_3", "raw_4"]
         # One more attempt is one more request; another model, record or place starts anew.
-        build(source, out, options(url, attempts=4))
+        rewrite(source, out, url, attempts=4)
         assert server.requests[1] == 4 and sum(server.requests.values()) == 9
         assert len(json.loads(out.read_text())) == 5 and not (tmp_path / "out.json.review.jsonl").exists()
-        build(source, out, options(url, model="other"))
+        rewrite(source, out, url, model="other")
         assert sum(server.requests.values()) == 14
         changed = raw_record(3)
         changed["annotation"][0]["1"] = None
         write(source, [*(raw_record(n) for n in range(3)), changed, raw_record(4)])
-        build(source, out, options(url))
+        rewrite(source, out, url)
         assert sum(server.requests.values()) == 15 and server.requests[3] == 3
 
 
@@ -138,7 +133,7 @@ def test_nothing_is_paid_for_records_that_cannot_be_used(tmp_path):
         file.write('{"index": "cut')
     server = FakeOpenAI()
     with serving(server) as url:
-        report = build(source, tmp_path / "out.jsonl", options(url))
+        report = rewrite(source, tmp_path / "out.jsonl", url)
     assert server.requests == {0: 1}
     out = read(tmp_path / "out.jsonl")
     assert [entry["index"] for entry in out] == ["raw_0", "raw_4", "raw_6"]
@@ -159,14 +154,14 @@ def test_an_endpoint_that_cannot_be_used_stops_the_run(tmp_path):
     out = tmp_path / "out.jsonl"
     server = FakeOpenAI({5: ["denied"]})
     with serving(server) as url, pytest.raises(EndpointError, match="refuses all requests, status 401"):
-        build(source, out, options(url))
+        rewrite(source, out, url)
     assert sum(server.requests.values()) < 15 and not out.exists()
     assert len(read(tmp_path / "out.jsonl.journal.jsonl")) == sum(server.answered.values()) >= 3
     with pytest.raises(EndpointError, match="does not answer: APIConnectionError"):  # nobody listens there any more
-        build(source, out, options(url, retries=1))
+        rewrite(source, out, url, retries=1)
     server = FakeOpenAI({n: ["limit"] for n in range(30)}, retry_after="3600")
     with serving(server) as url, pytest.raises(EndpointError, match="asks for 3600 s of patience"):
-        build(source, out, options(url))
+        rewrite(source, out, url)
 
 
 def test_dry_run_asks_and_writes_nothing(tmp_path, capsys):
@@ -187,7 +182,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys, monkeypatch):
     assert main([*command, str(source)]) == 2
     assert "is the input as well" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "out.jsonl"), "--limit", "0"]) == 2
-    assert "--limit is 0; it must be at least 1" in capsys.readouterr().err
+    assert "--limit is 0; it must be positive" in capsys.readouterr().err
     monkeypatch.delenv("OPENAI_API_KEY")
     assert main([*command, str(tmp_path / "out.jsonl"), "--rewriter", "openai", "--model", "m"]) == 2
     assert "OPENAI_API_KEY is not set" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from swim_fast.cli import main
+from swim_fast.jobs import Stats
 from swim_fast.nl_refer.stats import collect
 from tests.data.conftest import box, rle
 from tests.training.conftest import square_clip
@@ -41,7 +42,7 @@ def write(folder):
 
 
 def test_counts(tmp_path):
-    stats = collect(write(tmp_path), reader="pyav", progress=False)
+    stats = collect(Stats(file=write(tmp_path), reader="pyav"), progress=False)
     assert +stats.counts == {
         "records": 6, "video": 4, "text": 1, "tagged": 4, "tags": 5, "masks": 5, "empty_masks": 2, "problems": 3
     }  # fmt: skip

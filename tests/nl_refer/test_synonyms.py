@@ -6,6 +6,7 @@ import pytest
 
 from swim_fast.cli import main
 from swim_fast.data.source.records import RecordFile
+from swim_fast.jobs import Synonyms
 from swim_fast.nl_refer.english.inflection import pluralize, takes_an
 from swim_fast.nl_refer.synonyms import SynonymTable, write_variant
 
@@ -35,7 +36,7 @@ def variant(tmp_path, *records, **options):
     source, table = tmp_path / "set.jsonl", tmp_path / "table.tsv"
     source.write_text("".join(json.dumps(entry) + "\n" for entry in records))
     table.write_text(TABLE)
-    report = write_variant(source, tmp_path / "out.jsonl", table=table, progress=False, **options)
+    report = write_variant(Synonyms(file=source, out=tmp_path / "out.jsonl", table=table, **options), progress=False)
     return report, [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 

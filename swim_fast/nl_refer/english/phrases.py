@@ -16,6 +16,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from swim_fast.errors import MissingLibraryError
+
 _WORD = re.compile(r"[^\W_]+(?:[-.,'’&/](?!s\b)[^\W_]+)*|['’]s\b|[^\w\s]|_")
 
 # Nouns that say what is shown, not what it is.
@@ -83,7 +85,8 @@ def _tagger():
     try:
         from HanTa import HanoverTagger
     except ImportError as error:
-        raise ImportError("the rules need HanTa to tag parts of speech; pip install 'swim-fast[nl-refer]'") from error
+        message = "the rules need HanTa to tag parts of speech; pip install 'swim-fast[nl-refer]'"
+        raise MissingLibraryError(message) from error
     return HanoverTagger.HanoverTagger("morphmodel_en.pgz")
 
 

@@ -1,25 +1,25 @@
-"""What the records of VideoRefer-Bench Q and D have in common, and how they are read.
+"""The records of VideoRefer-Bench Q and D as prompts of a plain model.
 
-The published form (https://huggingface.co/datasets/DAMO-NLP-SG/VideoRefer-Bench) names the clip under ``video``, a file
-or a folder of frames. Its questions point at objects by placeholders such as ``<object3><region>``, which only models
+The published form (https://huggingface.co/datasets/DAMO-NLP-SG/VideoRefer-Bench) names the clip under `video`, a file
+or a folder of frames. Its questions point at objects by placeholders such as `<object3><region>`, which only models
 that take masks can read: here they must be written out in words, as NL-Refer has them, and a record that still holds a
-placeholder is refused. ``<ins>`` tags are removed. ``annotation`` and ``frame_idx``, the masks, are not used.
+placeholder is refused. `<ins>` tags are removed. `annotation` and `frame_idx`, the masks, are not used.
 
-Also understood: keys in any case (``Question`` and ``question``); a conversation in the place of ``Question``, whose
-first human turn then is the question, as in the other files of VideoRefer and NL-Refer; ``image`` in the place of
-``video``; JSON lists and JSONL.
+Also understood: keys in any case (`Question` and `question`); a conversation in place of `Question`, whose first human
+turn then is the question, as in the other files of VideoRefer and NL-Refer; `image` in place of `video`; JSON lists and
+JSONL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from swim_fast.data.sample.builder import Sample, SampleBuilder
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile, read_turns, record_name
 from swim_fast.data.source.tags import OBJECT_PLACEHOLDER, strip_tags
-from swim_fast.inference.generation import prompt_and_answer
+from swim_fast.inference.generation import split_answer
 
 Item = TypeVar("Item")
 
@@ -28,14 +28,14 @@ _STAND_IN_ANSWER = "."
 
 
 def read_items(
-    records: RecordFile, count: int, read: Callable[[RecordFile, dict[str, Any], int], Item]
+    records: RecordFile, indices: Sequence[int], read: Callable[[RecordFile, dict[str, Any], int], Item]
 ) -> tuple[dict[int, Item], dict[int, str]]:
-    """The first records of a benchmark file by number, and what is wrong with those that cannot be used.
+    """Read records of a benchmark file: items by record index, and what is wrong with those that cannot be used.
 
     Args:
         records: the file.
-        count: how many of its records.
-        read: makes the item of a record's entry; raises DataError.
+        indices: the records that are meant.
+        read: makes the item of a record's entry, whose keys are in lower case; raises DataError.
 
     Raises:
         DataError: no record can be used; the first one's problem.
@@ -43,32 +43,29 @@ def read_items(
     items: dict[int, Item] = {}
     problems: dict[int, str] = {}
     first: DataError | None = None
-    for number in range(count):
+    for index in indices:
         try:
-            entry = records.raw(number)
+            entry = records.raw(index)
             try:
-                items[number] = read(records, {key.lower(): value for key, value in entry.items()}, number)
+                items[index] = read(records, {key.lower(): value for key, value in entry.items()}, index)
             except DataError as error:
-                raise error.within(source=str(records.path), record=number, name=record_name(entry)) from None
+                raise error.within(source=str(records.path), record=index, name=record_name(entry)) from None
         except DataError as error:
-            problems[number] = str(error)
+            problems[index] = str(error)
             first = first or error
     if not items and first is not None:
         raise first.within(key="no record of the file can be used, the first because of")
     return items, problems
 
 
-def question_of(entry: dict[str, Any]) -> str:
-    """The question of a record in plain words.
-
-    Args:
-        entry: with its keys in lower case.
+def read_question_text(entry: dict[str, Any]) -> str:
+    """Return the question of a record in plain words.
 
     Raises:
         DataError: there is none, or objects are pointed at by placeholders.
     """
     if entry.get("question") is not None:
-        text, key = text_under(entry, "question"), "question"
+        text, key = read_text(entry, "question"), "question"
     elif entry.get("conversations") is not None:
         turns, key = read_turns(entry), "conversations"
         text = next((turn.text for turn in turns if turn.role == "user"), "")
@@ -91,8 +88,8 @@ def question_of(entry: dict[str, Any]) -> str:
     return text
 
 
-def text_under(entry: dict[str, Any], key: str) -> str:
-    """A text of a record.
+def read_text(entry: dict[str, Any], key: str) -> str:
+    """Return a text of a record.
 
     Raises:
         DataError: it is missing, empty or something else.
@@ -105,8 +102,8 @@ def text_under(entry: dict[str, Any], key: str) -> str:
     return value
 
 
-def prompt_record(records: RecordFile, entry: dict[str, Any], number: int, prompt: str) -> Record:
-    """The record that asks a prompt about the clip of an entry, without masks.
+def make_record(records: RecordFile, entry: dict[str, Any], index: int, prompt: str) -> Record:
+    """Return the record that asks a prompt about the clip of an entry, without masks.
 
     Raises:
         DataError: no clip, or a prompt that no conversation can hold.
@@ -114,16 +111,16 @@ def prompt_record(records: RecordFile, entry: dict[str, Any], number: int, promp
     turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": _STAND_IN_ANSWER}]
     media = {key: entry[key] for key in ("video", "image") if key in entry}
     name = record_name(entry)
-    record = records.parse({**({"index": name} if name else {}), **media, "conversations": turns}, number)
+    record = records.parse({**({"index": name} if name else {}), **media, "conversations": turns}, index)
     if record.media is None:
         raise DataError("the record names no clip", key="video")
     return record
 
 
-def prompt_sample(builder: SampleBuilder, record: Record) -> Sample:
-    """What the model is given of a `prompt_record`.
+def make_prompt(builder: SampleBuilder, record: Record) -> Sample:
+    """Return the prompt of a record that `make_record` made.
 
     Raises:
         DataError: for whatever is wrong with the clip.
     """
-    return prompt_and_answer(builder(record))[0]
+    return split_answer(builder(record))[0]

@@ -1,0 +1,126 @@
+"""The one file that loads a checkpoint to answer: processor, weights, and the run that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from swim_fast.config import ConfigError, RunConfig, load_config
+from swim_fast.data.sample.builder import SampleOptions
+from swim_fast.errors import OptionError, UserError
+from swim_fast.options import Inference, Options
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = Inference()
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint that cannot be used; the message names it and the reason."""
+
+
+class Checkpoint(NamedTuple):
+    """A stock model in evaluation mode, and its processor."""
+
+    model: Any
+    processor: Any
+
+
+def load_checkpoint(path: str | Path, options: Inference = DEFAULTS, device: str | None = None) -> Checkpoint:
+    """Load a checkpoint; see `load_processor` and `load_model`."""
+    return Checkpoint(load_model(path, options, device), load_processor(path))
+
+
+def load_processor(path: str | Path) -> Any:
+    """Load the processor of a checkpoint that takes video.
+
+    Args:
+        path: folder, or name on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or takes no video or no text.
+    """
+    from transformers import AutoProcessor
+
+    with _in_one_line(path):
+        processor = AutoProcessor.from_pretrained(path)
+    if not hasattr(processor, "video_processor"):
+        raise CheckpointError(f"model {str(path)!r} takes no video: it has no video processor")
+    if not processor.tokenizer("a")["input_ids"]:  # transformers makes an empty one where the file is missing
+        raise CheckpointError(f"model {str(path)!r} cannot read text: its tokenizer.json is missing")
+    return processor
+
+
+def load_model(path: str | Path, options: Inference = DEFAULTS, device: str | None = None) -> Any:
+    """Load the weights of a checkpoint as stock transformers do, in evaluation mode.
+
+    Args:
+        path: folder, or name on the Hugging Face hub.
+        options: type of the weights, implementation of attention, and device.
+        device: used where `options` name none; None: the GPU if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded, or lacks weights.
+        OptionError: the device cannot be used.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    device = options.device or device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    with _in_one_line(path):
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=options.dtype, attn_implementation=options.attention, output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise CheckpointError(f"model {str(path)!r} lacks {len(missing)} weights, such as {missing[0]}")
+    return model.to(device).eval()
+
+
+def trained_as(path: str | Path) -> RunConfig | None:
+    """Return the configuration of the run that made a checkpoint; None if it lies beside none that can be read."""
+    folder = Path(path)
+    folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    file = next((at / "config.yaml" for at in folders if (at / "config.yaml").is_file()), None)
+    if file is None:
+        return None
+    try:
+        config = load_config(file)
+    except ConfigError as error:
+        logger.warning("%s is not used, frames and layers are the defaults: %s", file, error)
+        return None
+    logger.info("options that are not given are those of training (%s)", file)
+    return config
+
+
+def choose_sampling(options: Options, run: RunConfig | None) -> SampleOptions:
+    """Return how frames are taken: as given in `options`, else as in the run that made the checkpoint.
+
+    Raises:
+        OptionError: what was given contradicts what is taken from the run.
+    """
+    trained = run.sample_options() if run else SampleOptions()
+    names = {field.name for field in dataclasses.fields(SampleOptions)}
+    return dataclasses.replace(trained, **{name: v for name, v in options.given().items() if name in names})
+
+
+@contextmanager
+def _in_one_line(path: str | Path) -> Iterator[None]:
+    """Say in a line what transformers cannot load; a damaged file may raise anything there."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, OSError | ValueError | ImportError) else repr(error)
+        reason = textwrap.shorten(reason, 300)
+        raise CheckpointError(f"model {str(path)!r} is no checkpoint that can be loaded: {reason}") from error

@@ -1,0 +1,88 @@
+"""Charts of metrics over layers, and of the counts of a set of records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+BLUE, RED, GREEN = "#3b6ea5", "#c0603b", "#5a9367"
+
+
+def draw_layers(
+    path: str | Path,
+    layers: Mapping[int, Mapping[str, float]],
+    fused: Mapping[str, float],
+    fused_layers: Sequence[int],
+) -> None:
+    """Draw metrics over the layers into a PNG: one panel each, the value of the fused layers as a dashed line.
+
+    Args:
+        path: PNG to write; its folder is made if absent.
+        layers: layer -> metric -> value.
+        fused: metric -> value of the layers fused.
+        fused_layers: layers that were fused.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 2.8), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(fused)), fused, strict=True):
+        values = {layer: layers[layer][metric] for layer in layers}
+        axes.plot(list(values), list(values.values()), color="0.6", marker=".", zorder=1)
+        marked = [layer for layer in fused_layers if layer in values]
+        axes.scatter(marked, [values[layer] for layer in marked], color=BLUE, s=24, zorder=2, label="fused layers")
+        axes.axhline(fused[metric], color=BLUE, linestyle="--", linewidth=1, label="fused")
+        axes.set_title(metric.replace("_", " "), fontsize=10)
+        axes.set_xlabel("layer")
+        axes.set_ylim(0, max(1e-3, 1.15 * max(*values.values(), fused[metric])))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_counts(
+    path: str | Path,
+    title: str,
+    nouns: Mapping[str, int],
+    tags_per_record: Mapping[int, int],
+    areas: Sequence[float],
+    frames: Sequence[int],
+) -> None:
+    """Draw the counts of a set into a PNG.
+
+    Args:
+        path: PNG to write; its folder is made if absent.
+        title: stands above.
+        nouns: tagged noun -> number, in the order in which they are drawn.
+        tags_per_record: number of tags -> number of records.
+        areas: share of the frame of each mask.
+        frames: number of annotated frames of each object.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3 + max(4.0, 0.22 * len(nouns))), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
+    axes = left.subplots()
+    axes.barh(list(nouns)[::-1], list(nouns.values())[::-1], color=BLUE)
+    axes.set(title="tagged nouns", xlabel="tags")
+    per_record, area, annotated = right.subplots(3)
+    per_record.bar(list(tags_per_record), list(tags_per_record.values()), color=BLUE)
+    per_record.set(title="tags of a record", xlabel="tags", ylabel="records")
+    per_record.xaxis.get_major_locator().set_params(integer=True)
+    if len(areas):
+        area.hist(areas, bins=np.geomspace(min(areas) * 0.99, 1.0, 40), color=RED)
+        area.set(xscale="log")
+    area.set(title="masks", xlabel="share of the frame", ylabel="masks")
+    counted = Counter(frames)
+    annotated.bar(list(counted), list(counted.values()), color=GREEN)
+    annotated.set(title="annotated frames", xlabel="frames of an object with a mask", ylabel="objects")
+    annotated.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _save(figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
