@@ -1,4 +1,4 @@
-"""Small callbacks of the trainer."""
+"""Callbacks of the trainer."""
 
 import logging
 import signal
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class EpochOfSampler(TrainerCallback):
-    """Tells the sampler its epoch; accelerate does not reach it through the loader of a resumed epoch."""
+    """Sets the sampler's epoch, which accelerate does not do through the loader of a resumed epoch."""
 
     def __init__(self, sampler):
         self.sampler = sampler
@@ -22,7 +22,7 @@ class EpochOfSampler(TrainerCallback):
 class BackwardWhereTrained(TrainerCallback):
     """Keeps activation checkpointing from sending gradients through frozen parts.
 
-    transformers lets the embeddings of words and of patches require gradients, whether they are trained or not. Only
+    transformers lets the embeddings of words and of patches require gradients, also where they are frozen. Only
     reentrant checkpointing needs that; otherwise backward would recompute a frozen vision tower for nothing.
     """
 
@@ -32,14 +32,14 @@ class BackwardWhereTrained(TrainerCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """Ends the run after so many evaluations without a better `metric_for_best_model`.
+    """Ends the run after a number of evaluations without a better `metric_for_best_model`.
 
-    Each evaluation set is reported by itself: those that do not give the metric say nothing about it.
+    Each evaluation set is reported by itself; those without the metric are ignored.
     """
 
     @property
     def patience_lost(self) -> bool:
-        """Whether it has ended the run."""
+        """True once it has ended the run."""
         return self.early_stopping_patience_counter >= self.early_stopping_patience
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there at all, and what a run may go on from.
+"""Checkpoints that are whole or absent, and the runs that may be resumed from them.
 
 A checkpoint is written below `incomplete/` in the output folder and renamed to `checkpoint-<step>` when every rank is
 done; older ones are deleted after that. Whatever ends the run while it saves, the last `checkpoint-*` can be resumed.
@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from swim_fast.config import ConfigError
+from swim_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +28,14 @@ LAYOUT = "layout.json"
 STATE = "trainer_state.json"  # transformers writes it last
 
 
-class SaveError(OSError):
-    """Something could not be saved; the message names the folder, the reason and what to go on from."""
+class SaveError(UserError, OSError):
+    """A checkpoint or model that could not be saved; the message names folder, reason and what to resume from."""
 
 
-def complete_checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The `checkpoint-<step>` of an output folder in the order of their steps.
+def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """Return the `checkpoint-<step>` of an output folder in the order of their steps.
 
-    A folder without `trainer_state.json` was left by something that ended while it copied or saved: it is not listed.
+    A folder without `trainer_state.json` is half a copy, and is not listed.
     """
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
     for checkpoint in found:
@@ -44,14 +45,14 @@ def complete_checkpoints(folder: str | os.PathLike) -> list[Path]:
     return sorted(complete, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def last_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The complete checkpoint of the highest step in an output folder; None if there is none."""
-    return next(reversed(complete_checkpoints(folder)), None)
+def find_last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """Return the complete checkpoint of the highest step in an output folder, None without one."""
+    return next(reversed(list_checkpoints(folder)), None)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the samples of an optimizer step were dealt out; saved with each checkpoint as `layout.json`.
+    """Distribution of an optimizer step's samples, saved with each checkpoint as `layout.json`.
 
     Attributes:
         ranks: number of processes.
@@ -66,15 +67,15 @@ class Layout:
     zero_stage: int | None = None
 
     @classmethod
-    def of(cls, args) -> "Layout":
-        """The layout of `transformers.TrainingArguments`."""
+    def from_arguments(cls, args) -> "Layout":
+        """Return the layout of `transformers.TrainingArguments`."""
         deepspeed = getattr(args, "hf_deepspeed_config", None)
         stage = deepspeed.get_value("zero_optimization.stage", 0) if deepspeed else None
         return cls(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps, stage)
 
     @classmethod
-    def read(cls, checkpoint: Path) -> "Layout | None":
-        """The layout a checkpoint was saved with; None if it does not say."""
+    def from_checkpoint(cls, checkpoint: Path) -> "Layout | None":
+        """Return the layout that a checkpoint was saved with, None if it has none."""
         file = checkpoint / LAYOUT
         return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
@@ -83,26 +84,26 @@ class Layout:
 
     @property
     def samples(self) -> int:
-        """Per optimizer step."""
+        """Samples of an optimizer step."""
         return self.ranks * self.batch * self.accumulation
 
 
 def check_resumable(checkpoint: Path, args) -> None:
-    """Refuse to go on from a checkpoint in a way that would lose optimizer state, or samples.
+    """Refuse to resume from a checkpoint in a way that would lose optimizer state or samples.
 
-    The order of the samples depends on seed and epoch alone, and a step takes the next so many of them. As long as that
-    number stays the same, a run without DeepSpeed may go on with any number of ranks: each step sees the samples it
-    would have seen. (At the end of an epoch that does not come out even, the last step repeats samples to give every
-    rank as many; how many differs with the number of ranks.)
+    The order of the samples depends on seed and epoch alone, and each step takes the next ones. As long as their number
+    stays the same, a run without DeepSpeed may be resumed with any number of ranks: each step sees the samples it would
+    have seen. (At the end of an epoch, the last step repeats samples to give all ranks the same number, which depends
+    on the number of ranks.)
 
     Args:
-        checkpoint: folder to go on from. One without `layout.json` is not checked.
-        args: `TrainingArguments` of the run that is to go on.
+        checkpoint: folder to resume from. One without `layout.json` is not checked.
+        args: `TrainingArguments` of the run to resume.
 
     Raises:
-        ConfigError: naming what the checkpoint was saved with and how to go on.
+        ConfigError: naming how the checkpoint was saved and how to resume.
     """
-    saved, now = Layout.read(checkpoint), Layout.of(args)
+    saved, now = Layout.from_checkpoint(checkpoint), Layout.from_arguments(args)
     if saved is None or saved == now:
         return
     was = f"{checkpoint} was saved by {saved.ranks} ranks"
@@ -116,8 +117,8 @@ def check_resumable(checkpoint: Path, args) -> None:
         remedy = f"{remedy}{per_rank // batch}" if saved.samples % now.ranks == 0 else "choose another number of ranks"
         raise ConfigError(
             f"{was} x {saved.batch} samples x {saved.accumulation} accumulation = {saved.samples} samples per step; "
-            f"now it would be {now.ranks} x {now.batch} x {now.accumulation} = {now.samples}, so that the place in the "
-            f"data and the learning rate's schedule would not fit: {remedy}"
+            f"now it would be {now.ranks} x {now.batch} x {now.accumulation} = {now.samples}, so that the position in "
+            f"the data and the learning rate's schedule would not fit: {remedy}"
         )
     if saved.zero_stage is not None and (saved.ranks, saved.zero_stage) != (now.ranks, now.zero_stage):
         if args.hf_deepspeed_config.get_value("checkpoint.load_universal", False):
@@ -125,7 +126,7 @@ def check_resumable(checkpoint: Path, args) -> None:
         (tag,) = (checkpoint / "latest").read_text(encoding="utf-8").split()
         raise ConfigError(
             f"{was} with DeepSpeed ZeRO-{saved.zero_stage}, whose optimizer state is split among that many; "
-            f"this run has {now.ranks} with ZeRO-{now.zero_stage}. Go on with as many and that stage, or convert it:\n"
+            f"this run has {now.ranks} with ZeRO-{now.zero_stage}. Resume with as many and that stage, or convert it:\n"
             f"  python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
             f"--input_folder {checkpoint / tag} --output_folder {checkpoint / tag}_universal\n"
             f'and add "checkpoint": {{"load_universal": true}} to the file that training.deepspeed names'
@@ -133,27 +134,27 @@ def check_resumable(checkpoint: Path, args) -> None:
 
 
 class CheckpointingTrainer(Trainer):
-    """A `transformers.Trainer` that saves whole checkpoints or none, and says with what layout."""
+    """A `transformers.Trainer` that saves whole checkpoints or none; its overrides are listed in hf_hooks.py."""
 
-    _staged: Path | None = None  # while a checkpoint is being written: where
+    _staged: Path | None = None  # folder of a checkpoint that is being written
 
     @contextlib.contextmanager
     def _staging(self, folder: Path, what: str):
-        """A folder to write `what` into, below `folder`; after the block every rank has written its part.
+        """Yield a folder below `folder` to write `what` into; after the block every rank has written its part.
 
-        A rank that fails ends with `SaveError`, without waiting for the others, which may be in the middle of a
-        collective: the launcher ends them, or their connection to it breaks.
+        A rank that fails raises `SaveError` without waiting for the others, which may be in the middle of a collective:
+        the launcher ends them, or their connection to it breaks.
         """
         staging = folder / STAGING
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)  # of a run that ended while it saved
+            shutil.rmtree(staging, ignore_errors=True)  # left by a run that ended while it saved
         self.accelerator.wait_for_everyone()
         try:
             yield staging
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' writers have their own
             shutil.rmtree(staging, ignore_errors=True)
-            last = last_checkpoint(self.args.output_dir)
-            rest = f"go on from {last} with --resume" if last else "start again (there is no checkpoint yet)"
+            last = find_last_checkpoint(self.args.output_dir)
+            rest = f"resume from {last} with --resume" if last else "start again (there is no checkpoint yet)"
             raise SaveError(
                 f"{what} could not be saved in {folder}: {str(error) or type(error).__name__}. If the disk is full, "
                 f"free space there or lower training.save_total_limit; then {rest}"
@@ -162,8 +163,7 @@ class CheckpointingTrainer(Trainer):
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *rest) -> tuple[int, int]:
         begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *rest)
-        # a run that had come to its end and is resumed, say since its model could not be saved, has nothing left to do;
-        # transformers 5.17 would train one step more
+        # of a finished run that is resumed, say to save its model, transformers 5.17 would train one more step
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -171,7 +171,7 @@ class CheckpointingTrainer(Trainer):
         if not (ranks_on_cpu and checkpoint and Path(checkpoint, OPTIMIZER_NAME).is_file()):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # transformers 5.17 would have each rank load to "cpu:0", a place that torch does not know
+        # transformers 5.17 would have each rank load to "cpu:0", a device that torch does not know
         for loader, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
             loader.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
 
@@ -196,7 +196,7 @@ class CheckpointingTrainer(Trainer):
             if is_best:
                 self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
-                Layout.of(self.args).write(staged)
+                Layout.from_arguments(self.args).write(staged)
                 if is_best:
                     self.state.save_to_json(str(staged / STATE))
         if self.args.should_save:
@@ -212,17 +212,17 @@ class CheckpointingTrainer(Trainer):
     def _delete_older(self, folder: Path, newest: Path) -> None:
         """Keep `save_total_limit` complete checkpoints, the newest and the best among them.
 
-        Not as transformers does it, which may take an incomplete folder for the newest and delete the good one.
+        transformers may take an incomplete folder for the newest and delete the good one.
         """
         best = self.state.best_model_checkpoint
         kept = {newest, Path(best)} if best else {newest}
-        older = [checkpoint for checkpoint in complete_checkpoints(folder) if checkpoint not in kept]
+        older = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint not in kept]
         surplus = len(older) + len(kept) - (self.args.save_total_limit or len(older) + len(kept))
         for checkpoint in older[: max(surplus, 0)]:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def save_final_model(self, folder: Path) -> None:
-        """Leave the trained model in a folder as transformers (of adapters, peft) saves it, all of its files or none.
+        """Save the trained model as transformers does (adapters as peft does), all of its files or none.
 
         Raises:
             SaveError: if they could not be written.

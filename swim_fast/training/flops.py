@@ -1,10 +1,10 @@
-"""Floating-point operations that a training step needs, and the share of the device's peak that they are (MFU).
+"""Floating-point operations of a training step, for its share of the device's peak (MFU).
 
-Counted are the products of matrices, 2·m·n·k operations each: every weight with every token it sees, and in attention
-the scores and the weighted values. Backward, a product has one more for its input's gradient and one for its weight's,
-where there is anything to train before it and in it; attention has two for each of its two. Causal attention counts the
-pairs it looks at, about half of the square. Not counted: what activation checkpointing computes again, the noun maps,
-and everything that is not a product of matrices.
+Counted are matrix products, 2·m·n·k operations each: every weight with every token it sees, and in attention the scores
+and the weighted values. In backward, a product has another one for its input's gradient, if anything before it is
+trained, and one for its weight's, if that is; attention has two for each of its two. Causal attention counts the pairs
+it looks at, about half of the square. Not counted: recomputation by activation checkpointing, the noun maps, and all
+that is not a matrix product.
 
 This is the "model FLOPs utilization" of PaLM (arXiv 2204.02311, appendix B), except that PaLM counts the whole square
 of causal attention.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from swim_fast.modeling.families import get_family
 
 # Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets (where these give the figure with sparsity,
-# half of it). The first whose words occur in the device's name is taken.
+# half of it). The first one whose words occur in the device's name is taken.
 PEAK_TFLOPS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
@@ -40,8 +40,8 @@ PEAK_TFLOPS = (
 )
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s; None for the CPU and for one that `PEAK_TFLOPS` does not know."""
+def get_peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 peak of a device in FLOP/s, None for the CPU and for devices not in `PEAK_TFLOPS`."""
     if device.type != "cuda":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ")
@@ -57,10 +57,10 @@ class Flops(NamedTuple):
 
 
 class StepFlops:
-    """Counts the operations of batches of `swim_fast.data.Collator` for one model; never waits for the device.
+    """Counter of one model's operations on batches of `Collator`; never waits for the device.
 
     Args:
-        model: a model of a supported family, frozen as it will be trained, with or without adapters.
+        model: of a supported family, frozen as it will be trained, with or without adapters.
     """
 
     def __init__(self, model: nn.Module):
@@ -70,22 +70,22 @@ class StepFlops:
         text, vision = model.config.get_text_config(), model.config.vision_config
         merger = set(model.get_submodule(family.merger).modules())
 
-        # operations per token of each part, in the order in which gradients would have to go back through them
+        # operations per token of each part, in the order of the forward: `trained` if anything so far is
         trained = False
         tower = [module for module in visual.modules() if module not in merger]
-        self._per_patch, trained = _products(tower, trained)
+        self._per_patch, trained = _count_products(tower, trained)
         heads, head_dim = vision.num_heads, vision.hidden_size // vision.num_heads
         self._per_vision_pair = (3 if trained else 1) * 4 * heads * head_dim
-        self._per_visual_token, trained = _products(list(model.get_submodule(family.merger).modules()), trained)
+        self._per_visual_token, trained = _count_products(list(model.get_submodule(family.merger).modules()), trained)
         embedding = [module for module in language_model.modules() if isinstance(module, nn.Embedding)]
         trained = trained or any(_is_trained(module) for module in embedding)
         self._per_token, self._per_text_pair = 0, 0
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         for layer in language_model.layers:
-            products, trained = _products(list(layer.modules()), trained)
+            products, trained = _count_products(list(layer.modules()), trained)
             self._per_token += products
             self._per_text_pair += (3 if trained else 1) * 4 * text.num_attention_heads * head_dim
-        self._per_label, _ = _products(list(model.get_submodule(family.head).modules()), trained)
+        self._per_label, _ = _count_products(list(model.get_submodule(family.head).modules()), trained)
 
         self._merge = vision.spatial_merge_size
         self._depth = vision.depth
@@ -93,8 +93,8 @@ class StepFlops:
         self._window = getattr(vision, "window_size", vision.patch_size) // vision.patch_size
 
     def __call__(self, batch: dict) -> Flops:
-        """Operations of one batch's forward and backward; padding is not counted."""
-        tokens, pairs = _text(batch)
+        """Return the operations of one batch's forward and backward, without padding."""
+        tokens, pairs = _count_text(batch)
         labels = (batch["labels"][:, 1:] != -100).sum().double()
         patches = vision_pairs = tokens.new_zeros(())
         for key in ("image_grid_thw", "video_grid_thw"):
@@ -102,20 +102,20 @@ class StepFlops:
                 frames, height, width = batch[key].double().unbind(1)
                 patches = patches + (frames * height * width).sum()
                 whole = (frames * (height * width) ** 2).sum()
-                windows = (frames * self._squares(height) * self._squares(width)).sum()
+                windows = (frames * self._sum_squares(height) * self._sum_squares(width)).sum()
                 vision_pairs = vision_pairs + self._whole_frames * whole + (self._depth - self._whole_frames) * windows
         weights = self._per_token * tokens + self._per_label * labels + self._per_patch * patches
         weights = weights + self._per_visual_token * patches / self._merge**2
         return Flops(weights, self._per_text_pair * pairs, self._per_vision_pair * vision_pairs)
 
-    def _squares(self, length: Tensor) -> Tensor:
-        """Sum of the squared lengths of the windows that a side of so many patches is cut into."""
+    def _sum_squares(self, length: Tensor) -> Tensor:
+        """Return the sum of squared window lengths over a side of `length` patches."""
         rest = length % self._window
         return (length - rest) * self._window + rest**2
 
 
-def _text(batch: dict) -> tuple[Tensor, Tensor]:
-    """Tokens of a batch without padding, and its (query, key) pairs; fp64 scalars."""
+def _count_text(batch: dict) -> tuple[Tensor, Tensor]:
+    """Return the tokens of a batch without padding, and its (query, key) pairs; fp64 scalars."""
     if batch.get("cu_seq_lens_q") is not None:
         lengths = batch["cu_seq_lens_q"].diff().double()
     elif batch.get("attention_mask") is not None and batch["attention_mask"].ndim == 2:
@@ -130,8 +130,8 @@ def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
-def _products(modules: list[nn.Module], trained: bool) -> tuple[int, bool]:
-    """Operations per token of modules in their order; `trained`: whether anything before is, returned for the next."""
+def _count_products(modules: list[nn.Module], trained: bool) -> tuple[int, bool]:
+    """Return the operations per token of modules in their order, and if anything up to the last one is trained."""
     total = 0
     for module in modules:
         size = 0  # from the geometry: ZeRO-3 and quantisation leave other shapes in the weights themselves

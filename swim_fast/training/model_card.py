@@ -1,4 +1,4 @@
-"""The model card that a finished run leaves beside its weights."""
+"""Model card of a finished run, saved beside its weights."""
 
 import yaml
 
@@ -20,8 +20,8 @@ answer = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shap
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])"""
 
 
-def model_card(config: RunConfig, steps: int, metrics: dict[str, float]) -> str:
-    """Markdown: what the model is, what it was trained on and how, its metrics, and how to use it.
+def render_model_card(config: RunConfig, steps: int, metrics: dict[str, float]) -> str:
+    """Return Markdown on the model, its training data and configuration, its metrics and its use.
 
     Args:
         config: the run's effective configuration.

@@ -1,24 +1,26 @@
-"""Learning rates of their own for parts of a model."""
+"""Separate learning rates for parts of a model."""
 
 import torch
 from torch import nn
 
+from swim_fast.errors import OptionError
 
-def divide_groups(
+
+def split_groups(
     optimizer: torch.optim.Optimizer, parts: dict[str, list[nn.Parameter]], learning_rates: dict[str, float]
 ) -> None:
-    """Divide the parameter groups of an optimizer that has made no step yet, so that each part has its learning rate.
+    """Split the parameter groups of an optimizer that has made no step yet, so that each part has its learning rate.
 
-    The options of a group (weight decay, momentum, …) stay those of its pieces. The pieces of the parts without a rate
-    of their own come first, so that theirs is what trainers log as the learning rate; the others have their part's name
-    as `group["part"]`. A scheduler made afterwards scales every group from its own rate.
+    The pieces of a group keep its options (weight decay, momentum, …). Those without a separate rate come first, since
+    trainers log the first group's learning rate; the others have their part's name as `group["part"]`. A scheduler made
+    afterwards scales every group from its own rate.
 
     Args:
         parts: parameters by the name of their part; parameters in none of them keep their group's rate.
         learning_rates: by the name of the part.
 
     Raises:
-        ValueError: a part of which the optimizer has no parameter.
+        OptionError: a part of which the optimizer has no parameter.
     """
     part_of = {id(p): part for part in learning_rates for p in parts[part]}
     shared, own = [], []
@@ -34,5 +36,5 @@ def divide_groups(
                 own.append({**piece, "lr": learning_rates[part], "part": part})
     for part in learning_rates:
         if part not in {group["part"] for group in own}:
-            raise ValueError(f"optimization.learning_rates names {part}, but nothing of it is trained: remove it")
+            raise OptionError(f"optimization.learning_rates names {part}, but nothing of it is trained: remove it")
     optimizer.param_groups[:] = shared + own

@@ -107,10 +107,10 @@ def _packing(data: DataConfig, dataset, model, processor, args) -> dict[str, Any
     from swim_fast.data.batch.lengths import sample_lengths
     from swim_fast.data.batch.packing import PackingSampler
     from swim_fast.data.batch.positions import PositionIds
-    from swim_fast.training.trainer import data_seed
+    from swim_fast.training.hf_hooks import get_data_seed
 
     sampler = PackingSampler(
-        MixtureSampler(dataset, data_seed(args)),
+        MixtureSampler(dataset, get_data_seed(args)),
         sample_lengths(dataset),
         data.max_tokens_per_batch,
         data.pack_look_ahead,
@@ -127,34 +127,34 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
 
     Args:
         config: the run; its effective form is printed and saved as `config.yaml` in the output folder.
-        resume: go on from the last checkpoint in the output folder, if there is one.
+        resume: from the last checkpoint in the output folder, if there is one.
 
     Returns:
         Metrics of the last evaluation and of the run.
 
     Raises:
         ConfigError: no training data, an output folder that holds another run's checkpoints while `resume` is off, or a
-            checkpoint that this number of ranks cannot go on from.
+            checkpoint that this number of ranks cannot resume from.
         SaveError: a checkpoint or the trained model could not be written.
         NonFiniteError: a loss or gradient was not finite, and `optimization.on_nan` says to stop.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from swim_fast.modeling.adapters import merge_adapters
-    from swim_fast.training.checkpoints import check_resumable, last_checkpoint
-    from swim_fast.training.model_card import model_card
+    from swim_fast.training.checkpoints import check_resumable, find_last_checkpoint
+    from swim_fast.training.model_card import render_model_card
 
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one file, e.g. data.train: [{path: train.jsonl}]")
     trainer = build_trainer(config)
     args = trainer.args
     output = Path(args.output_dir)
-    last = last_checkpoint(output)
+    last = find_last_checkpoint(output)
     named = args.resume_from_checkpoint  # True: as --resume
     checkpoint = named if isinstance(named, str) else str(last) if last and (resume or named) else None
     if last and not checkpoint:
         raise ConfigError(
-            f"{output} already holds {last.name}: go on with --resume, or choose another training.output_dir"
+            f"{output} already holds {last.name}: resume it with --resume, or choose another training.output_dir"
         )
     if checkpoint:
         check_resumable(Path(checkpoint), args)
@@ -168,7 +168,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.stopped_early
     if stopped:
-        logger.warning("stopped at step %d of %d; go on with --resume", result.global_step, trainer.state.max_steps)
+        logger.warning("stopped at step %d of %d; resume with --resume", result.global_step, trainer.state.max_steps)
         return result.metrics
     adapter = output / "adapter" if config.model.lora else None
     trainer.save_final_model(adapter or output)
@@ -179,7 +179,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
         if adapter:
             unset_hf_deepspeed_config()  # or ZeRO-3 would wait for the other ranks to load their parts
             merge_adapters(config.model.path, adapter, output, config.model.dtype)
-        card = model_card(config, trainer.state.global_step, metrics)
+        card = render_model_card(config, trainer.state.global_step, metrics)
         (output / "README.md").write_text(card, encoding="utf-8")
     return metrics
 

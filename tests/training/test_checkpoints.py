@@ -1,4 +1,4 @@
-"""Which folders count as checkpoints, which are kept, and what a run may go on from."""
+"""Which folders count as checkpoints, which are kept, and what a run may resume from."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from swim_fast.config import ConfigError
-from swim_fast.training.checkpoints import Layout, SaveError, check_resumable, complete_checkpoints, last_checkpoint
+from swim_fast.training.checkpoints import Layout, SaveError, check_resumable, find_last_checkpoint, list_checkpoints
 from tests.training.conftest import run_here
 
 
@@ -33,10 +33,10 @@ def test_only_whole_checkpoints_count_in_the_order_of_their_steps(tmp_path, capl
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-10-copy", "incomplete"):
         checkpoint(tmp_path, name)
     checkpoint(tmp_path, "checkpoint-11", complete=False)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert "checkpoint-11 is incomplete" in caplog.text
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert last_checkpoint(tmp_path / "absent") is None
+    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert find_last_checkpoint(tmp_path / "absent") is None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_the_best_checkpoint_is_kept_under_its_own_name(write_config, tmp_path, 
     assert state["best_model_checkpoint"] == str(folder / f"checkpoint-{highest}")
     written = json.loads((folder / f"checkpoint-{highest}" / "trainer_state.json").read_text())
     assert written["best_model_checkpoint"] == str(folder / f"checkpoint-{highest}")
-    assert complete_checkpoints(folder) == [folder / f"checkpoint-{highest}"]
+    assert list_checkpoints(folder) == [folder / f"checkpoint-{highest}"]
     assert not (folder / "incomplete").exists()
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText
 
 from swim_fast.modeling.freezing import freeze
 from swim_fast.training import flops
-from swim_fast.training.flops import StepFlops, peak_flops
+from swim_fast.training.flops import StepFlops, get_peak_flops
 
 
 def batch_of(model, frames=2, height=6, width=20, text=30, labels=12) -> dict:
@@ -95,8 +95,8 @@ def test_padding_is_not_counted_and_samples_add_up(model):
 )
 def test_peaks_by_device_name(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda", 0)) == (tflops and tflops * 1e12)
-    assert peak_flops(torch.device("cpu")) is None
+    assert get_peak_flops(torch.device("cuda", 0)) == (tflops and tflops * 1e12)
+    assert get_peak_flops(torch.device("cpu")) is None
 
 
 def test_the_log_has_the_share_of_the_peak(write_config, monkeypatch, tmp_path):
@@ -105,7 +105,7 @@ def test_the_log_has_the_share_of_the_peak(write_config, monkeypatch, tmp_path):
 
     run_here(write_config("cpu"))
     assert all("mfu" not in entry and entry["tokens_per_second"] > 0 for entry in history(tmp_path / "cpu"))
-    monkeypatch.setattr(trainer, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(trainer, "get_peak_flops", lambda device: 1e9)
     counted = []
     call = flops.StepFlops.__call__
     monkeypatch.setattr(

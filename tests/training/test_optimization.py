@@ -96,13 +96,14 @@ def judged(write_config, records, monkeypatch):
     def make(scores, name="run", **training):
         from swim_fast.training.trainer import SwimTrainer
 
-        average = SwimTrainer._averages
+        evaluate = SwimTrainer.evaluation_loop
 
-        def scored(self, sums):
-            step = self.state.global_step
-            return average(self, sums) | {"pointing_accuracy": scores[step - 1]}
+        def scored(self, *arguments, metric_key_prefix="eval", **options):
+            output = evaluate(self, *arguments, metric_key_prefix=metric_key_prefix, **options)
+            output.metrics[f"{metric_key_prefix}_pointing_accuracy"] = scores[self.state.global_step - 1]
+            return output
 
-        monkeypatch.setattr(SwimTrainer, "_averages", scored)
+        monkeypatch.setattr(SwimTrainer, "evaluation_loop", scored)
         source = {"path": str(records), "limit": 1}
         return write_config(
             name,

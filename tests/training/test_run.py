@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(write_config, tmp_path):
     assert 1 <= step < 400
     assert not (tmp_path / "run" / "model.safetensors").exists()
     with_checkpoint = run("train", config, code=2)
-    assert "go on with --resume" in with_checkpoint
+    assert "resume it with --resume" in with_checkpoint
     run("train", config, "--resume", f"training.max_steps={step + 2}")
     assert history(tmp_path / "run")[-1]["step"] == step + 2
 

@@ -19,7 +19,7 @@ import torch
 from swim_fast.cli import main
 from swim_fast.config import load_config
 from swim_fast.data.batch.workers import start_worker
-from swim_fast.training.checkpoints import last_checkpoint
+from swim_fast.training.checkpoints import find_last_checkpoint
 from tests.training.conftest import (
     command,
     environment,
@@ -80,7 +80,7 @@ def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, 
     config = write_config(data=data, training={**STEADY, **save})
     folder = tmp_path / "run"
     process = start("train", str(config), ranks=2)
-    while last_checkpoint(folder) is None:
+    while find_last_checkpoint(folder) is None:
         assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.1)
     os.kill(rank_process(process, 1), signal.SIGKILL)
@@ -96,7 +96,7 @@ def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, 
     output = "".join(lines) + process.communicate(timeout=60)[0]
     assert f"resuming from {folder / 'checkpoint-3'}" in output or f"resuming from {folder / 'checkpoint-6'}" in output
     assert "SIGTERM: saving a checkpoint" in output
-    saved = last_checkpoint(folder)
+    saved = find_last_checkpoint(folder)
     assert json.loads((saved / "layout.json").read_text()) == {
         "ranks": 2,
         "batch": 1,
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(write_conf
     assert done.returncode == 2, done.stdout[-3000:] + done.stderr[-3000:]
     (said,) = errors(done.stderr)
     assert f"checkpoint-6 could not be saved in {folder}" in said
-    assert "free space" in said and f"go on from {folder / 'checkpoint-3'} with --resume" in said
+    assert "free space" in said and f"resume from {folder / 'checkpoint-3'} with --resume" in said
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint-3"]
     # nor does a folder that was only half copied take the place of a whole one
     shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-9")
@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(write_co
     step = int(said[0].partition("step ")[2].partition(":")[0])
     assert "the loss is not finite (text loss nan" in said[0]
     assert "data.jsonl:4 (bad.mp4)" in said[0] and "data.jsonl:0" not in said[0]
-    last = last_checkpoint(tmp_path / "run")
+    last = find_last_checkpoint(tmp_path / "run")
     assert (last is None) == (step == 1)
     if last:
         assert f"the last checkpoint is {last}." in said[0] and last.name == f"checkpoint-{step - 1}"

@@ -1,0 +1,217 @@
+"""All that this project overrides of `transformers.Trainer` (5.17).
+
+| method | why | test |
+|---|---|---|
+| `compute_loss` (trainer.py) | two losses over the global step | test_equivalence |
+| `_get_num_items_in_batch` | labels and pairs of all micro-batches and ranks | test_equivalence |
+| `create_optimizer`, `_get_learning_rate` | learning rates of parts, and their log | test_optimization |
+| `_get_grad_norm` | a gradient that is not finite never reaches the optimizer | test_survival |
+| `_get_train_sampler`, `get_train_dataloader` | mixtures, packed batches, workers that outlive signals | test_packing |
+| `get_eval_dataloader`, `evaluation_loop` | each sample once; losses and metrics summed over ranks | test_equivalence |
+| `_prepare_inputs` | moves queries and targets too | test_run |
+| `log`, `_init_training_state` | averages and speed since the last log | test_run |
+| `_load_from_checkpoint`, `_load_best_model` | weights under published names, adapters | test_equivalence |
+| `_init_training_state` (checkpoints.py) | a finished run that is resumed trains no further step | test_survival |
+| `_load_optimizer_and_scheduler` (checkpoints.py) | several ranks on the CPU | test_survival |
+| `_get_output_dir`, `_push_from_checkpoint`, `_save_checkpoint` (checkpoints.py) | whole checkpoints or none | \
+test_checkpoints |
+"""
+
+import functools
+import logging
+import math
+import time
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from swim_fast.data.batch.dataset import MixtureSampler
+from swim_fast.data.batch.workers import start_worker
+from swim_fast.modeling.adapters import has_adapters, load_adapters
+from swim_fast.modeling.freezing import get_part_parameters
+from swim_fast.modeling.text_loss import count_labels
+from swim_fast.training.callbacks import EpochOfSampler
+from swim_fast.training.checkpoints import CheckpointingTrainer
+from swim_fast.training.parameter_groups import split_groups
+from swim_fast.training.sums import Sums
+
+logger = logging.getLogger(__name__)
+
+
+def get_data_seed(args: TrainingArguments) -> int:
+    """Return the seed of the order of the samples."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+class HookedTrainer(CheckpointingTrainer):
+    """Overrides of transformers around the step, which `SwimTrainer` defines."""
+
+    # optimizer
+
+    def create_optimizer(self, model=None):
+        """Return transformers' optimizer, its groups split where parts of the model have their own learning rates."""
+        existed = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not existed and self.learning_rates:
+            split_groups(optimizer, get_part_parameters(self.model), self.learning_rates)
+        return optimizer
+
+    def _get_learning_rate(self) -> float:
+        """Return the rate of the parts without their own, for the log; the others' are kept for `log`."""
+        rates = {group.get("part"): group["lr"] for group in self.optimizer.param_groups}
+        self._part_rates = {f"learning_rate_{part}": float(rates[part]) for part in self.learning_rates}
+        return super()._get_learning_rate()
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Return the gradient's norm, just before the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        refused = None if self.args.fp16 else self.guard.check_gradient(norm, self.state.global_step + 1)
+        if refused is not None:
+            self._skip(*refused)
+            for parameter in model.parameters():
+                parameter.grad = None  # an optimizer passes over what has none
+        return norm
+
+    def _get_num_items_in_batch(self, batch_samples, device) -> Tensor:
+        """Return the labels and pairs `[2]` of the global step: all its micro-batches on all ranks."""
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in batch_samples:
+            counts[0] += count_labels(batch["labels"]).to(device)
+            counts[1] += len(batch["mask_targets"])
+        return self._reduce(counts)
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums
+
+    # checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Load the weights of a checkpoint folder as `from_pretrained` does.
+
+        transformers 5.17 hands the file's tensors to `load_state_dict` under their names in the file. Those of
+        Qwen2.5-VL are the published ones and not the module's, so that nothing would be loaded, with a warning only.
+        (With DeepSpeed the engine restores the weights and this is not called.) Where adapters are trained, they alone
+        are saved and loaded.
+        """
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        if has_adapters(model):
+            load_adapters(model, resume_from_checkpoint)
+            return
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # data
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = MixtureSampler(self.train_dataset, get_data_seed(self.args))
+        self.add_callback(EpochOfSampler(sampler))
+        return sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return transformers' loader, or one of packed batches, which accelerate leaves alone: the sampler has dealt
+        them to the ranks already."""
+        if self.batch_sampler is None:
+            loader = super().get_train_dataloader()
+            loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
+            return loader
+        args, sampler = self.args, self.batch_sampler
+        if args.max_steps > 0:
+            sampler.set_steps(args.max_steps * args.gradient_accumulation_steps)
+        else:
+            sampler.epochs = math.ceil(args.num_train_epochs)
+        self.add_callback(EpochOfSampler(sampler))
+        if self.is_world_process_zero():
+            text = "packing: %d batches of up to %d tokens per rank and epoch, %.1f %% full"
+            logger.info(text, len(sampler), sampler.max_tokens, 100 * sampler.efficiency())
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.train_collator,
+            num_workers=args.dataloader_num_workers,
+            worker_init_fn=functools.partial(start_worker, None),
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Return the loader of this rank's share of an evaluation set, each sample exactly once."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        share = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        return DataLoader(
+            share,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=functools.partial(start_worker, None),
+        )
+
+    def _prepare_inputs(self, inputs):
+        # transformers moves tensors only, and leaves the rest to accelerate's loaders
+        return super()._prepare_inputs(send_to_device(inputs, self.args.device))
+
+    # evaluation and logging
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Return text loss, mask loss and grounding metrics over a whole set, summed over the ranks."""
+        # rank 0 has the largest share; the others end with empty batches, since the forward may be collective
+        steps = -(-len(dataloader.dataset.dataset) // self.args.world_size)
+        steps = -(-steps // dataloader.batch_size)
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        sums, batches = Sums(), iter(dataloader)
+        for _ in range(steps):
+            batch = self._prepare_inputs(next(batches, None) or self.data_collator([]))
+            self.report.write(self.state.global_step, batch["problems"], batch["notes"])
+            with torch.no_grad(), self.compute_loss_context_manager():
+                sums += self._forward(model, batch)[2]
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = self._total(sums).average()
+        metrics["loss"] = self._weigh(metrics["text_loss"], metrics.get("mask_loss", 0.0))
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
+
+    def _total(self, sums: Sums) -> Sums:
+        """Add up the sums of all ranks, as numbers."""
+        return Sums.from_tensor(self._reduce(sums.to_tensor(self.args.device)))
+
+    def _init_training_state(self, *args) -> tuple[int, int]:
+        begun = super()._init_training_state(*args)
+        self.start_interval()  # from the step that is resumed
+        return begun
+
+    def start_interval(self) -> None:
+        """Start the sums of the next training log."""
+        self.sums = Sums()
+        self._since = time.perf_counter(), self.state.global_step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add averages and speed since the last training log."""
+        if "loss" in logs and "learning_rate" in logs:
+            since, step = self._since
+            total = self._total(self.sums)
+            averages = total.average()
+            averages["pairs_per_step"] = averages.pop("pairs") / max(self.state.global_step - step, 1)
+            seconds = time.perf_counter() - since
+            logs |= self._part_rates
+            logs |= averages | {"tokens_per_second": round(total.tokens / seconds, 1)}
+            logs["padding_share"] = round(1 - total.tokens / max(total.token_slots, 1), 4)
+            if self.peak_flops:
+                logs["mfu"] = round(total.flops / seconds / (self.args.world_size * self.peak_flops), 4)
+            self.start_interval()
+        super().log(logs, start_time)

@@ -1,0 +1,56 @@
+"""Sums over batches, and the averages that are logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swim_fast.options import METRICS
+
+
+@dataclass
+class Sums:
+    """Sums that add up over micro-batches, ranks and logging intervals.
+
+    Numbers, or scalar tensors on the batch's device, so that adding them up does not wait for it.
+    """
+
+    text_loss: Tensor | float = 0.0
+    mask_loss: Tensor | float = 0.0
+    pointing_accuracy: Tensor | float = 0.0
+    mass_in_mask: Tensor | float = 0.0
+    soft_iou: Tensor | float = 0.0
+    grounded_pairs: Tensor | float = 0.0  # pairs that the three metrics are summed over
+    labels: Tensor | float = 0.0
+    pairs: Tensor | float = 0.0
+    tokens: Tensor | float = 0.0
+    token_slots: Tensor | float = 0.0  # tokens and padding
+    skipped: Tensor | float = 0.0  # samples
+    flops: Tensor | float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def to_tensor(self, device: torch.device) -> Tensor:
+        """Return all fields as one fp64 tensor, to be reduced over the ranks."""
+        return torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=device) for value in vars(self).values()]
+        )
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> Sums:
+        """Return what `to_tensor` was made of, as numbers. Waits for the device."""
+        return cls(*values.tolist())
+
+    def average(self) -> dict[str, float]:
+        """Return the text loss per label, the mask loss per pair and the metrics per pair with a mask, of numbers."""
+        averages = {"text_loss": self.text_loss / max(self.labels, 1)}
+        if self.pairs:
+            averages["mask_loss"] = self.mask_loss / self.pairs
+        if self.grounded_pairs:
+            averages |= {name: getattr(self, name) / self.grounded_pairs for name in METRICS}
+        if self.skipped:
+            averages["skipped"] = int(self.skipped)
+        return averages | {"pairs": int(self.pairs)}
