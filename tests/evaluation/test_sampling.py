@@ -1,0 +1,73 @@
+"""Evaluations take frames as the run that made the checkpoint did, where no option says otherwise."""
+
+import shutil
+
+import pytest
+
+from swim_fast.cli import main
+from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, RunConfig
+from swim_fast.evaluation.run import Ranks, Run
+from swim_fast.inference.loading import load_processor
+from swim_fast.jobs import Grounding, Questions
+from tests.evaluation.conftest import arguments, lines, results
+
+
+@pytest.fixture
+def trained(checkpoint, tmp_path):
+    """A copy of the checkpoint as `swim-fast train` leaves it."""
+    folder = tmp_path / "run"
+    shutil.copytree(checkpoint, folder)
+    data = DataConfig(max_frames=2, fps=1.5, max_pixels=2048, reader="pyav", decode_timeout=7.0)
+    loss = AttentionLossConfig(layers=[0], fusion="mean", query_position="predictor")
+    (folder / "config.yaml").write_text(RunConfig(ModelConfig("start"), data, loss).as_yaml())
+    return folder
+
+
+def run(model, file, out, **options):
+    return Run(Questions(model=model, file=file, out=out, **options), Ranks(0, 1, "cpu"))
+
+
+def test_what_is_not_given_is_that_of_training(trained, annotated, tmp_path):
+    as_trained = run(trained, annotated, tmp_path)
+    sampling = as_trained.sampling
+    assert (sampling.max_frames, sampling.fps, sampling.max_pixels) == (2, 1.5, 2048)
+    assert (sampling.reader, sampling.decode_timeout) == ("pyav", 7.0)
+    builder = as_trained.sample_builder(load_processor(trained))
+    assert len(builder(as_trained.records[0]).frames) == 2
+    given = run(trained, annotated, tmp_path, max_frames=4, reader="decord").sampling
+    assert (given.max_frames, given.reader, given.fps) == (4, "decord", 1.5)
+    # An option wins even where it has the default's value.
+    assert run(trained, annotated, tmp_path, max_frames=32).sampling.max_frames == 32
+
+
+def test_it_is_recorded_and_said(trained, checkpoint, questions, tmp_path, caplog, capsys):
+    caplog.set_level("INFO")
+    short = ["--limit", "2", "--max-new-tokens", "2", "--batch-size", "2", "--workers", "0"]
+    words = ["evaluate", "questions", str(trained), str(questions), *short]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    settings = results(tmp_path / "out")["settings"]
+    expected = {"max_frames": 2, "fps": 1.5, "max_pixels": 2048, "reader": "pyav"}
+    assert {name: settings[name] for name in expected} == expected
+    assert lines(tmp_path / "out" / "predictions-rank0.jsonl")[0]["settings"] == settings
+    assert f"options that are not given are those of training ({trained / 'config.yaml'})" in caplog.text
+    assert "sampling: max_frames 2, fps 1.5, max_pixels 2048, reader pyav" in caplog.text
+    assert "up to 2 frames" in capsys.readouterr().out
+    # Another number of frames is another run.
+    assert main([*words, "--out", str(tmp_path / "out"), "--max-frames", "4", "--limit", "3"]) == 2
+    assert "max_frames was 2 and is 4" in capsys.readouterr().err
+    # Without a configuration beside it, the defaults.
+    options = Questions(model=checkpoint, file=questions, out=tmp_path)
+    assert Run(options, Ranks(0, 1, "cpu")).settings("questions")["max_frames"] == 32
+
+
+def test_grounding_looks_where_training_did(trained, annotated, tmp_path):
+    out, few = tmp_path / "out", ["--limit", 2, "--max-pixels", 64 * 96]
+    assert main(arguments("grounding", trained, annotated, out, *few)) == 0
+    found = results(out)
+    assert found["fused_layers"] == [0] and found["settings"]["max_frames"] == 4
+    rows = {"fusion": "mean", "query_position": "predictor", "softmax": "causal"}
+    assert {name: found["settings"][name] for name in rows} == rows
+    other = tmp_path / "other"
+    assert main(arguments("grounding", trained, annotated, other, *few, "--query-position", "noun")) == 0
+    assert results(other)["settings"]["query_position"] == "noun" and results(other)["fused"] != found["fused"]
+    assert Grounding(model=trained, file=annotated, out=out).layers == "all"
