@@ -119,9 +119,8 @@ class AppendLog(Generic[Entry]):
         return self._parse(json.loads(self._file.readline()))
 
     def entries(self) -> Iterator[tuple[int, Entry]]:
-        """Yield the offset and entry of every line that is sound; the number of damaged ones is logged."""
-        self._file.seek(0)
-        return _entries(self._file, self.path, self._parse)
+        """Yield the offset and entry of every sound line, see `read_log`."""
+        return read_log(self.path, self._parse)
 
     def _mend_end(self, lost: str) -> None:
         size, line = 0, b"\n"
@@ -140,21 +139,20 @@ class AppendLog(Generic[Entry]):
 
 
 def read_log(path: Path, parse: Callable[[dict[str, Any]], Entry] = dict) -> Iterator[tuple[int, Entry]]:
-    """Yield what `AppendLog.entries` would of a file that another process may have open."""
-    with open(path, "rb") as file:
-        yield from _entries(file, path, parse)
+    """Yield the offset and entry of every sound line of a log, also while a process appends to it.
 
-
-def _entries(file: IO[bytes], path: Path, parse: Callable[[dict[str, Any]], Entry]) -> Iterator[tuple[int, Entry]]:
+    The number of damaged lines is logged. A torn last line counts as none.
+    """
     offset = damaged = 0
-    for line in file:
-        try:
-            entry = parse(_object(line))
-        except (KeyError, TypeError, ValueError):
-            damaged += bool(line.strip()) and line.endswith(b"\n")
-        else:
-            yield offset, entry
-        offset += len(line)
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                entry = parse(_object(line))
+            except (KeyError, TypeError, ValueError):
+                damaged += bool(line.strip()) and line.endswith(b"\n")
+            else:
+                yield offset, entry
+            offset += len(line)
     if damaged:
         logger.warning("%s: %d damaged lines are passed over", path, damaged)
 
