@@ -1,28 +1,28 @@
-"""What a training step holds on one GPU, estimated from the model's geometry and the run's settings.
+"""Memory of a training step on one GPU, estimated from the model's geometry and the run's settings.
 
-Ψ are the trainable parameters, N the GPUs. What is assumed:
+Assumptions, with Ψ trainable parameters and N GPUs:
 
 - **DeepSpeed, bf16.** All weights are bf16 (2 bytes), gradients bf16 (2), and AdamW keeps an fp32 master copy and two
   fp32 moments (12): 16 Ψ, of which ZeRO-1 divides the 12 by N, ZeRO-2 the gradients too, ZeRO-3 the weights too,
   those of frozen parameters included (Rajbhandari et al., arXiv 1910.02054, figure 1). DeepSpeed 0.19 accumulates
-  gradients in the weights' type. At the optimizer's step it makes an fp32 copy of the gradients that the GPU owns
-  (of a sub-group of them with ZeRO-3), by which time the activations are gone. Buckets, as transformers sets "auto":
-  hidden² elements, twice with overlap. ZeRO-3 keeps up to `stage3_max_live_parameters` gathered, and at least the
-  largest module. What is offloaded is on the host; one bucket is on its way.
-- **No DeepSpeed.** Everything has the type that a weight has, moments included: torch's AdamW keeps no master copy,
-  and transformers none for it. With several GPUs DDP has a second copy of the gradients in its buckets.
-- **Quantised weights** (arXiv 2305.14314): nf4 with quantised scales takes 4.127 bits a weight, int8 one byte; a
-  layer's largest matrix is there in 16 bits while it is used.
-- **Activations.** Per token and decoder layer what autograd saves of stock transformers: of an RMSNorm its input in
-  fp32, the normalised values and its output; rotated query, key, value and the attention's output; four tensors of
-  the MLP's width. Liger's kernels save less: input and output of a norm, three of the MLP's tensors. With activation
-  checkpointing a layer keeps its input alone, and one layer at a time has all of it; with offload the layers' share
-  waits on the host, and up to two layers are on their way. While a layer goes backward there are gradients of the MLP's
-  tensors and of a few of the layer's width. (Korthikanti et al., arXiv 2205.05198, count the same way.) The vision
-  tower goes first: trained, its blocks save likewise; frozen, one block's intermediates are there and gone before the
-  decoder. Adapters keep an fp32 copy of what comes into their layer, and what they work on.
+  gradients in the weights' type. At the optimizer's step, when the activations are gone, it makes an fp32 copy of
+  the gradients that the GPU owns (with ZeRO-3 of a sub-group of them). Buckets, as transformers sets "auto": hidden²
+  elements, twice with overlap. ZeRO-3 keeps up to `stage3_max_live_parameters` gathered, and at least the largest
+  module. Offloaded states take one bucket.
+- **No DeepSpeed.** Gradients and moments have the weights' type: AdamW keeps no master copy. With several GPUs DDP has
+  another copy of the gradients in its buckets.
+- **Quantised weights** (arXiv 2305.14314): nf4 with quantised scales takes 4.127 bits a weight, int8 one byte; the
+  largest matrix of a layer is in 16 bits while it is used.
+- **Activations.** Per token and decoder layer, autograd saves of stock transformers: of an RMSNorm its input in fp32,
+  the normalised values and its output; rotated query, key, value and the attention's output; four tensors of the MLP's
+  width. Liger's kernels save less: input and output of a norm, three of the MLP's tensors. With activation
+  checkpointing a layer keeps its input alone, and one layer at a time has everything; with offload the layers' share is
+  on the host, and up to two layers are in transit. In a layer's backward there are gradients of the MLP's tensors and
+  of a few of the layer's width. (Korthikanti et al., arXiv 2205.05198, count the same way.) The vision tower runs
+  first: trained, its blocks save likewise; frozen, one block's intermediates are freed before the decoder. Adapters
+  keep an fp32 copy of their layer's input, and the tensor they work on.
 - **Text loss.** A block of logits in the weights' type, in fp32 and their softmax; backward needs as much again.
-- **Attention loss.** Of every supervised layer one fp32 map, rows × read-out keys, its gradient, and the rows' query
+- **Attention loss.** For every supervised layer one fp32 map, rows × readout keys, its gradient, and the rows' query
   and lse; the prediction once more; the masks, a bit for each pixel. Without the fused node also a query-sized
   gradient.
 - **Reserve.** CUDA context, cuBLAS and NCCL buffers (2 GiB), and a twentieth of all for the allocator's fragmentation.
@@ -45,7 +45,7 @@ MOMENTS = {"sgd": 0, "lion": 1}  # per parameter; others as AdamW
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model: its parameters, and the bytes that its frozen ones take as they are loaded."""
+    """Parameters of a part of the model, and their bytes as loaded."""
 
     name: str
     trainable: int
@@ -68,15 +68,15 @@ class Geometry:
     vision_hidden: int
     vision_depth: int
     vision_intermediate: int
-    patch_values: int  # numbers of a patch, as the processor gives them
+    patch_values: int  # pixel values of a patch, from the processor
     patches_per_token: int
-    largest_module: int  # parameters gathered together
-    largest_matrix: int = 0  # of the decoder's quantised ones
+    largest_module: int  # parameters that are gathered together
+    largest_matrix: int = 0  # among the quantised ones
     adapted_width: int = 0  # input features of a layer's linear modules with adapters, summed
 
     @classmethod
-    def of(cls, config, **more: int) -> Geometry:
-        """Of a model's configuration; `more`: the fields that it does not say."""
+    def from_config(cls, config, **more: int) -> Geometry:
+        """Return the geometry of a model's configuration; `more`: the fields that it lacks."""
         text, vision = config.get_text_config(), config.vision_config
         return cls(
             hidden=text.hidden_size,
@@ -97,7 +97,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a run decides about memory."""
+    """Settings of a run that its memory depends on."""
 
     gpus: int = 1
     stage: int | None = None  # of ZeRO; None: no DeepSpeed
@@ -119,9 +119,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Batch:
-    """The batch of one GPU: a padded or packed one."""
+    """Padded or packed batch of one GPU."""
 
-    tokens: int  # padding included; every one is counted as a visual one, as nearly all are
+    tokens: int  # padding included; all are counted as visual, as nearly all are
     longest: int  # tokens of its longest sequence
     rows: int = 0
     keys: int = 0  # columns of a map
@@ -139,7 +139,7 @@ class States:
 
 @dataclass
 class Estimate:
-    """Bytes on one GPU: `items` at the fullest moment of forward and backward, `step` at the optimizer's step."""
+    """Bytes on one GPU: `items` at the peak of forward and backward, `step` at the optimizer's step."""
 
     items: dict[str, float]
     step: float
@@ -150,8 +150,8 @@ class Estimate:
         return (1 + FRAGMENTATION) * max(sum(self.items.values()), self.step) + CONTEXT
 
 
-def states(part: Part, run: Settings) -> States:
-    """Weights, gradients and optimizer states of a part, per GPU."""
+def estimate_states(part: Part, run: Settings) -> States:
+    """Return the bytes of weights, gradients and optimizer states of a part, per GPU."""
     n, psi, per_state = run.gpus, part.trainable, _bytes_per_state(run.optim)
     if run.stage is None:
         size = part.trainable_bytes / psi if psi else 0
@@ -182,8 +182,8 @@ def _bytes_per_state(optim: str) -> float:
     return 1.03 if "8bit" in optim else 4  # blocks of 256 values share an fp32 scale, of either sign
 
 
-def saved_per_token(geometry: Geometry, run: Settings) -> float:
-    """Bytes that autograd saves of one token in one decoder layer without checkpointing."""
+def count_saved_bytes(geometry: Geometry, run: Settings) -> float:
+    """Return the bytes that autograd saves per token and decoder layer without checkpointing."""
     g, size = geometry, run.size
     norm = 2 * size * g.hidden if run.liger else (4 + 2 * size) * g.hidden
     attention = size * g.head_dim * (2 * g.heads + 2 * g.key_heads) + 4 * g.heads
@@ -191,17 +191,17 @@ def saved_per_token(geometry: Geometry, run: Settings) -> float:
     return 2 * norm + attention + mlp + (4 + size) * g.adapted_width
 
 
-def _saved_by_vision(geometry: Geometry, run: Settings) -> float:
-    """Bytes of one patch in one block of the vision tower."""
+def _count_vision_bytes(geometry: Geometry, run: Settings) -> float:
+    """Return the bytes that autograd saves per patch and block of the vision tower."""
     g, size = geometry, run.size
     norm = 2 * size * g.vision_hidden if run.liger else (4 + 2 * size) * g.vision_hidden
     return 2 * norm + 4 * size * g.vision_hidden + (3 if run.liger else 4) * size * g.vision_intermediate
 
 
-def activations(geometry: Geometry, run: Settings, batch: Batch) -> dict[str, float]:
-    """Bytes of activations: what is kept between forward and backward, and the most that is there for a moment."""
+def estimate_activations(geometry: Geometry, run: Settings, batch: Batch) -> dict[str, float]:
+    """Return the bytes of activations kept between forward and backward, and of the largest temporary ones."""
     g, size = geometry, run.size
-    layer = batch.tokens * saved_per_token(g, run)
+    layer = batch.tokens * count_saved_bytes(g, run)
     if run.eager:
         layer += batch.tokens * batch.longest * g.heads * (4 + 2 * size)
     ends = batch.tokens * (4 + 4 * size) * g.hidden  # embeddings and the last norm
@@ -214,7 +214,7 @@ def activations(geometry: Geometry, run: Settings, batch: Batch) -> dict[str, fl
     patches = g.patches_per_token * batch.tokens
     pixels = 4 * patches * g.patch_values
     narrowed = patches * g.patch_values * size if size < 4 else 0
-    block = patches * _saved_by_vision(g, run)
+    block = patches * _count_vision_bytes(g, run)
     passing = patches * max(30 * g.vision_hidden, size * (2 * g.vision_hidden + 4 * g.vision_intermediate))
     passing += narrowed
     if run.vision_trained:
@@ -233,8 +233,8 @@ def activations(geometry: Geometry, run: Settings, batch: Batch) -> dict[str, fl
     return items
 
 
-def attention_loss(geometry: Geometry, run: Settings, batch: Batch) -> float:
-    """Bytes of the noun maps and of the mask loss."""
+def estimate_attention_loss(geometry: Geometry, run: Settings, batch: Batch) -> float:
+    """Return the bytes of the noun maps and the mask loss."""
     row = run.size * geometry.heads * geometry.head_dim + 4 * geometry.heads
     maps = run.supervised_layers * batch.rows * (8 * batch.keys + row)
     query = 0 if run.fused else batch.tokens * run.size * geometry.heads * geometry.head_dim
@@ -242,8 +242,8 @@ def attention_loss(geometry: Geometry, run: Settings, batch: Batch) -> float:
 
 
 def estimate(parts: list[Part], geometry: Geometry, run: Settings, batch: Batch) -> Estimate:
-    """What one GPU holds at the fullest moment of a step."""
-    by_part = {part.name: states(part, run) for part in parts}
+    """Return the memory of one GPU at the peak of a step."""
+    by_part = {part.name: estimate_states(part, run) for part in parts}
     totals = {name: sum(getattr(s, name) for s in by_part.values()) for name in ("weights", "gradients", "optimizer")}
     items = {"weights": totals["weights"], "gradients": totals["gradients"], "optimizer states": totals["optimizer"]}
     trainable = sum(part.trainable for part in parts)
@@ -257,12 +257,12 @@ def estimate(parts: list[Part], geometry: Geometry, run: Settings, batch: Batch)
             every = sum(part.trainable + part.frozen for part in parts)
             gathered = max(min(run.max_live_parameters, every), geometry.largest_module)
             items["gathered parameters"] = size * gathered * (run.gpus > 1 or run.offload_parameters)
-    items |= activations(geometry, run, batch)
-    items["attention loss"] = attention_loss(geometry, run, batch)
+    items |= estimate_activations(geometry, run, batch)
+    items["attention loss"] = estimate_attention_loss(geometry, run, batch)
     return Estimate(items, step, by_part)
 
 
-# What may be changed, the cheapest first: what it costs is time, then accuracy.
+# Changes to a run, the cheapest first: they cost time, then accuracy.
 REMEDIES = (
     ("training.gradient_checkpointing=true", {"checkpointing": True}),
     ("training.deepspeed=configs/deepspeed/zero2.json", {"stage": 2}),
@@ -276,18 +276,18 @@ REMEDIES = (
 )
 
 
-# What is left when these do not suffice.
+# Changes of another kind, when these do not suffice.
 OTHER_REMEDIES = (
     "fewer tokens in a batch (data.max_tokens, data.max_tokens_per_batch, data.max_frames, data.max_pixels)",
     "more GPUs, or adapters instead of the weights (model.lora={quantize: nf4})",
 )
 
 
-def remedies(parts: list[Part], geometry: Geometry, run: Settings, batch: Batch, memory: float) -> list[str]:
-    """What to change, first things first, until a step fits into `memory` bytes.
+def suggest_changes(parts: list[Part], geometry: Geometry, run: Settings, batch: Batch, memory: float) -> list[str]:
+    """Return the changes, in order, with which a step fits into `memory` bytes.
 
-    Taken is the first single change that suffices, else the one that saves most, and so on. If all of them do not
-    suffice, the last entries say what else there is.
+    Each is the first one that suffices by itself, else the one that saves most. If all of `REMEDIES` do not suffice,
+    `OTHER_REMEDIES` follow.
     """
     changes: list[str] = []
     while estimate(parts, geometry, run, batch).total > memory:
@@ -303,7 +303,7 @@ def remedies(parts: list[Part], geometry: Geometry, run: Settings, batch: Batch,
 
 
 def _adds(run: Settings, values: dict[str, int | bool]) -> bool:
-    """Whether a change goes beyond what a run has already."""
+    """Return True for a change that the run does not have already."""
     if "stage" in values and values["stage"] < (run.stage or 0):
         return False
     return any((getattr(run, key) or 0) < value for key, value in values.items())

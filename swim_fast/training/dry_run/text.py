@@ -1,23 +1,20 @@
-"""The text of a dry run: aligned tables and a histogram."""
+"""Text of a dry run: aligned tables and a histogram."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from swim_fast.config import RunConfig
 from swim_fast.training.dry_run.memory import GIB, Batch, Estimate, Part, Settings
-
-if TYPE_CHECKING:
-    from swim_fast.training.dry_run.report import Lengths, Schedule
+from swim_fast.training.dry_run.schedule import Lengths, Schedule
 
 BARS = 10  # of the histogram
 
 
-def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Lines of a table whose first row is the heading: the first column on the left, the others on the right."""
+def format_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    """Return the lines of a table with a heading row; the first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -26,8 +23,8 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
     return [lines[0], indent + "  ".join("-" * width for width in widths), *lines[1:]]
 
 
-def histogram(values: np.ndarray, bars: int = BARS, width: int = 40) -> list[str]:
-    """Lines of a histogram of int64 values: a range, its count and a bar each."""
+def draw_histogram(values: np.ndarray, bars: int = BARS, width: int = 40) -> list[str]:
+    """Return the lines of a histogram of int64 values: each has a range, its count and a bar."""
     low, high = int(values.min()), int(values.max())
     edges = np.unique(np.linspace(low, high + 1, min(bars, high - low + 1) + 1).round().astype(np.int64))
     counts, _ = np.histogram(values, edges)
@@ -43,7 +40,7 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
-def model_lines(config: RunConfig, parts: Sequence[Part], estimated: Estimate, run: Settings) -> list[str]:
+def format_model(config: RunConfig, parts: Sequence[Part], estimated: Estimate, run: Settings) -> list[str]:
     rows = [("part", "trained", "frozen", "weights", "gradients", "optimizer")]
     for part in parts:
         held = estimated.states[part.name]
@@ -58,10 +55,10 @@ def model_lines(config: RunConfig, parts: Sequence[Part], estimated: Estimate, r
     heading = (
         f"model {config.model.path}: {(trained + frozen) / 1e9:.2f} B parameters; GiB on each of {run.gpus} GPU(s)"
     )
-    return [f"{heading}, {engine}, {run.optim}", "", *table(rows), ""]
+    return [f"{heading}, {engine}, {run.optim}", "", *format_table(rows), ""]
 
 
-def length_lines(lengths: Sequence[Lengths]) -> list[str]:
+def format_lengths(lengths: Sequence[Lengths]) -> list[str]:
     rows = [("tokens per sample", "records", "measured", "min", "median", "p95", "max", "with problems")]
     for source in lengths:
         usable = source.usable
@@ -69,13 +66,13 @@ def length_lines(lengths: Sequence[Lengths]) -> list[str]:
         bad = f"{len(source.measured) - len(usable):,}"
         rows.append((source.name, f"{source.records:,}", f"{len(source.measured):,}", *figures, bad))
     usable = np.concatenate([source.usable for source in lengths])
-    lines = [*table(rows), "", *histogram(usable), ""]
+    lines = [*format_table(rows), "", *draw_histogram(usable), ""]
     if any(len(source.usable) < len(source.measured) for source in lengths):
         lines += ["  `swim-fast data check FILE` lists the problems; training leaves these records out.", ""]
     return lines
 
 
-def schedule_lines(
+def format_schedule(
     config: RunConfig, arguments, schedule: Schedule, lengths: Sequence[Lengths], gpus: int
 ) -> list[str]:
     accumulation, packed = arguments.gradient_accumulation_steps, config.data.max_tokens_per_batch
@@ -96,7 +93,7 @@ def schedule_lines(
     return ["schedule", "", *lines, *note, ""]
 
 
-def memory_lines(
+def format_memory(
     batches: dict[str, Batch], estimates: dict[str, Estimate], changes: Sequence[str], memory: float, gpus: int
 ) -> list[str]:
     rows = [("GiB on each GPU", *(f"{name} ({batches[name].tokens:,} tokens)" for name in estimates))]
@@ -115,4 +112,4 @@ def memory_lines(
     if "limit" in estimates and estimates["limit"].total > memory * GIB >= estimates["longest"].total:
         most = estimates["limit"].total / GIB
         verdict.append(f"a batch at the limit of {batches['limit'].tokens:,} tokens would not: {most:.1f} GiB")
-    return [*table(rows), "", *verdict]
+    return [*format_table(rows), "", *verdict]

@@ -12,11 +12,11 @@ from swim_fast.training.dry_run.memory import (
     Geometry,
     Part,
     Settings,
-    activations,
-    attention_loss,
     estimate,
-    remedies,
-    states,
+    estimate_activations,
+    estimate_attention_loss,
+    estimate_states,
+    suggest_changes,
 )
 
 # Qwen2.5-VL-7B with a frozen vision tower, in units of 10^9 parameters
@@ -50,7 +50,7 @@ GEOMETRY = Geometry(
     ],
 )
 def test_zero_on_eight_gpus(stage, weights, gradients, optimizer):
-    found = [states(part, Settings(gpus=8, stage=stage)) for part in PARTS]
+    found = [estimate_states(part, Settings(gpus=8, stage=stage)) for part in PARTS]
     sums = [sum(getattr(s, name) for s in found) / 1e9 for name in ("weights", "gradients", "optimizer")]
     assert sums == pytest.approx([weights, gradients, optimizer], rel=5e-4)
 
@@ -66,13 +66,13 @@ def test_zero_on_eight_gpus(stage, weights, gradients, optimizer):
     ],
 )
 def test_other_engines(settings, total):
-    found = [states(part, settings) for part in PARTS]
+    found = [estimate_states(part, settings) for part in PARTS]
     assert sum(s.weights + s.gradients + s.optimizer for s in found) / 1e9 == pytest.approx(total, rel=5e-4)
 
 
 def test_quantised_weights_stay_as_they_are():
     part = Part("language model", 0, 1000, 0, 516)
-    assert states(part, Settings(gpus=4, stage=2)).weights == 516
+    assert estimate_states(part, Settings(gpus=4, stage=2)).weights == 516
 
 
 def test_step_at_a_sub_group_of_gradients():
@@ -95,10 +95,10 @@ def test_zero_3_gathers_at_least_the_largest_module():
 def test_attention_loss_grows_with_rows_not_with_heads():
     """Eight rows at 12,600 keys of six layers: 2.4 MB each way of maps, by hand."""
     batch = Batch(tokens=12_900, longest=12_900, rows=8, keys=12_600)
-    size = attention_loss(GEOMETRY, Settings(supervised_layers=6), batch)
+    size = estimate_attention_loss(GEOMETRY, Settings(supervised_layers=6), batch)
     maps, prediction, rows = 6 * 8 * 12_600 * 8, 8 * 12_600 * 8, 6 * 8 * (28 * 128 * 2 + 28 * 4)
     assert size == maps + prediction + rows
-    separate = attention_loss(GEOMETRY, Settings(supervised_layers=6, fused=False), batch)
+    separate = estimate_attention_loss(GEOMETRY, Settings(supervised_layers=6, fused=False), batch)
     assert separate - size == 12_900 * 3584 * 2
 
 
@@ -106,7 +106,7 @@ BATCH = Batch(tokens=16_384, longest=16_384)
 
 
 def changes(memory, **settings):
-    return remedies(PARTS, GEOMETRY, Settings(**settings), BATCH, memory * GIB)
+    return suggest_changes(PARTS, GEOMETRY, Settings(**settings), BATCH, memory * GIB)
 
 
 def test_remedies():
@@ -120,7 +120,7 @@ def test_remedies():
 
 def test_remedies_suffice():
     run = Settings(gpus=8, stage=0)
-    found = remedies(PARTS, GEOMETRY, run, BATCH, 80 * GIB)
+    found = suggest_changes(PARTS, GEOMETRY, run, BATCH, 80 * GIB)
     assert found and not any("fewer" in change for change in found)
     stage = 3 if "zero3" in found[-1] else 2
     done = dataclasses.replace(run, checkpointing=True, stage=stage)
@@ -160,7 +160,7 @@ def test_activations_of_a_tiny_model(checkpointing, frozen):
         del outputs
     gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     largest = max(p.numel() for p in model.parameters())
-    geometry = Geometry.of(model.config, largest_module=largest)
+    geometry = Geometry.from_config(model.config, largest_module=largest)
     run = Settings(size=4, checkpointing=checkpointing, vision_trained=not frozen)
-    expected = sum(activations(geometry, run, Batch(tokens=tokens, longest=tokens)).values())
+    expected = sum(estimate_activations(geometry, run, Batch(tokens=tokens, longest=tokens)).values())
     assert expected == pytest.approx(counted.peak - gradients, rel=0.33), (expected, counted.peak, gradients)

@@ -10,7 +10,7 @@ import yaml
 from swim_fast.cli import main
 from swim_fast.config import ConfigError, load_config
 from swim_fast.training.dry_run.report import dry_run
-from swim_fast.training.dry_run.text import histogram, table
+from swim_fast.training.dry_run.text import draw_histogram, format_table
 
 
 @pytest.fixture(autouse=True)
@@ -165,9 +165,9 @@ def test_launcher_variables_are_not_waited_for(write_config, monkeypatch):
 
 
 def test_table_and_histogram_are_aligned():
-    lines = table([("name", "n"), ("a", "1,000"), ("longer", "7")])
+    lines = format_table([("name", "n"), ("a", "1,000"), ("longer", "7")])
     assert lines == ["  name        n", "  ------  -----", "  a       1,000", "  longer      7"]
     values = np.array([1, 1, 2, 100])
-    bars = histogram(values, bars=2, width=6)
+    bars = draw_histogram(values, bars=2, width=6)
     assert bars == ["   1 –  50  3  ######", "  51 – 100  1  ##"]
-    assert len(histogram(np.array([5, 5]))) == 1
+    assert len(draw_histogram(np.array([5, 5]))) == 1
