@@ -29,9 +29,12 @@ SHADES = {"light": 0.34, "dark": -0.42}
 Points = list[tuple[float, float]]
 
 
-def _disc(radius: float = 1.0, x: float = 0.0, y: float = 0.0, corners: int = 72) -> Points:
-    angles = [2 * math.pi * i / corners for i in range(corners)]
-    return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
+def _angles(corners: int) -> list[float]:
+    return [2 * math.pi * i / corners for i in range(corners)]
+
+
+def _disc(radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> Points:
+    return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in _angles(72)]
 
 
 def _box(half_width: float, top: float, bottom: float) -> Points:
@@ -39,17 +42,14 @@ def _box(half_width: float, top: float, bottom: float) -> Points:
 
 
 def _star() -> Points:
-    radii = [1.0, 0.5] * 5
-    return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5) + 0.05) for i, r in enumerate(radii)]
+    return [(r * math.sin(a), -r * math.cos(a) + 0.05) for a, r in zip(_angles(10), [1.0, 0.5] * 5, strict=True)]
 
 
 def _heart() -> Points:
-    points = []
-    for i in range(72):
-        a = 2 * math.pi * i / 72
-        y = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
-        points.append((16 * math.sin(a) ** 3 / 16.5, (-y - 2.5) / 16.5))
-    return points
+    def height(a: float) -> float:
+        return 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
+
+    return [(16 * math.sin(a) ** 3 / 16.5, (-height(a) - 2.5) / 16.5) for a in _angles(72)]
 
 
 def _moon() -> Points:
@@ -62,12 +62,8 @@ def _moon() -> Points:
 
 
 def _flower() -> Points:
-    points = []
-    for i in range(120):
-        a = 2 * math.pi * i / 120
-        r = 0.58 + 0.42 * abs(math.cos(2.5 * a))  # five round petals
-        points.append((r * math.sin(a), -r * math.cos(a)))
-    return points
+    petals = [(a, 0.58 + 0.42 * abs(math.cos(2.5 * a))) for a in _angles(120)]  # five round ones
+    return [(r * math.sin(a), -r * math.cos(a)) for a, r in petals]
 
 
 # noun: outline, and patches of a lighter (+) or darker (−) shade of the object's colour

@@ -5,32 +5,22 @@ from pathlib import Path
 
 from swim_fast.config import RunConfig
 from swim_fast.data.source.tags import strip_tags
+from swim_fast.viz import charts
 
 
 def draw_curves(folders: dict[str, Path], path: Path) -> None:
     """Draw text loss and held-out pointing accuracy over the steps, a line per run; reads its `trainer_state.json`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panels = figure.subplots(1, 2)
+    panels: dict[str, dict] = {"text loss, held-out clips": {}, "pointing accuracy, held-out clips": {}}
     for name, folder in folders.items():
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        for axes, suffix in zip(panels, ("text_loss", "pointing_accuracy"), strict=True):
-            points = {
+        for suffix, curves in zip(("text_loss", "pointing_accuracy"), panels.values(), strict=True):
+            curves[name.replace("_", " ")] = {
                 entry["step"]: value
                 for entry in history
                 for key, value in entry.items()
                 if key.startswith("eval_") and key.endswith(suffix)
             }
-            axes.plot(points.keys(), points.values(), marker="o", markersize=3, label=name.replace("_", " "))
-    for axes, title in zip(panels, ("text loss, held-out clips", "pointing accuracy, held-out clips"), strict=True):
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("optimizer step")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[1].set_ylim(0, 1)
-    panels[1].legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
+    charts.draw_curves(path, panels, "optimizer step")
 
 
 def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> None:

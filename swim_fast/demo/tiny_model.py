@@ -17,22 +17,9 @@ from typing import Any
 from swim_fast.errors import OptionError
 
 # In the order of Qwen2.5-VL's vocabulary, where they follow the learnt tokens.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_SPECIAL = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end
+    vision_start vision_end vision_pad image_pad video_pad"""
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _SPECIAL.split())
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 

@@ -1,4 +1,4 @@
-"""Charts of metrics over layers, and of the counts of a set of records."""
+"""Charts: curves over the steps of a run, metrics over layers, counts of a set of records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,32 @@ from pathlib import Path
 
 import numpy as np
 
+from swim_fast.files import atomic_write
+
 BLUE, RED, GREEN = "#3b6ea5", "#c0603b", "#5a9367"
+
+
+def draw_curves(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[int, float]]], xlabel: str) -> None:
+    """Draw curves side by side into a PNG; the range of the last panel is that of a share.
+
+    Args:
+        path: PNG to write; its folder is made if absent.
+        panels: title -> name of a curve -> step -> value.
+        xlabel: name of the steps.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name, values in curves.items():
+            axes.plot(values.keys(), values.values(), marker="o", markersize=3, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(xlabel)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
 
 
 def draw_layers(
@@ -84,5 +109,5 @@ def draw_counts(
 
 
 def _save(figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=130)
