@@ -1,13 +1,15 @@
 """Freezing of model parts, and their share in every step of a distributed run."""
 
 import contextlib
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
 
 from swim_fast.errors import OptionError
 from swim_fast.modeling.families import get_family
-from swim_fast.modeling.hooks import add_context, add_keyword_step, remove_context, remove_keyword_step
+from swim_fast.modeling.hooks import add_context, add_keyword_step
 
 PARTS = ("vision_tower", "merger", "language_model")
 
@@ -47,13 +49,6 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
         add_context(visual, "frozen", lambda visual, kwargs: torch.no_grad())
 
 
-def unfreeze(model: nn.Module, trainable: set[nn.Parameter]) -> None:
-    """Undo `freeze`: train these parameters and no others."""
-    remove_context(model.get_submodule(get_family(model).visual), "frozen")
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter in trainable)
-
-
 def keep_visual_in_step(model: nn.Module, sharded: bool = False) -> None:
     """Let a batch without images or video pass a minimal one through the visual module, times zero.
 
@@ -65,48 +60,27 @@ def keep_visual_in_step(model: nn.Module, sharded: bool = False) -> None:
         sharded: the parameters are gathered for each pass (ZeRO-3), so that the number of passes must be the same on
             all ranks: a batch with both images and videos has two. Costs a reduction of one number per forward.
     """
-    in_step = _VisualInStep(model)
     visual = model.get_submodule(get_family(model).visual)
-    add_context(visual, "in_step", in_step.count_pass)
-    add_keyword_step(model, "visual_in_step", in_step.add_passes)
+    add_context(model, "visual_in_step", partial(_count_missing_passes, sharded=sharded))
+    add_keyword_step(model, "visual_in_step", partial(_add_missing_passes, visual))
+
+
+@contextlib.contextmanager
+def _count_missing_passes(model: nn.Module, kwargs: dict, sharded: bool) -> Iterator[None]:
+    own = wanted = sum(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
     if sharded:
-        add_context(model, "visual_in_step", in_step.agree)
+        most = torch.tensor(own, device=kwargs["input_ids"].device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        wanted = int(most)
+    kwargs["missing_passes"] = max(wanted, 1) - own
+    yield
 
 
-def leave_visual_out_of_step(model: nn.Module) -> None:
-    """Undo `keep_visual_in_step`."""
-    remove_context(model.get_submodule(get_family(model).visual), "in_step")
-    remove_keyword_step(model, "visual_in_step")
-    remove_context(model, "visual_in_step")
-
-
-class _VisualInStep:
-    """Passes through the visual module, made and wanted, within one forward."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.made, self.wanted = 0, 1
-
-    @contextlib.contextmanager
-    def agree(self, model: nn.Module, kwargs: dict):
-        own = sum(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-        wanted = torch.tensor(max(own, 1), device=kwargs["input_ids"].device)
-        torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
-        self.wanted = int(wanted)
-        yield
-
-    @contextlib.contextmanager
-    def count_pass(self, visual: nn.Module, kwargs: dict):
-        yield
-        self.made += 1
-
-    def add_passes(self, language_model: nn.Module, kwargs: dict) -> dict:
-        config, visual = self.model.config.vision_config, self.model.get_submodule(get_family(self.model).visual)
-        merge, width = config.spatial_merge_size, config.in_channels * config.temporal_patch_size * config.patch_size**2
-        embeds = kwargs["inputs_embeds"]
-        while self.made < self.wanted:
-            pixels = embeds.new_zeros(merge * merge, width, dtype=visual.dtype)
-            features = visual(pixels, grid_thw=torch.tensor([[1, merge, merge]], device=embeds.device)).pooler_output
-            embeds = embeds + features.to(embeds.dtype).sum() * 0
-        self.made = 0
-        return kwargs | {"inputs_embeds": embeds}
+def _add_missing_passes(visual: nn.Module, language_model: nn.Module, kwargs: dict) -> dict:
+    config, embeds = visual.config, kwargs["inputs_embeds"]
+    merge, width = config.spatial_merge_size, config.in_channels * config.temporal_patch_size * config.patch_size**2
+    for _ in range(kwargs.pop("missing_passes", 0)):
+        pixels = embeds.new_zeros(merge * merge, width, dtype=visual.dtype)
+        features = visual(pixels, grid_thw=torch.tensor([[1, merge, merge]], device=embeds.device)).pooler_output
+        embeds = embeds + features.to(embeds.dtype).sum() * 0
+    return kwargs | {"inputs_embeds": embeds}

@@ -1,8 +1,7 @@
 """Removable changes to the calls of one model's modules: contexts around a forward, and the keywords it gets.
 
 Stock models hand each keyword that their forward does not know to the language model and to the vision tower alike.
-One pre-hook on each of the two sorts them. What is added here lives on the modules, so that a deep copy of a model has
-its own, and has a name by which it is removed.
+One pre-hook on each of the two sorts them. All changes live on the modules, so that a deep copy of a model has its own.
 """
 
 import contextlib
@@ -15,8 +14,10 @@ from torch import nn
 
 from swim_fast.modeling.families import get_family
 
-_LANGUAGE_MODEL_ONLY = ("noun_queries", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_LOSS_ONLY = "num_items_in_batch"  # transformers' denominator of the text loss
+_NOT_FOR_VISUAL = (
+    *("noun_queries", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "missing_passes"),
+    "num_items_in_batch",  # transformers' denominator of the text loss
+)
 
 
 def add_context(module: nn.Module, name: str, context: Callable[[nn.Module, dict], AbstractContextManager]) -> None:
@@ -74,20 +75,28 @@ def add_keyword_step(
 def remove_keyword_step(model: nn.Module, name: str) -> None:
     """Undo `add_keyword_step`; does nothing where no step has this name."""
     language_model = model.get_submodule(get_family(model).language_model)
-    steps = vars(language_model).get("_keyword_steps", {name: None})
+    steps = vars(language_model).get("_keyword_steps", {})
     steps.pop(name, None)
-    if not steps:
-        vars(language_model).pop("_keyword_steps", None)
-        for hook in vars(language_model).pop("_keyword_hooks", ()):
+    if not steps and vars(language_model).pop("_keyword_steps", None) is not None:
+        for hook in vars(language_model).pop("_keyword_hooks"):
             hook.remove()
 
 
+def remove_hooks(model: nn.Module) -> None:
+    """Remove all contexts and keyword steps of a model."""
+    for module in model.modules():
+        for name in list(vars(module).get("_contexts", ())):
+            remove_context(module, name)
+    for name in list(getattr(model.get_submodule(get_family(model).language_model), "_keyword_steps", ())):
+        remove_keyword_step(model, name)
+
+
 def _before_visual(module: nn.Module, args, kwargs):
-    return args, {key: value for key, value in kwargs.items() if key not in (*_LANGUAGE_MODEL_ONLY, _LOSS_ONLY)}
+    return args, {key: value for key, value in kwargs.items() if key not in _NOT_FOR_VISUAL}
 
 
 def _before_language_model(module: nn.Module, args, kwargs):
-    kwargs.pop(_LOSS_ONLY, None)
+    kwargs.pop("num_items_in_batch", None)
     for step in module._keyword_steps.values():
         kwargs = step(module, kwargs)
     return args, kwargs

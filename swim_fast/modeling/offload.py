@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swim_fast.modeling.families import get_family
-from swim_fast.modeling.hooks import add_context, remove_context
+from swim_fast.modeling.hooks import add_context
 
 SMALLEST = 1 << 20  # bytes of a tensor that is worth a copy
 
@@ -54,11 +54,6 @@ def offload_activations(model: nn.Module) -> None:
         "offload",
         lambda language_model, kwargs: torch.autograd.graph.saved_tensors_hooks(to_host, to_device),
     )
-
-
-def keep_activations(model: nn.Module) -> None:
-    """Undo `offload_activations`."""
-    remove_context(model.get_submodule(get_family(model).language_model), "offload")
 
 
 def _is_weight(tensor: Tensor) -> bool:

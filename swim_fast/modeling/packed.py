@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from swim_fast.modeling.hooks import add_keyword_step, remove_keyword_step
+from swim_fast.modeling.hooks import add_keyword_step
 
 
 def accept_packed_batches(model: nn.Module) -> None:
@@ -13,11 +13,6 @@ def accept_packed_batches(model: nn.Module) -> None:
     alone: the vision tower has lengths of its own.
     """
     add_keyword_step(model, "packed", _leave_out_cache)
-
-
-def refuse_packed_batches(model: nn.Module) -> None:
-    """Undo `accept_packed_batches`."""
-    remove_keyword_step(model, "packed")
 
 
 def _leave_out_cache(language_model: nn.Module, kwargs: dict) -> dict:

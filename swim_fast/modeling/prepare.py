@@ -8,19 +8,19 @@
 6. Packing, 7. offload and 8. the visual pass of every step wrap the calls of language model and vision tower.
 """
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from swim_fast.modeling.adapters import add_adapters, remove_adapters
-from swim_fast.modeling.freezing import freeze, keep_visual_in_step, leave_visual_out_of_step, unfreeze
+from swim_fast.modeling.freezing import freeze, keep_visual_in_step
+from swim_fast.modeling.hooks import remove_hooks
 from swim_fast.modeling.liger import apply_liger, remove_liger
 from swim_fast.modeling.noun_attention import attach_noun_attention, detach_noun_attention
-from swim_fast.modeling.offload import keep_activations, offload_activations
-from swim_fast.modeling.packed import accept_packed_batches, refuse_packed_batches
+from swim_fast.modeling.offload import offload_activations
+from swim_fast.modeling.packed import accept_packed_batches
 from swim_fast.modeling.text_loss import attach_text_loss, detach_text_loss
 
 
@@ -39,8 +39,8 @@ def prepare_model(
     activation_offload: bool = False,
     ranks: int = 1,
     sharded: bool = False,
-) -> Callable[[], None]:
-    """Prepare a stock model for training with noun maps and text loss.
+) -> nn.Module:
+    """Prepare a stock model for training with noun maps and text loss; `restore_model` undoes it.
 
     Args:
         model: a stock `…ForConditionalGeneration` of a supported family.
@@ -54,35 +54,44 @@ def prepare_model(
             `keep_visual_in_step`.
 
     Returns:
-        A function that undoes all of it. If an option is refused, the model is left as it was.
+        The same model. If an option is refused, the model is left as it was.
 
     Raises:
         UnsupportedModelError: no entry for the model's family.
         OptionError: layers, parts or adapter targets that the model does not have.
         MissingLibraryError: peft is not installed.
     """
-    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    with contextlib.ExitStack() as undo:
+    model._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
         if liger:
-            undo.callback(remove_liger, model)
             apply_liger(model, device)
-        undo.callback(unfreeze, model, trainable)
         if lora is not None:
-            undo.callback(remove_adapters, model)
             add_adapters(model, lora, list(frozen), seed)
         freeze(model, list(frozen))
         if layers is None or len(layers):
-            undo.callback(detach_noun_attention, model)
             attach_noun_attention(model, layers, backend, fused)
-        undo.callback(detach_text_loss, model)
         attach_text_loss(model, liger)
         if packed:
-            undo.callback(refuse_packed_batches, model)
             accept_packed_batches(model)
         if activation_offload:
-            undo.callback(keep_activations, model)
             offload_activations(model)
         if ranks > 1:
-            undo.callback(leave_visual_out_of_step, model)
             keep_visual_in_step(model, sharded)
-        return undo.pop_all().close
+    except BaseException:
+        restore_model(model)
+        raise
+    return model
+
+
+def restore_model(model: nn.Module) -> nn.Module:
+    """Undo `prepare_model` on a model or a copy of it, which is returned; adapters are dropped, not merged."""
+    detach_text_loss(model)
+    detach_noun_attention(model)
+    remove_hooks(model)
+    remove_adapters(model)
+    remove_liger(model)
+    if "_trained_before" in vars(model):
+        trained = set(vars(model).pop("_trained_before"))
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+    return model

@@ -8,7 +8,7 @@ import torch
 from swim_fast.config import LoraConfig
 from swim_fast.errors import OptionError
 from swim_fast.modeling import liger
-from swim_fast.modeling.prepare import prepare_model
+from swim_fast.modeling.prepare import prepare_model, restore_model
 from swim_kernels import NounQueries
 
 EVERYTHING = {
@@ -45,10 +45,11 @@ def test_everything_can_be_undone(model, batch, monkeypatch):
     inputs, queries = batch
     model.model.visual.merger.requires_grad_(False)
     before, expected = describe(model), model(**inputs)
-    undo = prepare_model(model, **EVERYTHING)
+    assert describe(restore_model(model)) == before  # nothing to undo
+    prepare_model(model, **EVERYTHING)
     changed, trained = describe(model)
     assert changed != before[0] and {name for name, on in trained.items() if on} == {n for n in trained if "lora_" in n}
-    undo()
+    restore_model(model)
     assert describe(model) == before
     found = model(**inputs)
     assert torch.equal(found.logits, expected.logits) and found.loss == expected.loss and found.attentions is None
@@ -66,14 +67,16 @@ def test_loss_and_maps_are_those_of_the_stock_model(model, stock, batch):
 
 def test_a_copy_has_its_own_changes(model, stock, batch):
     inputs, _ = batch
-    undo = prepare_model(model, frozen=["vision_tower", "merger"], activation_offload=True, ranks=2)
+    prepare_model(model, frozen=["vision_tower", "merger"], activation_offload=True, ranks=2)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     torch.testing.assert_close(copied(**inputs).loss, stock(**inputs).loss, rtol=1e-6, atol=0)
-    undo()
+    restore_model(model)
     assert copied(**inputs).logits.ndim == 0
+    plain = restore_model(copied)
+    assert describe(plain) == describe(stock) and torch.equal(plain(**inputs).logits, stock(**inputs).logits)
 
 
 @pytest.mark.parametrize(
