@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from swim_fast import Collator, SampleBuilder, attach_noun_attention, detach_noun_attention, mask_alignment_loss
-from swim_fast.data.sample.builder import SampleOptions
 from swim_fast.data.source.records import RecordFile
 from swim_fast.demo.clips import write_demo_data
 from swim_fast.demo.texts import all_texts
 from swim_fast.demo.tiny_model import build_checkpoint
+from swim_fast.options import Sampling
 
 
 def main(folder: Path, steps: int) -> list[tuple[float, float]]:
@@ -31,7 +31,7 @@ def main(folder: Path, steps: int) -> list[tuple[float, float]]:
     attach_noun_attention(model, layers=[1, 2, 3])  # the model's own attention still computes its output
 
     # A record becomes tokens, pixels, and the rows of its tagged nouns with their masks; samples become a batch.
-    build, collate = SampleBuilder(processor, SampleOptions(max_frames=4)), Collator(processor)
+    build, collate = SampleBuilder(processor, Sampling(max_frames=4)), Collator(processor)
     loader = DataLoader(
         RecordFile(records), batch_size=4, shuffle=True, collate_fn=lambda batch: collate([build(r) for r in batch])
     )

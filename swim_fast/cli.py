@@ -26,27 +26,27 @@ def _train(args) -> int:
 
 def _data_check(args) -> int:
     from swim_fast.data.check import check_file
-    from swim_fast.data.sample.builder import SampleOptions
+    from swim_fast.jobs import Check
 
-    report = check_file(
-        args.file,
-        SampleOptions(reader=args.reader, decode_timeout=args.timeout),
-        processor=_processor(args.model),
+    options = Check(
+        file=args.file,
         media=args.media,
+        reader=args.reader,
+        decode_timeout=args.timeout,
         decode=not args.no_decode,
         workers=args.workers,
     )
+    report = check_file(options, _processor(args.model))
     print(report)
     return 1 if report.problems else 0
 
 
 def _data_show(args) -> int:
-    from swim_fast.data.sample.builder import SampleOptions
     from swim_fast.data.show import show_record
+    from swim_fast.options import Decoding, Sampling
 
-    show_record(
-        args.file, args.index, args.out, _processor(args.model), SampleOptions(reader=args.reader), media=args.media
-    )
+    decoding = Decoding(reader=args.reader)
+    show_record(args.file, args.index, args.out, _processor(args.model), Sampling(), decoding, media=args.media)
     print(args.out)
     return 0
 

@@ -1,7 +1,8 @@
 """Errors that a user can mend: the command line prints their message as one line, without a traceback."""
 
+import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -17,6 +18,7 @@ class MissingLibraryError(UserError, ImportError):
     """A library that a job needs and that is not installed; the message says how to install it."""
 
 
+_OTHER = re.compile(r"\{([\w.]+)\}")  # option that the text of a mistake names
 _TYPES = {"int": "int", "float": "a number", "finite": "a finite number", "bool": "true or false", "string": "text"}
 _LIMITS = {
     "greater_than": ("gt", "above"),
@@ -26,6 +28,26 @@ _LIMITS = {
 }
 
 
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Return the hint for an unknown name: the nearest known one, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
+
+
+def error_path(error: dict[str, Any]) -> tuple[int | str, ...]:
+    """Return the keys that lead to the option which one of pydantic's `ValidationError.errors()` is about."""
+    if error["type"] == "mistake":  # one of `swim_fast.options.mistake`
+        return *error["loc"], *error["ctx"]["key"].split(".")
+    return tuple(key for key in error["loc"] if key != "[key]")
+
+
+def named_paths(error: dict[str, Any]) -> list[tuple[int | str, ...]]:
+    """Return `error_path` and the paths of the other options that a `swim_fast.options.mistake` names."""
+    others = _OTHER.findall(error["ctx"]["text"]) if error["type"] == "mistake" else ()
+    return [error_path(error), *((*error["loc"], *other.split(".")) for other in others)]
+
+
 def explain(error: dict[str, Any], spell: Callable[[Sequence[int | str]], str]) -> str:
     """Say in one sentence what is wrong with an option, its value and what would be accepted.
 
@@ -33,15 +55,16 @@ def explain(error: dict[str, Any], spell: Callable[[Sequence[int | str]], str]) 
         error: one of pydantic's `ValidationError.errors()`.
         spell: writes a path of keys as the user knows it, such as `data.train[0].path` or `--max-frames`.
     """
-    kind, path, value, context = error["type"], error["loc"], error["input"], error.get("ctx", {})
-    if kind == "mistake":  # one of `Options.mistake`: other options are named in braces
-        text = re.sub(r"\{(\w+)\}", lambda match: spell((*path, match[1])), context["text"])
-        return f"{spell((*path, context['key']))} {text}"
-    name = spell(path)
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    name = spell(error_path(error))
+    if kind == "mistake":
+        return f"{name} " + _OTHER.sub(lambda match: spell((*error["loc"], *match[1].split("."))), context["text"])
     if kind == "missing":
         return f"missing {name}"
     if kind == "literal_error":
         accepted = context["expected"].replace(" or ", ", ").replace("'", "")
+        if error["loc"][-1] == "[key]":
+            return f"{name} is unknown; {nearest(value, accepted.split(', '))}"
         return f"{name} is {value!r}; choose one of: {accepted}"
     if kind in _LIMITS:
         limit, words = _LIMITS[kind]

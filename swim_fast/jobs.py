@@ -101,7 +101,7 @@ class Check(InputFile, Media, Limited, Sampling, Decoding):
 
 
 class Show(InputFile, Media, Sampling, Decoding):
-    """Draw one record: frames, masks, tagged nouns, tokens."""
+    """Show one record as training sees it: frames, masks, tagged nouns, tokens."""
 
     words = ("file", "index")
     index: int

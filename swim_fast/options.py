@@ -5,14 +5,14 @@ of these classes, and the functions that use an option take the object that hold
 and the line that reads it. Nothing heavy is imported: a mistake is told before torch is loaded.
 """
 
-import difflib
 import os
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from swim_fast.errors import OptionError, explain
+from swim_fast.errors import OptionError, explain, nearest
 
 METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou")  # of an evaluation, beside the losses
 
@@ -81,10 +81,13 @@ def key_path(path: tuple[int | str, ...]) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 
-def nearest(key: str, known) -> str:
-    """Return the hint for an unknown name: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
+def unwrap(annotation: Any) -> Any:
+    """Return the type of an option without limits and without None."""
+    if get_origin(annotation) is Annotated:
+        return unwrap(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return unwrap(next(kind for kind in get_args(annotation) if kind is not type(None)))
+    return annotation
 
 
 class InputFile(Options):

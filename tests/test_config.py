@@ -1,9 +1,15 @@
+import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from swim_fast.config import AttentionLossConfig, ConfigError, DataConfig, ModelConfig, RunConfig, load_config
+from swim_fast.config import ConfigError, DataConfig, ModelConfig, RunConfig, load_config, reference, training_fields
+from swim_fast.options import AttentionLoss
+from swim_fast.training.arguments import training_arguments
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": [{"path": "train.jsonl"}]}}
 
@@ -31,39 +37,47 @@ def test_overrides_replace_values_and_make_sections(write):
 
 
 def test_yaml_1_1_does_not_turn_numbers_into_text_nor_no_into_false(write):
-    arguments = load_config(write(), ["training.learning_rate=2e-5", "training.max_steps=3"]).training_arguments()
+    arguments = training_arguments(load_config(write(), ["training.learning_rate=2e-5", "training.max_steps=3"]))
     assert arguments.learning_rate == 2e-5
-    assert load_config(write(), ["training.save_strategy=no"]).training_arguments().save_strategy == "no"
+    assert training_arguments(load_config(write(), ["training.save_strategy=no"])).save_strategy == "no"
     assert load_config(write(), ["attention_loss.text_weight=5e-2"]).attention_loss.text_weight == 0.05
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("attention_loss.critereon=kl", "unknown key 'attention_loss.critereon'; did you mean 'criterion'"),
-        ("modle.path=x", "unknown key 'modle'; did you mean 'model'"),
+        ("attention_loss.critereon=kl", "attention_loss.critereon is unknown; did you mean 'criterion'"),
+        ("modle.path=x", "modle is unknown; did you mean 'model'"),
         ("attention_loss.criterion=mse", "attention_loss.criterion is 'mse'; choose one of: bce, iou, dice, kl"),
         ("data.max_frames=many", "data.max_frames is 'many'; expected int"),
         ("data.max_frames=true", "data.max_frames is True; expected int"),
-        ("data.max_frames=1", "two frames make one temporal patch"),
-        ("data={min_pixels: 200, max_pixels: 100}", "min_pixels 200 is above max_pixels 100"),
-        ("data.fps=0", "fps is 0.0; it must be positive"),
-        ("data={min_pixels: 200, total_pixels: 300}", "total_pixels 300 is below two frames of min_pixels 200"),
+        ("data.fps=true", "data.fps is True; expected a number"),
+        ("data.fps=.inf", "data.fps is inf; expected a finite number"),
+        ("model.liger=1", "model.liger is 1; expected true or false"),
+        ("training.max_steps=true", "training.max_steps is True; expected int"),
+        ("training.learning_rate=fast", "training.learning_rate is 'fast'; expected float"),
+        ("data.max_frames=1", "data.max_frames is 1; it must be at least 2"),
+        ("data={min_pixels: 200, max_pixels: 100}", "data.min_pixels 200 is above data.max_pixels 100"),
+        ("data.fps=0", "data.fps is 0; it must be positive"),
+        (
+            "data={min_pixels: 200, total_pixels: 300}",
+            "data.total_pixels 300 is below two frames of data.min_pixels 200",
+        ),
         (
             "optimization.learning_rates={visual_tower: 1}",
-            "'optimization.learning_rates.visual_tower'; did you mean 'vision_",
+            "optimization.learning_rates.visual_tower is unknown; did you mean 'vision_",
         ),
         (
             "optimization.learning_rates={merger: -1}",
-            "learning_rates.merger is -1.0; it must be a number of at least 0",
+            "learning_rates.merger is -1; it must be at least 0",
         ),
         (
             "optimization.learning_rates={vision_tower: 1}",
-            "learning_rates names vision_tower, which model.freeze keeps",
+            "learning_rates.vision_tower is of a part that model.freeze keeps",
         ),
-        ("optimization.early_stopping_patience=0", "early_stopping_patience is 0; it must be at least 1"),
-        ("data.train=[{path: a.jsonl, weight: 0}]", "weight of a.jsonl is 0"),
-        ("data.train=[{pth: a.jsonl}]", "unknown key 'data.train[0].pth'; did you mean 'path'"),
+        ("optimization.early_stopping_patience=0", "early_stopping_patience is 0; it must be positive"),
+        ("data.train=[{path: a.jsonl, weight: 0}]", "data.train[0].weight is 0; it must be positive"),
+        ("data.train=[{pth: a.jsonl}]", "data.train[0].pth is unknown; did you mean 'path'"),
         ("model.lora={rank: 0}", "model.lora.rank is 0"),
         ("model.lora={dropout: 1.0}", "model.lora.dropout is 1"),
         ("model.lora={targets: []}", "model.lora.targets is empty"),
@@ -83,13 +97,13 @@ def test_mistakes_are_named_with_their_remedy(write, override, message):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("learning_rat", "unknown key 'training.learning_rat'; did you mean 'learning_rate'"),
+        ("learning_rat", "training.learning_rat is unknown; did you mean 'learning_rate'"),
         ("remove_unused_columns", "training.remove_unused_columns must be False"),
     ],
 )
 def test_training_arguments_are_checked_by_name(write, key, message):
     with pytest.raises(ConfigError) as error:
-        load_config(write(training={key: True})).training_arguments()
+        load_config(write(training={key: True}))
     assert message in str(error.value)
 
 
@@ -120,30 +134,28 @@ def test_early_stopping_says_what_it_needs(write, changed, message):
     eval_ = {"eval": {"heldout": {"path": "heldout.jsonl"}}}
     training = {key: value for key, value in (BEST | changed).items() if value is not None}
     sections = {"data": MINIMAL["data"] | eval_, "optimization": {"early_stopping_patience": 3}}
-    config = load_config(write(**sections, training=training))
     with pytest.raises(ConfigError) as error:
-        config.training_arguments()
+        training_arguments(load_config(write(**sections, training=training)))
     assert message in str(error.value)
-    good = load_config(write(**sections, training=BEST)).training_arguments()
+    good = training_arguments(load_config(write(**sections, training=BEST)))
     assert good.greater_is_better and good.restore_callback_states_from_checkpoint
 
 
 def test_the_best_checkpoint_needs_an_evaluation(write):
     with pytest.raises(ConfigError, match="data.eval names no file"):
-        load_config(write(training=BEST)).training_arguments()
+        load_config(write(training=BEST))
 
 
 def test_learning_rates_and_an_optimizer_of_deepspeed_exclude_each_other(write, tmp_path):
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps({"optimizer": {"type": "Adam"}, "train_micro_batch_size_per_gpu": "auto"}))
-    config = load_config(write(training={"deepspeed": str(path)}, optimization={"learning_rates": {"merger": 1}}))
     with pytest.raises(ConfigError, match="remove its section 'optimizer'"):
-        config.training_arguments()
+        load_config(write(training={"deepspeed": str(path)}, optimization={"learning_rates": {"merger": 1}}))
 
 
 def test_checkpointing_is_not_reentrant_unless_asked_for(write):
     def keywords(**training):
-        return load_config(write(training=training)).training_arguments().gradient_checkpointing_kwargs
+        return training_arguments(load_config(write(training=training))).gradient_checkpointing_kwargs
 
     assert keywords(gradient_checkpointing=True) == {"use_reentrant": False}
     for given in ({"every_n_layers": 2}, {"use_reentrant": True}):
@@ -153,7 +165,7 @@ def test_checkpointing_is_not_reentrant_unless_asked_for(write):
 
 def test_missing_key_file_and_broken_yaml(write, tmp_path):
     path = write(model={})
-    with pytest.raises(ConfigError, match="missing key 'model.path'"):
+    with pytest.raises(ConfigError, match="missing model.path"):
         load_config(path)
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "absent.yaml")
@@ -170,15 +182,16 @@ def test_effective_configuration_reads_back(write, tmp_path):
 
 @pytest.mark.parametrize(("numerics", "read_out"), [("stable", "supervised"), ("paper", "all")])
 def test_maps_are_read_out_where_the_numerics_need_them(numerics, read_out):
-    loss = AttentionLossConfig(numerics=numerics)
-    assert RunConfig(ModelConfig("m"), DataConfig(), loss).sample_options().read_out == read_out
+    loss = AttentionLoss(numerics=numerics)
+    config = RunConfig(model=ModelConfig(path="m"), data=DataConfig(), attention_loss=loss)
+    assert config.supervision.read_out == read_out
 
 
 def test_every_option_of_samples_that_data_names_reaches_them(write):
     config = load_config(
         write(), ["data={fps: 2, max_frames: 64, min_pixels: 100, max_pixels: 200, total_pixels: 900}"]
     )
-    options = config.sample_options()
+    options = config.sampling
     found = (options.fps, options.max_frames, options.min_pixels, options.max_pixels, options.total_pixels)
     assert found == (2.0, 64, 100, 200, 900)
 
@@ -188,6 +201,84 @@ def test_what_deepspeed_cannot_do_is_told_before_the_model_is_loaded(write, tmp_
     path.write_text('{"zero_optimization": {"stage": 3}}')
     lora = {"path": "m", "lora": {"quantize": "nf4"}}
     with pytest.raises(ConfigError, match="model.lora.quantize nf4 .* take ZeRO-2"):
-        load_config(write(model=lora, training={"deepspeed": str(path)})).training_arguments()
-    with pytest.raises(ConfigError, match="training.deepspeed: cannot read .*absent.json"):
-        load_config(write(training={"deepspeed": str(tmp_path / "absent.json")})).training_arguments()
+        load_config(write(model=lora, training={"deepspeed": str(path)}))
+    with pytest.raises(ConfigError, match="training.deepspeed is .*absent.json', which cannot be read"):
+        load_config(write(training={"deepspeed": str(tmp_path / "absent.json")}))
+
+
+BAD = """
+model: {pth: x, lora: {rank: 0, dropout: 1.0}}
+data: {max_frame: 3, min_pixels: 200, max_pixels: 100, fps: 2e0, train: [{path: a.jsonl, weight: 0}], max_tokens: true}
+attention_loss: {fusion: meen, text_weight: 5e-2}
+optimization: {learning_rates: {visual_tower: 1, vision_tower: 1}}
+training: {learning_rat: 1, max_steps: many, load_best_model_at_end: true}
+datta: {}
+"""
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(BAD)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    head, *mistakes = str(error.value).splitlines()
+    assert head == f"{path}: 15 mistakes"
+    assert [mistake.split()[0] for mistake in mistakes if "missing" not in mistake] == [
+        "datta",
+        "model.pth",
+        "data.max_frame",
+        "attention_loss.fusion",
+        "optimization.learning_rates.visual_tower",
+        "model.lora.rank",
+        "model.lora.dropout",
+        "data.max_tokens",
+        "data.train[0].weight",
+        "data.min_pixels",  # and what is found when the values are sound
+        "optimization.learning_rates.vision_tower",
+        "training.learning_rat",
+        "training.max_steps",
+        "training.load_best_model_at_end",
+    ]
+
+
+def test_mistakes_are_told_without_torch_in_under_a_second(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(BAD)
+    code = (
+        "import sys, time; begin = time.perf_counter(); from swim_fast.cli import main\n"
+        f"assert main(['train', {str(path)!r}]) == 2\n"
+        "print(time.perf_counter() - begin, *{'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "15 mistakes" in done.stderr and "did you mean 'learning_rate'?" in done.stderr
+    (seconds,) = done.stdout.split()  # and no module
+    assert float(seconds) < 1
+
+
+def test_training_fields_are_those_of_transformers():
+    from transformers import TrainingArguments
+
+    assert set(training_fields()) == {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+def test_a_run_is_not_changed_by_what_it_resolves(write):
+    config = load_config(write())
+    for name in ("model", "data"):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(config, name, None)
+    assert config.replace(training={"max_steps": 1}).training == {"max_steps": 1} and config.training == {}
+
+
+def test_no_maps_at_all(write):
+    config = load_config(write(attention_loss=None))
+    assert config.attention_loss is None and config.supervision.read_out == "supervised"
+    with pytest.raises(ConfigError, match="attention_loss.layers is empty: .* write `attention_loss: null`"):
+        load_config(write(attention_loss={"layers": [], "mask_weight": 0}))
+
+
+def test_the_page_of_all_keys_is_up_to_date():
+    page = Path(__file__).parents[1] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == reference(), "python -m swim_fast.config > docs/configuration.md"
+    for options in (ModelConfig, DataConfig, AttentionLoss):
+        for name, field in options.model_fields.items():
+            assert field.description.endswith((".", "…")), f"{options.__name__}.{name} has no docstring"

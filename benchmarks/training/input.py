@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.training.material import SIZES, Clip, write_checkpoint, write_records
 from swim_fast.data.batch.collation import Collator
-from swim_fast.data.batch.dataset import MixtureSampler, SourceOptions, SwimDataset
+from swim_fast.data.batch.dataset import MixtureSampler, SwimDataset
 from swim_fast.data.batch.lengths import sample_lengths
 from swim_fast.data.batch.packing import PackingSampler
 from swim_fast.data.batch.positions import PositionIds
-from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
+from swim_fast.data.sample.builder import SampleBuilder
+from swim_fast.options import Sampling, Source
 
 MIXTURE = tuple(Clip(frames, *size) for frames in (4, 8, 16, 24, 32, 48) for size in ((224, 280), (336, 448)))
 ANSWERS = tuple(range(1, 41))  # sentences: one record of every clip for each
@@ -58,8 +59,8 @@ def measure_padding(folder: Path, clips: Sequence[Clip] = MIXTURE, pack_tokens: 
     checkpoint = write_checkpoint(folder / "tiny", SIZES["tiny"])
     records = write_records(folder / "mixture.jsonl", clips, ANSWERS, text_every=5)
     processor = processor_of(checkpoint)
-    options = SampleOptions(max_frames=48, max_tokens=pack_tokens)
-    dataset = SwimDataset([SourceOptions(str(records))], SampleBuilder(processor, options))
+    options = Sampling(max_frames=48, max_tokens=pack_tokens)
+    dataset = SwimDataset([Source(path=str(records))], SampleBuilder(processor, options))
     lengths = sample_lengths(dataset, workers=0)
     assert lengths.min() > 0, "a record has a problem"
     order = MixtureSampler(dataset, seed=0)
@@ -133,7 +134,7 @@ def measure_loading(
     each = max(1, records // len(clips))
     path = write_records(folder / f"{name}.jsonl", clips, answers=[1] * each)
     processor = processor_of(checkpoint)
-    dataset = SwimDataset([SourceOptions(str(path))], SampleBuilder(processor, SampleOptions(max_frames=32)))
+    dataset = SwimDataset([Source(path=str(path))], SampleBuilder(processor, Sampling(max_frames=32)))
     samples = [dataset[index] for index in range(0, len(dataset), each)]  # all records of a clip are alike
     numbers = [samples[index // each].frames for index in range(len(dataset))]
     dataset.builder.reader.close()
@@ -187,9 +188,9 @@ def measure_collation(folder: Path, clip: Clip = LONG, rounds: int = 5) -> Colla
     checkpoint = write_checkpoint(folder / "tiny", SIZES["tiny"])
     path = write_records(folder / "long.jsonl", [clip])
     processor = processor_of(checkpoint)
-    options = SampleOptions(max_frames=clip.frames, max_pixels=clip.height * clip.width)
+    options = Sampling(max_frames=clip.frames, max_pixels=clip.height * clip.width)
     builder = SampleBuilder(processor, options)
-    dataset = SwimDataset([SourceOptions(str(path))], builder)
+    dataset = SwimDataset([Source(path=str(path))], builder)
     record = dataset.files[0][0]
     sample = dataset[0]
     plan = builder._plan(record)

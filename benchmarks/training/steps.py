@@ -20,7 +20,8 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.training.material import SIZES, Clip, write_checkpoint, write_records
-from swim_fast.config import AttentionLossConfig, RunConfig, load_config
+from swim_fast.config import RunConfig, load_config
+from swim_fast.options import AttentionLoss
 
 DTYPES = {"tiny": "float32", "0.1 B": "bfloat16"}
 FRAMES, SIDE = 32, 448  # 16 patches of 16 × 16 tokens: 4,096, and the text
@@ -76,9 +77,9 @@ def steps_of(number: int) -> bool:
 class _Alternate(TrainerCallback):
     """Chooses the loss of every step, and keeps its time."""
 
-    def __init__(self, loss: AttentionLossConfig):
+    def __init__(self, loss: AttentionLoss):
         self.trainer = None
-        self.losses = {True: loss, False: dataclasses.replace(loss, layers=[], mask_weight=0.0)}
+        self.losses = {True: loss, False: None}
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -93,13 +94,12 @@ def measure(config: RunConfig, rounds: int) -> Steps:
     """`rounds` steps of each kind, after those that warm up and after an agreement of the losses."""
     from swim_fast.training.run import build_trainer
 
-    config.training["max_steps"] = WARM_UP + 2 * rounds
-    trainer = build_trainer(config)
+    trainer = build_trainer(config.replace(training={**config.training, "max_steps": WARM_UP + 2 * rounds}))
     batch = trainer.data_collator([trainer.train_dataset[0]])
     assert not batch["problems"], batch["problems"]
     parameters = sum(p.numel() for p in trainer.model.parameters())
     assert_same_losses(trainer, batch)
-    alternate = _Alternate(config.attention_loss)
+    alternate = _Alternate(trainer.loss_options)
     alternate.trainer = trainer
     trainer.add_callback(alternate)
     trainer.train()
@@ -133,9 +133,9 @@ def assert_same_losses(trainer, batch) -> None:
     try:
         with torch.no_grad(), trainer.compute_loss_context_manager():
             text, mask = trainer._forward(model, batch)[:2]
-            trainer.loss_options = dataclasses.replace(loss, layers=[], mask_weight=0.0)
+            trainer.loss_options = None
             text_alone = trainer._forward(model, batch)[0]
-            trainer.loss_options = dataclasses.replace(loss, backend="eager")
+            trainer.loss_options = loss.replace(backend="eager")
             attach_noun_attention(model, loss.layers, "eager", fused=False)
             mask_of_reference = trainer._forward(model, batch)[1]
     finally:

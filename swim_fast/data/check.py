@@ -1,4 +1,4 @@
-"""Go through a whole data file before training on it: count what is there, and find every problem."""
+"""Check of a whole data file before training on it: every record, clip and mask, and every problem."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from swim_fast.data.sample.builder import MediaReader, SampleBuilder, SampleOptions, check_frame_number, decode_mask
+from swim_fast.data.sample.builder import MediaReader, SampleBuilder, check_frame_index, decode_mask
 from swim_fast.data.sample.conversation import Conversation
 from swim_fast.data.sample.sampling import choose_frames, count_frames
 from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.masks import stated_size
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import strip_tags
+from swim_fast.jobs import Check
+from swim_fast.options import Decoding, Sampling
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with one record.
+    """One problem of one record.
 
     Attributes:
-        record: number of the record in the file.
+        record: index of the record in the file.
         name: the record's own name, "" if it has none or could not be read.
         kind: "record", "conversations", "annotation", "video", "image".
-        key: the place in the record, as exactly as it is known.
-        reason: what is wrong, and the remedy.
+        key: key in the record, as exactly as it is known.
+        reason: problem and remedy.
     """
 
     record: int
@@ -44,15 +47,15 @@ class Problem:
 
 @dataclass
 class CheckReport:
-    """What `check_file` found; ``as_dict`` serialises to JSON, ``str`` is for people.
+    """Findings of `check_file`; `as_dict` serialises to JSON, `str` is for people.
 
     Attributes:
         path: the file, as given.
         counts: records; usable (without any problem); video, image, text (by what they show); with_tags (records);
             tags; annotated_frames (frames of a record in which any object has a mask); masks.
-        tokens: fewest, mean and most tokens of a sample, and how many samples were thinned to fit; None if no processor
-            was given or no video decoded.
-        problems: all of them, in the order of the file.
+        tokens: fewest, mean and most tokens of a sample, and the number of samples thinned to fit; None without a
+            processor or decoded video.
+        problems: all problems, in the order of the file.
     """
 
     path: str
@@ -61,11 +64,11 @@ class CheckReport:
     problems: list[Problem] = field(default_factory=list)
 
     def by_kind(self) -> dict[str, int]:
-        """Number of problems of each kind, the most frequent first."""
+        """Return the number of problems of each kind, the most frequent first."""
         return dict(Counter(problem.kind for problem in self.problems).most_common())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists, strings and numbers."""
+        """Return plain dictionaries, lists, strings and numbers."""
         return {**asdict(self), "problems_by_kind": self.by_kind()}
 
     def __str__(self) -> str:
@@ -90,7 +93,7 @@ class CheckReport:
 
 @dataclass
 class _Finding:
-    """What is known about one record."""
+    """Counts, tokens and problems of one record."""
 
     record: int
     name: str = ""
@@ -111,36 +114,27 @@ class _Finding:
 
 
 def check_file(
-    path: str,
-    options: SampleOptions | None = None,
+    options: Check,
     processor: Any = None,
-    media: str | None = None,
-    *,
-    decode: bool = True,
-    workers: int = 2,
     progress: bool = True,
 ) -> CheckReport:
-    """Read every record of a file, decode its clip and all its masks for real, and report what is wrong.
+    """Read every record of a file, decode its clip and all its masks for real, and report every problem.
 
     Args:
-        path: JSON list or JSONL of records.
-        options: how samples are made: the reader, its time limit, frames, pixels, tokens.
-        processor: the model's; None leaves chat template and tokens unchecked.
-        media: folder that relative media paths start from; None: the folder of ``path``.
-        decode: False opens no clip: frame numbers, frame sizes and token counts are not checked, and of the masks only
-            those that state their size.
-        workers: processes; 0 works in this one.
+        options: the file, and how samples are made of it. With `decode` off no clip is opened: frame indices, frame
+            sizes and token counts are not checked, and of the masks only those that state their size.
+        processor: processor of `options.model`; None leaves chat template and tokens unchecked.
         progress: show a progress bar on stderr.
 
     Raises:
-        DataError: if the file cannot be read at all. What is wrong with a record is in the report.
-        ValueError: for a processor or options that cannot be used.
+        DataError: the file cannot be read at all. Problems of a record are in the report.
+        ProcessorError: a processor that cannot be used.
     """
     from tqdm import tqdm
 
-    records = _RecordChecks(path, options or SampleOptions(), processor, media, decode)
-    loader = DataLoader(records, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-    report, tokens, thinned = CheckReport(str(path)), [], 0
+    records = _RecordChecks(options, processor)
+    loader = DataLoader(records, batch_size=None, num_workers=options.workers, collate_fn=_as_it_is)
+    report, tokens, thinned = CheckReport(options.file), [], 0
     counts = Counter(dict.fromkeys(_COUNTS, 0))
     try:
         for finding in tqdm(loader, total=len(records), desc="check", unit="record", disable=not progress):
@@ -172,24 +166,26 @@ def _as_it_is(item):
 
 
 class _RecordChecks(Dataset):
-    """Item i is the `_Finding` on record i; works in worker processes."""
+    """Findings on the records of a file; works in worker processes."""
 
-    def __init__(self, path: str, options: SampleOptions, processor: Any, media: str | None, decode: bool):
-        self.path, self.options, self.decode = str(path), options, decode
-        self.file = RecordFile(path, media)
-        self.builder = None if processor is None else SampleBuilder(processor, options)
-        self.reader = self.builder.reader if self.builder else MediaReader(options.reader, options.decode_timeout)
+    def __init__(self, options: Check, processor: Any):
+        self.options = options
+        self.file = RecordFile(options.file, options.media)
+        self.builder = None
+        if processor is not None:
+            self.builder = SampleBuilder(processor, options.part(Sampling), options.part(Decoding))
+        self.reader = self.builder.reader if self.builder else MediaReader(options)
 
     def __len__(self) -> int:
-        return len(self.file)
+        return min(len(self.file), self.options.limit or len(self.file))
 
     def close(self) -> None:
         self.reader.close()
 
-    def __getitem__(self, number: int) -> _Finding:
-        finding = _Finding(number)
+    def __getitem__(self, index: int) -> _Finding:
+        finding = _Finding(index)
         with finding.noting():
-            record = self.file[number]
+            record = self.file[index]
             finding.name = record.name
             finding.counts[record.kind] += 1
             finding.counts["tags"] += len(record.objects)
@@ -197,11 +193,11 @@ class _RecordChecks(Dataset):
             conversation = None
             with finding.noting():
                 conversation = self._conversation(record)
-            if not self.decode:
+            if not self.options.decode:
                 self._check_unopened(record, conversation, finding)
             elif record.media is not None:
                 self._check_media(record, finding)
-            if self.builder is not None and self.decode and not finding.problems:
+            if self.builder is not None and self.options.decode and not finding.problems:
                 sample = self.builder(record)
                 finding.tokens, finding.thinned = len(sample.inputs["input_ids"]), bool(sample.notes)
         return finding
@@ -209,30 +205,29 @@ class _RecordChecks(Dataset):
     def _conversation(self, record: Record) -> Conversation | None:
         if self.builder is not None:
             return self.builder.render(record)
-        for number, turn in enumerate(record.turns):
+        for index, turn in enumerate(record.turns):
             try:
                 strip_tags(turn.text)
             except DataError as error:
-                raise error.within(key=f"conversations[{number}]") from error
+                raise error.within(key=f"conversations[{index}]") from error
         return None
 
     def _check_media(self, record: Record, finding: _Finding) -> None:
-        """Check frame numbers and every mask, and decode the frames that training would take."""
+        """Check frame indices and every mask, and decode the frames that training would take."""
         info = self.reader.info(record)
         annotated = set()
-        for number, segmentations in enumerate(record.objects):
+        for tag, segmentations in enumerate(record.objects):
             for frame in segmentations:
                 with finding.noting():
-                    check_frame_number(record, number, frame, info.num_frames)
-                    if decode_mask(record, number, frame, info.height, info.width) is not None:
+                    check_frame_index(record, tag, frame, info.num_frames)
+                    if decode_mask(record, tag, frame, info.height, info.width) is not None:
                         annotated.add(frame)
                         finding.counts["masks"] += 1
         finding.counts["annotated_frames"] += len(annotated)
         if self.builder is None or finding.problems:  # else the builder is about to decode them
             frames = [0]
             if record.kind == "video":
-                options = self.options
-                count = count_frames(info.num_frames, info.fps, len(annotated), options.max_frames, options.fps)
+                count = count_frames(info, len(annotated), self.options)
                 frames = choose_frames(info.num_frames, sorted(annotated), count)
             self.reader.frames(record, frames)
 
@@ -241,20 +236,12 @@ class _RecordChecks(Dataset):
         with finding.noting():
             if record.media is not None and not record.media.exists():
                 raise DataError(f"{record.media} does not exist; correct the path or the media folder", key=record.kind)
-        for number, segmentations in enumerate(record.objects):
+        for tag, segmentations in enumerate(record.objects):
             for frame, segmentation in segmentations.items():
-                if size := _stated_size(segmentation):
+                if size := stated_size(segmentation):
                     with finding.noting():
-                        decode_mask(record, number, frame, *size)
+                        decode_mask(record, tag, frame, *size)
         if conversation is not None:
             encoding = self.builder.encode.text(conversation)
-            for number in range(len(record.objects)):
-                encoding.noun_tokens(number)
-
-
-def _stated_size(segmentation: Any) -> tuple[int, int] | None:
-    """Height and width that a run-length encoding names, if it does."""
-    if isinstance(segmentation, dict) and "segmentation" in segmentation:
-        segmentation = segmentation["segmentation"]
-    size = segmentation.get("size") if isinstance(segmentation, dict) else None
-    return tuple(size) if isinstance(size, (list, tuple)) and len(size) == 2 else None
+            for tag in range(len(record.objects)):
+                encoding.noun_tokens(tag)

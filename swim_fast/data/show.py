@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from swim_fast.data.sample.builder import Sample, SampleBuilder, SampleOptions, decode_mask
+from swim_fast.data.sample.builder import Sample, SampleBuilder, decode_mask
 from swim_fast.data.sample.encoding import IGNORED_LABEL
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.errors import OptionError
+from swim_fast.options import Decoding, Sampling
 from swim_fast.viz.record import Frame, Patch, Piece, RecordView, draw_frames, write_record_page
 
 
@@ -23,7 +24,8 @@ def show_record(
     index: int,
     out: str | os.PathLike[str],
     processor: Any,
-    options: SampleOptions | None = None,
+    sampling: Sampling = Sampling(),
+    decoding: Decoding = Decoding(),
     media: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Draw one record as training would see it, as an HTML page, or its frames alone as a PNG.
@@ -33,7 +35,7 @@ def show_record(
         index: of the record, from 0.
         out: file to write, .html or .png; its folder is made.
         processor: of the model.
-        options: as for training.
+        sampling, decoding: as for training.
         media: folder that relative media paths start from; None: the folder of `path`.
 
     Raises:
@@ -43,7 +45,7 @@ def show_record(
     out = Path(out)
     if out.suffix.lower() not in (".html", ".png"):
         raise OptionError(f"out is {str(out)!r}; it must end in .html (the whole record) or .png (its frames)")
-    records, builder = RecordFile(path, media), SampleBuilder(processor, options)
+    records, builder = RecordFile(path, media), SampleBuilder(processor, sampling, decoding)
     if not 0 <= index < len(records):
         raise DataError(f"there is no record {index}: the file has {len(records)}, counted from 0", source=str(path))
     with contextlib.closing(builder.reader):

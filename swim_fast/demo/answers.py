@@ -4,25 +4,26 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
+from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.data.source.records import Record
 from swim_fast.inference.generation import generate, split_answer
 from swim_fast.inference.loading import Checkpoint
+from swim_fast.options import Decoding, Sampling
 
 
 def compute_accuracy(
-    checkpoint: Checkpoint, records: Sequence[Record], options: SampleOptions, batch_size: int = 16
+    checkpoint: Checkpoint, records: Sequence[Record], sampling: Sampling, decoding: Decoding, batch_size: int = 16
 ) -> float:
     """Return the share of records whose greedy answer is the reference, word for word.
 
     Args:
         checkpoint: a stock model and its processor.
         records: one question and one answer each.
-        options: how frames are taken.
+        sampling, decoding: how frames are taken.
         batch_size: records at a time.
     """
     model, processor = checkpoint
-    builder = SampleBuilder(processor, options)
+    builder = SampleBuilder(processor, sampling, decoding)
     right = 0
     for begin in tqdm(range(0, len(records), batch_size), desc="answering", leave=False):
         samples = [builder(records[i]) for i in range(begin, min(begin + batch_size, len(records)))]

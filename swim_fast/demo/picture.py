@@ -43,7 +43,7 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     source = next(iter(config.data.eval.values()))
     records = RecordFile(source.path, source.media)
     processor = load_processor(config.model.path)
-    builder = SampleBuilder(processor, config.sample_options())
+    builder = SampleBuilder(processor, config.sampling, config.decoding, config.supervision)
     record, sample = max(((record, builder(record)) for record in records), key=lambda pair: len(pair[1].masks))
     conversation, info = builder.render(record), builder.reader.info(record)
     pixels = builder.reader.frames(record, sample.frames)

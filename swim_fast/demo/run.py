@@ -1,6 +1,5 @@
 """The demo: render clips, train a tiny model twice from the same start, compare, draw."""
 
-import copy
 import json
 import shutil
 import time
@@ -54,11 +53,11 @@ def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 100
 
 
 def _variant(config: RunConfig, output: Path, mask_weight: float) -> RunConfig:
-    config = copy.deepcopy(config)
     shutil.rmtree(output, ignore_errors=True)  # of an earlier demo
-    config.training["output_dir"] = str(output)
-    config.attention_loss.mask_weight = mask_weight
-    return config
+    return config.replace(
+        training={**config.training, "output_dir": str(output)},
+        attention_loss=config.attention_loss.replace(mask_weight=mask_weight),
+    )
 
 
 def _train_and_score(config: RunConfig) -> dict[str, float]:
@@ -70,7 +69,8 @@ def _train_and_score(config: RunConfig) -> dict[str, float]:
     metrics = train(config)
     (name, source), *_ = config.data.eval.items()
     checkpoint = load_checkpoint(config.training["output_dir"])
-    accuracy = compute_accuracy(checkpoint, RecordFile(source.path, source.media), config.sample_options())
+    records = RecordFile(source.path, source.media)
+    accuracy = compute_accuracy(checkpoint, records, config.sampling, config.decoding)
     scores = {key: metrics[f"eval_{name}_{key}"] for key in METRICS[:-1]} | {"answer_accuracy": accuracy}
     return {key: round(value, 4) for key, value in scores.items()}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from swim_fast.config import AttentionLossConfig, RunConfig
+from swim_fast.config import RunConfig
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.sample.builder import Sample
 from swim_fast.errors import OptionError
@@ -18,6 +18,7 @@ from swim_fast.loss.mask_loss import GridPredictions
 from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
 from swim_fast.modeling import attach_noun_attention
 from swim_fast.modeling.families import get_attentions, get_default_layers
+from swim_fast.options import AttentionLoss
 
 
 def read_layers(layers: str | list[int]) -> list[int] | str:
@@ -36,7 +37,7 @@ def read_layers(layers: str | list[int]) -> list[int] | str:
 
 def supervised_layers(trained: RunConfig | None, num_layers: int) -> list[int]:
     """Return the layers that a model was trained on; if that is unknown, every fifth counted back from the last."""
-    chosen = trained.attention_loss.layers if trained else None
+    chosen = trained.attention_loss.layers if trained and trained.attention_loss else None
     return sorted(layer % num_layers for layer in chosen) if chosen else get_default_layers(num_layers)
 
 
@@ -91,7 +92,7 @@ def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | Non
 
 def _choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str]:
     """Return fusion, query_position and softmax: as given, else as in training, else the defaults."""
-    loss = trained.attention_loss if trained else AttentionLossConfig()
+    loss = (trained and trained.attention_loss) or AttentionLoss()
     how = {name: getattr(loss, name) for name in ("fusion", "query_position", "softmax")}
     how["fusion"] = "mean" if loss.fusion == "mean" else "product"
     return how | {name: value for name, value in options.given().items() if name in how}

@@ -24,6 +24,7 @@ from swim_fast.data.video.reader import MediaInfo
 from swim_fast.evaluation.predictions import Predictions, file_state, model_state
 from swim_fast.inference.loading import Checkpoint, choose_sampling, load_checkpoint, trained_as
 from swim_fast.jobs import Evaluation
+from swim_fast.options import Decoding, Sampling, Supervision
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ Batch = Sequence[tuple[int, Sample]]  # record indices and samples
 
 # A rank may have long clips where another has short ones, and waits for it at the end.
 _PATIENCE = timedelta(days=7)
-_SAMPLING = ("max_frames", "fps", "min_pixels", "max_pixels", "total_pixels", "max_tokens", "reader")
+_SAMPLING = (*Sampling.model_fields, "reader")
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,16 @@ class Run:
         self.records = RecordFile(options.file, options.media)
         self.indices = range(len(self.records) if options.limit is None else min(options.limit, len(self.records)))
         self.trained = trained_as(options.model)
-        self.sampling = choose_sampling(options, self.trained)
+        self.sampling, self.decoding = choose_sampling(options, self.trained)
 
     def load(self) -> Checkpoint:
         """Load the model and its processor onto the rank's device."""
         return load_checkpoint(self.options.model, self.options, self.ranks.device)
 
     def sample_builder(self, processor: Any, **changes: Any) -> SampleBuilder:
-        """Return what makes samples of records; `changes` are other fields of `SampleOptions`."""
-        builder = SampleBuilder(processor, dataclasses.replace(self.sampling, **changes))
-        builder.reader = _WithFolders(self.sampling.reader, self.sampling.decode_timeout, self.options.folder_fps)
+        """Return what makes samples of records; `changes` are fields of `Supervision`."""
+        builder = SampleBuilder(processor, self.sampling, self.decoding, Supervision(**changes))
+        builder.reader = _WithFolders(self.decoding, self.options.folder_fps)
         return builder
 
     def settings(self, kind: str, **more: Any) -> dict[str, Any]:
@@ -130,7 +131,8 @@ class Run:
             "weights": model_state(options.model),
             "file": Path(options.file).name,
             "contents": file_state(options.file),
-            **{name: getattr(self.sampling, name) for name in _SAMPLING},
+            **self.sampling.model_dump(),
+            "reader": self.decoding.reader,
             "folder_fps": options.folder_fps,
             "dtype": options.dtype,
             "attention": options.attention,
@@ -199,8 +201,8 @@ class Run:
 class _WithFolders(MediaReader):
     """Knows the frame rate of folders of frames."""
 
-    def __init__(self, reader: str, timeout: float, folder_fps: float):
-        super().__init__(reader, timeout)
+    def __init__(self, decoding: Decoding, folder_fps: float):
+        super().__init__(decoding)
         self._folder_fps = folder_fps
 
     def info(self, record: Record) -> MediaInfo:

@@ -6,7 +6,6 @@ answer, see `swim_fast.inference.noun_maps`.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from swim_fast.config import AttentionLossConfig
 from swim_fast.data.sample.builder import Sample
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.decode_child import IMAGE_SUFFIXES
@@ -27,6 +25,7 @@ from swim_fast.inference.loading import choose_sampling, load_model, load_proces
 from swim_fast.inference.noun_maps import compute_noun_maps
 from swim_fast.inference.prompt import Prompt, encode_question, find_noun, plain_question
 from swim_fast.jobs import Describe
+from swim_fast.options import AttentionLoss
 from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid
 from swim_fast.viz.heatmap_video import import_av, write_heatmap_video
 
@@ -67,12 +66,12 @@ def describe(options: Describe) -> Description:
         if kind == "image":
             raise OptionError(f"{media} is an image, of which no video can be made: leave --video out")
     run = trained_as(options.model)
-    sampling = choose_sampling(options, run)
-    loss = run.attention_loss if run else AttentionLossConfig()
+    sampling, decoding = choose_sampling(options, run)
+    loss = (run and run.attention_loss) or AttentionLoss()
     if options.layers is not None:
-        loss = dataclasses.replace(loss, layers=options.layers)
+        loss = loss.replace(layers=options.layers)
 
-    with FrameReader(sampling.reader, sampling.decode_timeout) as reader:
+    with FrameReader(decoding) as reader:
         info = reader.info(media, kind)
         processor = load_processor(options.model)
         prompt = encode_question(processor, sampling, reader, media, kind, info, question, nouns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import textwrap
 from collections.abc import Iterator
@@ -13,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from swim_fast.config import ConfigError, RunConfig, load_config
-from swim_fast.data.sample.builder import SampleOptions
 from swim_fast.errors import OptionError, UserError
-from swim_fast.options import Inference, Options
+from swim_fast.options import Decoding, Inference, Options, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +92,8 @@ def trained_as(path: str | Path) -> RunConfig | None:
     if file is None:
         return None
     try:
-        config = load_config(file)
+        # without the sections that depend on the machine and the versions of the run
+        config = load_config(file, ["training={}", "optimization={}"])
     except ConfigError as error:
         logger.warning("%s is not used, frames and layers are the defaults: %s", file, error)
         return None
@@ -102,15 +101,18 @@ def trained_as(path: str | Path) -> RunConfig | None:
     return config
 
 
-def choose_sampling(options: Options, run: RunConfig | None) -> SampleOptions:
+def choose_sampling(options: Options, run: RunConfig | None) -> tuple[Sampling, Decoding]:
     """Return how frames are taken: as given in `options`, else as in the run that made the checkpoint.
 
     Raises:
         OptionError: what was given contradicts what is taken from the run.
     """
-    trained = run.sample_options() if run else SampleOptions()
-    names = {field.name for field in dataclasses.fields(SampleOptions)}
-    return dataclasses.replace(trained, **{name: v for name, v in options.given().items() if name in names})
+    sampling, decoding = (run.sampling, run.decoding) if run else (Sampling(), Decoding())
+    given = options.given().items()
+    return (
+        sampling.replace(**{name: value for name, value in given if name in Sampling.model_fields}),
+        decoding.replace(**{name: value for name, value in given if name in Decoding.model_fields}),
+    )
 
 
 @contextmanager

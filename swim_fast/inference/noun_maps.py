@@ -7,18 +7,18 @@ import logging
 import numpy as np
 import torch
 
-from swim_fast.config import AttentionLossConfig
 from swim_fast.data.batch.collation import Collator, model_inputs
-from swim_fast.data.sample.builder import Sample
+from swim_fast.data.sample.builder import Row, Sample
 from swim_fast.data.sample.encoding import Encoding
 from swim_fast.modeling.noun_attention import attach_noun_attention, detach_noun_attention, get_attached_layers
+from swim_fast.options import AttentionLoss
 from swim_kernels import GridPairs, grid_prediction
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLossConfig) -> np.ndarray:
+def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss) -> np.ndarray:
     """Return the fused map of each noun of a prompt on each temporal patch, averaged over the noun's tokens.
 
     The map is the p of the mask loss (SWIM, arXiv 2605.18018) in stable numerics, under the model's own causal softmax.
@@ -41,10 +41,10 @@ def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLossC
     earlier = 1 if loss.query_position == "predictor" else 0
     tokens = [encoding.noun_tokens(index) for index in range(len(encoding.nouns))]
     positions = [token - earlier for noun in tokens for token in noun]
-    rows = [(position, 0, position + 1, 0) for position in positions]
+    rows = [Row(position, 0, position + 1, 0) for position in positions]
     batch = Collator(processor)([Sample("", encoding.inputs, rows=rows, key_sets=[encoding.visual()])])
     inputs, queries = model_inputs(batch, model.device), batch["noun_queries"].to(model.device)
-    attach_noun_attention(model, loss.layers or None)  # a run without maps names none
+    attach_noun_attention(model, loss.layers)
     logger.info("attention of layers %s", ", ".join(map(str, get_attached_layers(model))))
     try:  # the maps need no logits
         maps = model(**inputs, noun_queries=queries, use_cache=False, logits_to_keep=1).attentions

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from swim_fast.data.sample.builder import SampleOptions
 from swim_fast.data.sample.conversation import PLACEHOLDER, ConversationRenderer, Span
 from swim_fast.data.sample.encoding import Encoder, Encoding
 from swim_fast.data.sample.sampling import plan_frames
@@ -21,6 +20,7 @@ from swim_fast.data.source.records import Record, Turn
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.data.video.reader import FrameReader, MediaInfo
 from swim_fast.errors import OptionError
+from swim_fast.options import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def find_noun(text: str, noun: str, occurrence: int | None = None) -> Span:
 
 def encode_question(
     processor: Any,
-    sampling: SampleOptions,
+    sampling: Sampling,
     reader: FrameReader,
     media: Path,
     kind: str,
@@ -105,7 +105,7 @@ def encode_question(
         DataError: the clip cannot be decoded, or the processor refuses it or the question.
         ValueError: a processor that cannot be used.
     """
-    encoder = Encoder(processor, sampling.min_pixels, sampling.max_pixels)
+    encoder = Encoder(processor, sampling)
     # Tagged as a whole, the question needs no search in what the template renders; the answer only marks its end.
     turns = (Turn("user", f"<ins>{question}</ins>"), Turn("assistant", "a"))
     try:
@@ -118,14 +118,7 @@ def encode_question(
     if kind == "image":
         pixels = reader.frames(media, [0], kind)
         return Prompt(encoder.image(conversation, pixels[0]), [0], pixels, info, 1)
-    choice = plan_frames(
-        info,
-        [],
-        encoder.frame_limits,
-        max_frames=sampling.max_frames,
-        fps=sampling.fps,
-        total_pixels=sampling.total_pixels,
-    )
+    choice = plan_frames(info, [], encoder.frame_limits, sampling)
     for note in choice.notes:
         logger.info("%s", note)
     logger.info("%d of the %d frames are shown to the model", len(set(choice.frames)), info.num_frames)

@@ -100,7 +100,7 @@ def add_adapters(model: nn.Module, options, frozen: list[str], seed: int) -> Non
 
     Args:
         model: a stock model of a supported family, attached or not, quantised or not.
-        options: an object with the fields of `swim_fast.config.LoraConfig`.
+        options: an object with the fields of `swim_fast.options.Lora`.
         frozen: parts that `freeze` is about to freeze.
         seed: of the adapters' first matrices; the second ones start at zero.
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from swim_fast.data.sample.builder import MediaReader
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.masks import decode_segmentation
+from swim_fast.data.source.masks import decode_segmentation, stated_size
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.errors import OptionError
@@ -108,7 +108,7 @@ def collect(options: StatsOptions, progress: bool = True) -> Stats:
     """
     records, stats = RecordFile(options.file, options.media), Stats(options.file)
     count = min(len(records), options.limit or len(records))
-    clips = MediaReader(options.reader, options.decode_timeout)
+    clips = MediaReader(options)
     try:
         for index in tqdm(range(count), unit="record", disable=not progress):
             stats.counts["records"] += 1
@@ -132,7 +132,7 @@ def _count_record(record: Record, stats: Stats, clips: MediaReader) -> None:
     known: list[tuple[int, int]] = []  # the clip's size, once it had to be opened
 
     def size_of(segmentation: Any) -> tuple[int, int]:
-        if stated := _stated_size(segmentation):
+        if stated := stated_size(segmentation):
             return stated
         if not known:
             info = clips.info(record)
@@ -153,11 +153,3 @@ def _count_record(record: Record, stats: Stats, clips: MediaReader) -> None:
                 annotated += 1
                 stats.areas.append(float(mask.mean()))
         stats.frames.append(annotated)
-
-
-def _stated_size(segmentation: Any) -> tuple[int, int] | None:
-    while isinstance(segmentation, dict) and "segmentation" in segmentation:
-        segmentation = segmentation["segmentation"]
-    size = segmentation.get("size") if isinstance(segmentation, dict) else None
-    valid = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-    return tuple(size) if valid else None

@@ -37,7 +37,7 @@ def render_model_card(config: RunConfig, steps: int, metrics: dict[str, float]) 
     }
     loss = config.attention_loss
     how = "text loss alone"
-    if loss.mask_weight > 0:
+    if loss is not None and loss.mask_weight > 0:
         how = (
             "SWIM's attention loss ([arXiv 2605.18018](https://arxiv.org/abs/2605.18018); "
             f"weight {loss.mask_weight:g}, layers {', '.join(map(str, loss.layers or []))}) "

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from swim_fast.modeling.adapters import build_quantization_config
-    from swim_fast.modeling.noun_attention import get_attached_layers
     from swim_fast.modeling.prepare import prepare_model
 
     options, loss = config.model, config.attention_loss
@@ -44,41 +44,73 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
         lora=options.lora,
         seed=config.training.get("seed", 0),
         frozen=options.freeze,
-        layers=loss.layers,
-        backend=loss.backend,
-        fused=loss.fused,
+        **(loss.model_dump(include={"layers", "backend", "fused"}) if loss else {"layers": []}),
         packed=config.data.max_tokens_per_batch is not None,
         activation_offload=options.activation_offload,
         ranks=ranks,
         sharded=sharded,
     )
-    loss.layers = get_attached_layers(model)  # so that the saved configuration names them
     return model, processor
 
 
-def build_trainer(config: RunConfig):
-    """The trainer of a configuration, ready to `train()` or `evaluate()`.
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run with everything that its configuration leaves to the machine and the model.
+
+    Attributes:
+        config: the configuration with this machine's settings and the supervised layers by index.
+        arguments: transformers' arguments.
+        model, processor: the model attached, frozen and adapted as the configuration says.
+    """
+
+    config: RunConfig
+    arguments: Any
+    model: Any
+    processor: Any
+
+
+def resolve(config: RunConfig) -> ResolvedRun:
+    """Load the model of a configuration and find what the configuration leaves open.
 
     Raises:
         ConfigError: an unusable configuration.
     """
-    _prepare_cpu(config)
-    args = config.training_arguments()  # before the model: DeepSpeed ZeRO-3 partitions it while it loads
+    from swim_fast.modeling.noun_attention import get_attached_layers
+    from swim_fast.training.arguments import training_arguments
+
+    config = config.replace(training={**_machine_settings(config), **config.training})
+    args = training_arguments(config)  # before the model: DeepSpeed ZeRO-3 partitions it while it loads
     if args.deepspeed and args.world_size > 1:
         import deepspeed
         import torch
 
         deepspeed.init_distributed(torch.distributed.get_backend())  # else it would partition for a single rank
 
+    zero = getattr(args, "hf_deepspeed_config", None)
+    model, processor = load_model(config, args.world_size, sharded=zero is not None and zero.is_zero3())
+    if config.attention_loss is not None:
+        config = config.replace(attention_loss=config.attention_loss.replace(layers=get_attached_layers(model)))
+    return ResolvedRun(config, args, model, processor)
+
+
+def build_trainer(config: RunConfig):
+    """Return the trainer of a configuration, ready to `train()` or `evaluate()`.
+
+    Raises:
+        ConfigError: an unusable configuration.
+    """
+    return _build_trainer(resolve(config))
+
+
+def _build_trainer(run: ResolvedRun):
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.batch.dataset import SwimDataset
     from swim_fast.data.sample.builder import SampleBuilder
     from swim_fast.training.callbacks import EarlyStopping
     from swim_fast.training.trainer import SwimTrainer
 
-    zero = getattr(args, "hf_deepspeed_config", None)
-    model, processor = load_model(config, args.world_size, sharded=zero is not None and zero.is_zero3())
-    builder = SampleBuilder(processor, config.sample_options())
+    config, args, model, processor = run.config, run.arguments, run.model, run.processor
+    builder = SampleBuilder(processor, config.sampling, config.decoding, config.supervision)
 
     train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
     packing = {}
@@ -146,8 +178,8 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
 
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one file, e.g. data.train: [{path: train.jsonl}]")
-    trainer = build_trainer(config)
-    args = trainer.args
+    run = resolve(config)
+    trainer, config, args = _build_trainer(run), run.config, run.arguments
     output = Path(args.output_dir)
     last = find_last_checkpoint(output)
     named = args.resume_from_checkpoint  # True: as --resume
@@ -195,15 +227,13 @@ def _last_evaluation(trainer) -> dict[str, float]:
     return found or trainer.evaluate()
 
 
-def _prepare_cpu(config: RunConfig) -> None:
-    """Defaults that let the same configuration run on a machine without a GPU."""
+def _machine_settings(config: RunConfig) -> dict[str, Any]:
+    """Return defaults of `training` that let the same configuration run on a machine without a GPU."""
     import torch
 
     if torch.cuda.is_available():
-        return
-    config.training.setdefault("use_cpu", True)
-    config.training.setdefault("dataloader_pin_memory", False)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        config.training.setdefault("ddp_backend", "gloo")
+        return {}
     if config.training.get("deepspeed"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return {"use_cpu": True, "dataloader_pin_memory": False} | ({"ddp_backend": "gloo"} if ranks > 1 else {})

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from swim_fast.config import AttentionLossConfig
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.batch.packing import PackingSampler
 from swim_fast.loss.mask_loss import GridPredictions, compute_pair_losses
 from swim_fast.loss.metrics import METRICS, sum_metrics
 from swim_fast.modeling.text_loss import count_labels
+from swim_fast.options import AttentionLoss
 from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, StopOnSignal
 from swim_fast.training.flops import StepFlops, get_peak_flops
 from swim_fast.training.hf_hooks import HookedTrainer
@@ -23,7 +23,7 @@ class SwimTrainer(HookedTrainer):
     `text_weight · Σ token losses / number of labels + mask_weight · Σ pair losses / number of pairs`.
 
     Args:
-        loss: weights and choices of the mask loss.
+        loss: weights and choices of the mask loss; None: train on text alone, without maps.
         on_nan: "stop" ends the run before the optimizer's step if a loss or gradient is NaN or infinite; "skip" leaves
             the micro-batch or step out on all ranks. Both cost one small reduction among the ranks, and one wait for
             the device, per micro-batch. A gradient is reported with all samples of its step. DeepSpeed checks gradients
@@ -37,7 +37,7 @@ class SwimTrainer(HookedTrainer):
     def __init__(
         self,
         *,
-        loss: AttentionLossConfig,
+        loss: AttentionLoss | None,
         on_nan: str = "stop",
         learning_rates: dict[str, float] | None = None,
         batch_sampler: PackingSampler | None = None,
@@ -86,7 +86,7 @@ class SwimTrainer(HookedTrainer):
     def _forward(self, model, batch) -> tuple[Tensor, Tensor, Sums, object]:
         """Return text loss and mask loss of a batch, summed, with graph; all its sums; and the model's outputs."""
         labels, targets, loss = batch["labels"], batch["mask_targets"], self.loss_options
-        queries = {} if loss.layers == [] else {"noun_queries": batch["noun_queries"]}
+        queries = {} if loss is None else {"noun_queries": batch["noun_queries"]}
         outputs = model(**model_inputs(batch), **queries, labels=labels, num_items_in_batch=1, use_cache=False)
         if outputs.logits.ndim:
             raise RuntimeError("the model answered all logits: call attach_text_loss(model) before training")
@@ -99,7 +99,7 @@ class SwimTrainer(HookedTrainer):
             )
             mask = compute_pair_losses(predictions, loss.criterion, loss.resolution).sum()
             metrics = sum_metrics(predictions)
-        elif len(targets) and loss.mask_weight > 0:
+        elif loss is not None and len(targets) and loss.mask_weight > 0:
             raise RuntimeError(
                 f"the mask loss is on (mask_weight {loss.mask_weight}) and this batch has {len(targets)} targets, "
                 "but the model answered no map: call attach_noun_attention(model) before training"
@@ -118,6 +118,8 @@ class SwimTrainer(HookedTrainer):
         return text, mask, sums, outputs
 
     def _weigh(self, text, mask):
+        if self.loss_options is None:
+            return text
         return self.loss_options.text_weight * text + self.loss_options.mask_weight * mask
 
     def _skip(self, samples: list[str], reason: str) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.data.source.records import Record, Turn
+from swim_fast.options import Decoding, Sampling, Supervision
 from tests.helpers.clips import numbered_frames, write_clip
 
 TEXTS = (
@@ -84,3 +86,11 @@ def clip(tmp_path_factory):
         return path
 
     return make
+
+
+def builder_of(processor, **options) -> SampleBuilder:
+    """A builder with options of any of the three kinds."""
+    kinds = (Sampling, Decoding, Supervision)
+    assert set(options) <= {name for kind in kinds for name in kind.model_fields}
+    made = (kind(**{name: options[name] for name in kind.model_fields if name in options}) for kind in kinds)
+    return SampleBuilder(processor, *made)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from swim_fast.data.check import check_file
-from swim_fast.data.sample.builder import SampleOptions
 from swim_fast.data.source.errors import DataError
+from swim_fast.jobs import Check
 from tests.data.conftest import box, rle
 
 H, W = 64, 96
@@ -53,7 +53,7 @@ COUNTS = {"records": 11, "video": 7, "image": 1, "text": 1, "with_tags": 6, "tag
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_everything_is_counted_and_every_problem_found(file, processor, workers):
-    report = check_file(file, SampleOptions(max_frames=4), processor, workers=workers, progress=False)
+    report = check_file(Check(file=file, max_frames=4, workers=workers), processor, progress=False)
     assert report.counts == {**COUNTS, "usable": 4, "annotated_frames": 5, "masks": 6}
     found = [(problem.record, problem.name, problem.kind, problem.key) for problem in report.problems]
     assert found == [
@@ -85,7 +85,7 @@ def test_everything_is_counted_and_every_problem_found(file, processor, workers)
 
 
 def test_without_a_processor_the_text_is_checked_for_tags_alone(file):
-    report = check_file(file, SampleOptions(max_frames=4), workers=0, progress=False)
+    report = check_file(Check(file=file, max_frames=4, workers=0), progress=False)
     assert report.counts == {**COUNTS, "usable": 5, "annotated_frames": 5, "masks": 6}
     assert [problem.record for problem in report.problems] == [4, 5, 6, 7, 7, 7, 9, 10]
     assert report.tokens is None
@@ -94,7 +94,9 @@ def test_without_a_processor_the_text_is_checked_for_tags_alone(file):
 @pytest.mark.parametrize("with_processor", [True, False])
 def test_without_decoding(file, processor, with_processor, monkeypatch):
     monkeypatch.setattr("swim_fast.data.video.reader._Child", None)  # would be a TypeError
-    report = check_file(file, processor=processor if with_processor else None, decode=False, workers=0, progress=False)
+    report = check_file(
+        Check(file=file, decode=False, workers=0), processor=processor if with_processor else None, progress=False
+    )
     found = [(problem.record, problem.key) for problem in report.problems]
     special = [(8, "conversations[0]")] if with_processor else []
     assert found == [
@@ -117,28 +119,28 @@ def test_clips_are_decoded_for_real(tmp_path, clip, processor):
     (tmp_path / "damaged.mp4").write_bytes(data)
     (tmp_path / "a.json").write_text(json.dumps([entry("x", "What?", video="damaged.mp4")]))
     for model in (None, processor):
-        report = check_file(str(tmp_path / "a.json"), processor=model, workers=0, progress=False)
+        report = check_file(Check(file=str(tmp_path / "a.json"), workers=0), processor=model, progress=False)
         assert [problem.kind for problem in report.problems] == ["video"]
 
 
 def test_tokens_and_thinning(tmp_path, clip, processor):
     entries = [entry("a", "What?", video=str(clip(12))), entry("b", "What?")]
     (tmp_path / "a.json").write_text(json.dumps(entries))
-    free = check_file(str(tmp_path / "a.json"), SampleOptions(), processor, workers=0, progress=False)
+    free = check_file(Check(file=str(tmp_path / "a.json"), workers=0), processor, progress=False)
     assert free.tokens["most"] == free.tokens["fewest"] + 6 * 6 + 2
     assert free.tokens["mean"] == (free.tokens["most"] + free.tokens["fewest"]) / 2
     assert free.tokens["thinned"] == 0
-    options = SampleOptions(max_tokens=int(free.tokens["most"]) - 10)
-    report = check_file(str(tmp_path / "a.json"), options, processor, workers=0, progress=False)
+    options = dict(max_tokens=int(free.tokens["most"]) - 10)
+    report = check_file(Check(file=str(tmp_path / "a.json"), **options, workers=0), processor, progress=False)
     assert report.tokens["thinned"] == 1
     assert "; 1 with fewer or smaller frames to fit" in str(report)
-    options = SampleOptions(max_tokens=int(free.tokens["fewest"]))
-    report = check_file(str(tmp_path / "a.json"), options, processor, workers=0, progress=False)
+    options = dict(max_tokens=int(free.tokens["fewest"]))
+    report = check_file(Check(file=str(tmp_path / "a.json"), **options, workers=0), processor, progress=False)
     assert [problem.reason.split(":")[0] for problem in report.problems] == ["too long"]
 
 
 def test_report_as_text_and_json(file, processor, capsys):
-    report = check_file(file, SampleOptions(max_frames=4), processor, workers=0)
+    report = check_file(Check(file=file, max_frames=4, workers=0), processor)
     assert "11/11" in capsys.readouterr().err  # the progress bar
     lines = str(report).splitlines()
     assert lines[0] == file
@@ -155,11 +157,11 @@ def test_report_as_text_and_json(file, processor, capsys):
 
 def test_report_without_problems(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([entry("b", "What?")]))
-    report = check_file(str(tmp_path / "a.json"), workers=0, progress=False)
+    report = check_file(Check(file=str(tmp_path / "a.json"), workers=0), progress=False)
     assert str(report).endswith("  no problems")
     assert report.problems == [] and report.counts["usable"] == 1
 
 
 def test_unreadable_file(tmp_path):
     with pytest.raises(DataError, match="nowhere.jsonl"):
-        check_file(str(tmp_path / "nowhere.jsonl"))
+        check_file(Check(file=str(tmp_path / "nowhere.jsonl")))

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from swim_fast.cli import main
-from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
 from swim_fast.data.show import show_record, view_record
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
 from swim_fast.errors import UserError
+from swim_fast.options import Sampling
 from swim_fast.viz.record import COLOURS
-from tests.data.conftest import box, rle
+from tests.data.conftest import box, builder_of, rle
 
 H, W = 64, 96
 
@@ -49,7 +49,7 @@ def file(tmp_path, clip):
 
 
 def view(file, processor, index, **options):
-    builder = SampleBuilder(processor, SampleOptions(**options))
+    builder = builder_of(processor, **options)
     found = view_record(RecordFile(file)[index], builder)
     builder.reader.close()
     return found
@@ -58,7 +58,7 @@ def view(file, processor, index, **options):
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_a_page_is_written_without_matplotlib(file, processor, tmp_path, index, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it would fail
-    out = show_record(file, index, tmp_path / "new" / "record.html", processor, SampleOptions(max_frames=6))
+    out = show_record(file, index, tmp_path / "new" / "record.html", processor, Sampling(max_frames=6))
     assert out == tmp_path / "new" / "record.html"
     page = out.read_text("utf-8")
     assert not re.search(r"(src|href|url|import)\W{0,3}(https?:|//|file:)", page)

@@ -20,6 +20,7 @@ from swim_fast.demo.scenes import (
     is_held_out,
     random_scene,
 )
+from swim_fast.options import Decoding
 
 SEED = 11
 
@@ -149,7 +150,7 @@ def test_videos_decode_to_what_was_drawn(data, reader):
     scene = random_scene(SEED, "train", 2)
     frames, _ = render(scene)
     path = data.folder / "clips" / "train_00002.mp4"
-    with FrameReader(reader) as decoder:
+    with FrameReader(Decoding(reader=reader)) as decoder:
         info = decoder.info(path)
         decoded = decoder.frames(path, range(info.num_frames))
     assert (info.num_frames, info.fps, info.height, info.width) == (12, 6.0, 140, 168)
@@ -267,5 +268,5 @@ def test_a_crowd_is_refused():
 def test_odd_sizes_of_clip(tmp_path):
     frames = np.full((5, 50, 38, 3), 200, np.uint8)
     write_video(tmp_path / "a.mp4", frames)
-    with FrameReader("pyav") as decoder:
+    with FrameReader(Decoding(reader="pyav")) as decoder:
         assert np.abs(decoder.frames(tmp_path / "a.mp4", [4])[0].astype(int) - 200).max() < 4

@@ -7,12 +7,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from swim_fast import attach_noun_attention
 from swim_fast.cli import main
 from swim_fast.data.batch.collation import Collator
-from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
+from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.data.source.records import RecordFile
 from swim_fast.evaluation.grounding import supervised_layers
 from swim_fast.inference.loading import trained_as
 from swim_fast.loss.mask_loss import GridPredictions
 from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
+from swim_fast.options import Sampling
 from tests.evaluation.conftest import CLIPS, arguments, lines, results
 
 
@@ -21,7 +22,7 @@ def sums_one_by_one(folder, path, fused):
     model = attach_noun_attention(AutoModelForImageTextToText.from_pretrained(folder).eval(), [0, 1])
     processor = AutoProcessor.from_pretrained(folder)
     builder, collate, records = (
-        SampleBuilder(processor, SampleOptions(max_frames=4)),
+        SampleBuilder(processor, Sampling(max_frames=4)),
         Collator(processor),
         RecordFile(path),
     )

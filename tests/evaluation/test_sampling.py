@@ -5,10 +5,11 @@ import shutil
 import pytest
 
 from swim_fast.cli import main
-from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, RunConfig
+from swim_fast.config import DataConfig, ModelConfig, RunConfig
 from swim_fast.evaluation.run import Ranks, Run
 from swim_fast.inference.loading import load_processor
 from swim_fast.jobs import Grounding, Questions
+from swim_fast.options import AttentionLoss
 from tests.evaluation.conftest import arguments, lines, results
 
 
@@ -18,8 +19,9 @@ def trained(checkpoint, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(checkpoint, folder)
     data = DataConfig(max_frames=2, fps=1.5, max_pixels=2048, reader="pyav", decode_timeout=7.0)
-    loss = AttentionLossConfig(layers=[0], fusion="mean", query_position="predictor")
-    (folder / "config.yaml").write_text(RunConfig(ModelConfig("start"), data, loss).as_yaml())
+    loss = AttentionLoss(layers=[0], fusion="mean", query_position="predictor")
+    config = RunConfig(model=ModelConfig(path="start"), data=data, attention_loss=loss)
+    (folder / "config.yaml").write_text(config.as_yaml())
     return folder
 
 
@@ -29,13 +31,13 @@ def run(model, file, out, **options):
 
 def test_what_is_not_given_is_that_of_training(trained, annotated, tmp_path):
     as_trained = run(trained, annotated, tmp_path)
-    sampling = as_trained.sampling
+    sampling, decoding = as_trained.sampling, as_trained.decoding
     assert (sampling.max_frames, sampling.fps, sampling.max_pixels) == (2, 1.5, 2048)
-    assert (sampling.reader, sampling.decode_timeout) == ("pyav", 7.0)
+    assert (decoding.reader, decoding.decode_timeout) == ("pyav", 7.0)
     builder = as_trained.sample_builder(load_processor(trained))
     assert len(builder(as_trained.records[0]).frames) == 2
-    given = run(trained, annotated, tmp_path, max_frames=4, reader="decord").sampling
-    assert (given.max_frames, given.reader, given.fps) == (4, "decord", 1.5)
+    given = run(trained, annotated, tmp_path, max_frames=4, reader="decord")
+    assert (given.sampling.max_frames, given.decoding.reader, given.sampling.fps) == (4, "decord", 1.5)
     # An option wins even where it has the default's value.
     assert run(trained, annotated, tmp_path, max_frames=32).sampling.max_frames == 32
 

@@ -1,7 +1,6 @@
 """Asking a tiny checkpoint about real clips: the answer of the stock model, the maps of training, files that play."""
 
 import shutil
-from dataclasses import replace
 
 import av
 import numpy as np
@@ -10,13 +9,14 @@ import torch
 from PIL import Image
 
 from swim_fast.cli import main
-from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, RunConfig
+from swim_fast.config import DataConfig, ModelConfig, RunConfig
 from swim_fast.data.source.errors import DataError
 from swim_fast.inference.describe import describe
 from swim_fast.inference.loading import trained_as
 from swim_fast.inference.prompt import find_noun, plain_question
 from swim_fast.jobs import Describe
 from swim_fast.modeling.noun_attention import get_attached_layers
+from swim_fast.options import AttentionLoss, Decoding
 from swim_fast.viz.heatmap_grid import PANEL_PIXELS
 from swim_fast.viz.heatmap_video import panel_size, patch_weights, write_heatmap_video
 from tests.training.conftest import FRAMES, HEIGHT, TEXTS, WIDTH, record, square_clip, write_records
@@ -47,15 +47,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def trained(folder, path, loss: AttentionLossConfig, **data):
+def trained(folder, path, loss: AttentionLoss | None, **data):
     """A copy of the checkpoint as `swim-fast train` leaves it, with the configuration of its run."""
     shutil.copytree(folder / "model", path)
-    run = RunConfig(ModelConfig("start"), DataConfig(**data), loss)
+    run = RunConfig(model=ModelConfig(path="start"), data=DataConfig(**data), attention_loss=loss)
     (path / "config.yaml").write_text(run.as_yaml())
     return path
 
 
-def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
+def training_maps(folder, model, noun, run, loss) -> dict[int, np.ndarray]:
     """The p that the loss compares with the masks, per supervised patch, averaged over the rows of the noun."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -66,7 +66,8 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
     from swim_fast.modeling import attach_noun_attention
 
     processor = AutoProcessor.from_pretrained(model)
-    sample = SampleBuilder(processor, options)(RecordFile(folder / f"{noun}.jsonl")[0])
+    builder = SampleBuilder(processor, run.sampling, run.decoding, run.supervision)
+    sample = builder(RecordFile(folder / f"{noun}.jsonl")[0])
     assert (len(sample.rows) > 1) == (noun == "zebra"), "one noun of one token, one of several"
     batch = Collator(processor)([sample])
     attached = attach_noun_attention(AutoModelForImageTextToText.from_pretrained(model), loss.layers)
@@ -87,8 +88,8 @@ def training_maps(folder, model, noun, options, loss) -> dict[int, np.ndarray]:
 @pytest.mark.parametrize(
     "loss",
     [
-        AttentionLossConfig(layers=[0, 2], backend="triton"),  # of a run on a GPU; here is none
-        AttentionLossConfig(layers=[1, 2], fusion="mean", query_position="predictor"),
+        AttentionLoss(layers=[0, 2], backend="triton"),  # of a run on a GPU; here is none
+        AttentionLoss(layers=[1, 2], fusion="mean", query_position="predictor"),
     ],
     ids=["product", "mean-predictor"],
 )
@@ -98,10 +99,10 @@ def test_maps_are_those_of_training(folder, tmp_path, monkeypatch, noun, loss):
         return ["answer"]
 
     monkeypatch.setattr("swim_fast.inference.describe.generate", answer)
-    model = trained(folder, tmp_path / "run", replace(loss), max_frames=FRAMES)
+    model = trained(folder, tmp_path / "run", loss, max_frames=FRAMES)
     out = tmp_path / "attention.png"
     found = ask(folder / "clip.mp4", QUESTION, model, show=[noun], out=out)
-    expected = training_maps(folder, model, noun, trained_as(model).sample_options(), loss)
+    expected = training_maps(folder, model, noun, trained_as(model), loss)
     assert found.maps.shape == (1, FRAMES // 2, 2, 3) and sorted(expected) == [0, 1, 2]
     for patch, p in expected.items():
         assert np.ptp(p) > 0.3
@@ -109,7 +110,7 @@ def test_maps_are_those_of_training(folder, tmp_path, monkeypatch, noun, loss):
 
 
 def test_options_win_over_the_run(folder, tmp_path):
-    model = trained(folder, tmp_path / "run", AttentionLossConfig(layers=[0]), max_frames=2)
+    model = trained(folder, tmp_path / "run", AttentionLoss(layers=[0]), max_frames=2)
     shutil.copytree(model, model / "checkpoint-7", ignore=shutil.ignore_patterns("config.yaml"))
     assert trained_as(model / "checkpoint-7").data.max_frames == 2
     options = {"show": ["square"], "out": tmp_path / "a.png", "max_new_tokens": 1}
@@ -123,7 +124,7 @@ def test_options_win_over_the_run(folder, tmp_path):
     assert np.array_equal(second, last) and not np.allclose(first, last, atol=1e-3)
     four_frames = {"max_frames": 6, "fps": 2.5}  # of 1.5 s
     assert ask(clip, QUESTION, model, **options, **four_frames).maps.shape[1] == 2
-    without_maps = trained(folder, tmp_path / "text", AttentionLossConfig(layers=[], mask_weight=0.0), max_frames=2)
+    without_maps = trained(folder, tmp_path / "text", None, max_frames=2)
     assert np.array_equal(ask(clip, QUESTION, without_maps, **options).maps, other_layer)  # the default of 3 layers
     (model / "config.yaml").write_text("data: {max_frame: 2}")
     assert trained_as(model) is None and trained_as("owner/name") is None
@@ -145,7 +146,7 @@ def test_command_answers_as_the_stock_model_and_computes_no_maps(folder, tmp_pat
     model = AutoModelForImageTextToText.from_pretrained(folder / "model")
     content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    with FrameReader("pyav") as reader:
+    with FrameReader(Decoding(reader="pyav")) as reader:
         frames = torch.from_numpy(reader.frames(folder / "clip.mp4", [0, 2, 3, 5])).permute(0, 3, 1, 2)
     inputs = processor(text=[text], videos=[frames], do_sample_frames=False, return_tensors="pt")
     inputs["second_per_grid_ts"] = [2 * (5 / 3) / 4]

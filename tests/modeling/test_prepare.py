@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 
-from swim_fast.config import LoraConfig
 from swim_fast.errors import OptionError
 from swim_fast.modeling import liger
 from swim_fast.modeling.prepare import prepare_model, restore_model
+from swim_fast.options import Lora
 from swim_kernels import NounQueries
 
 EVERYTHING = {
     "liger": True,
-    "lora": LoraConfig(rank=2),
+    "lora": Lora(rank=2),
     "frozen": ["vision_tower", "merger"],
     "layers": [1, 3],
     "packed": True,
@@ -84,8 +84,8 @@ def test_a_copy_has_its_own_changes(model, stock, batch):
     [
         ({"layers": [4]}, "layer 4 is out of range"),
         ({"frozen": ["heart"]}, "cannot freeze 'heart'"),
-        ({"lora": LoraConfig(targets=["q_prj"])}, "did you mean 'q_proj'"),
-        ({"lora": LoraConfig(targets=["qkv"])}, "puts adapters into the vision_tower"),
+        ({"lora": Lora(targets=["q_prj"])}, "did you mean 'q_proj'"),
+        ({"lora": Lora(targets=["qkv"])}, "puts adapters into the vision_tower"),
     ],
 )
 def test_a_refused_option_leaves_the_model_as_it_was(model, options, message):

@@ -96,7 +96,7 @@ def write_config(tmp_path, checkpoint, records):
             },
         }
         for section, values in sections.items():
-            tree[section] = {**tree.get(section, {}), **values}
+            tree[section] = None if values is None else {**tree.get(section, {}), **values}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path

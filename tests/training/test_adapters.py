@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from swim_fast.config import LoraConfig, load_config
+from swim_fast.config import load_config
 from swim_fast.modeling.adapters import add_adapters, build_target_pattern, has_adapters, load_adapters, merge_adapters
+from swim_fast.options import Lora
 from swim_fast.training.run import build_trainer
 from tests.training.conftest import history, run, run_here, weights
 
@@ -73,7 +74,7 @@ def test_fresh_adapters_change_nothing_and_are_all_that_is_trained(trainer_of):
 )
 def test_targets_are_names_or_paths_of_linear_layers(trainer_of, targets, expected):
     model = trainer_of()[0].model
-    add_adapters(model, LoraConfig(targets=targets), [], seed=0)
+    add_adapters(model, Lora(targets=targets), [], seed=0)
     assert adapted(model) == {name.format(layer) for name in expected.split() for layer in range(2)}
 
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from swim_fast.data.batch.dataset import MixtureSampler, SourceOptions, SwimDataset
+from swim_fast.data.batch.dataset import MixtureSampler, SwimDataset
+from swim_fast.options import Source
 from tests.training.conftest import (
     history,
     record,
@@ -90,7 +91,7 @@ SEED = 104  # whose order brings every contrast between two ranks with batches o
 
 
 def test_the_seed_brings_every_contrast(unlike):
-    sampler = MixtureSampler(SwimDataset([SourceOptions(str(unlike))], None), SEED)
+    sampler = MixtureSampler(SwimDataset([Source(path=str(unlike))], None), SEED)
     pairs = []
     for epoch in range(2):
         sampler.set_epoch(epoch)

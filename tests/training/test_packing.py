@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from swim_fast.config import ConfigError, load_config
+from swim_fast.training.arguments import training_arguments
 from swim_kernels.flash_noun_attention.node import FlashNounAttention
 from tests.data.conftest import box
 from tests.training.conftest import history, record, run, run_here, square_clip, text_record, weights, write_records
@@ -185,7 +186,7 @@ def test_mistakes_are_named(write_config):
         return load_config(write_config(data=data, training=training))
 
     with pytest.raises(ConfigError, match="per_device_train_batch_size counts samples, .* packs as many"):
-        config({"max_tokens_per_batch": 50}, per_device_train_batch_size=2).training_arguments()
+        config({"max_tokens_per_batch": 50}, per_device_train_batch_size=2)
     with pytest.raises(ConfigError, match="data.max_tokens 60 is above data.max_tokens_per_batch 50"):
         config({"max_tokens_per_batch": 50, "max_tokens": 60})
     with pytest.raises(ConfigError, match="data.max_tokens_per_batch is 0; it must be positive"):
@@ -193,7 +194,6 @@ def test_mistakes_are_named(write_config):
     with pytest.raises(ConfigError, match="data.pack_look_ahead is 0; it must be positive"):
         config({"pack_look_ahead": 0})
     packed = config({"max_tokens_per_batch": 50})
-    assert packed.sample_options().max_tokens == 50
-    assert config({"max_tokens_per_batch": 50, "max_tokens": 40}).sample_options().max_tokens == 40
-    packed.training.pop("per_device_train_batch_size")
-    assert packed.training_arguments().per_device_train_batch_size == 1
+    assert packed.sampling.max_tokens == 50
+    assert config({"max_tokens_per_batch": 50, "max_tokens": 40}).sampling.max_tokens == 40
+    assert training_arguments(packed.replace(training={})).per_device_train_batch_size == 1

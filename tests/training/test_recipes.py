@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from swim_fast.config import AttentionLossConfig, DataConfig, ModelConfig, load_config
+from swim_fast.config import DataConfig, ModelConfig, load_config
+from swim_fast.options import AttentionLoss
 from swim_fast.training.dry_run.report import dry_run
 from tests.training import real_geometry
 from tests.training.conftest import TEXTS, record, square_clip, text_record, write_records
@@ -102,9 +103,11 @@ def test_recipe_states_only_what_differs_from_the_defaults(name):
     from transformers import TrainingArguments
 
     tree = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    sections = {"model": ModelConfig, "data": DataConfig, "attention_loss": AttentionLossConfig}
+    sections = {"model": ModelConfig, "data": DataConfig, "attention_loss": AttentionLoss}
     sections["training"] = TrainingArguments
     for section, kind in sections.items():
-        defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+        fields = kind.model_fields.values() if section != "training" else dataclasses.fields(kind)
+        names = kind.model_fields if section != "training" else (field.name for field in fields)
+        defaults = {name: field.default for name, field in zip(names, fields, strict=True)}
         for key, value in tree.get(section, {}).items():
             assert value != defaults[key], f"{section}.{key}"

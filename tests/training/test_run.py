@@ -183,7 +183,7 @@ def test_a_detached_model_is_an_error_and_not_a_text_only_run(write_config):
 
 
 def test_a_run_without_any_map_trains_a_stock_model(write_config, tmp_path):
-    run_here(write_config(attention_loss={"layers": [], "mask_weight": 0.0}))
+    run_here(write_config(attention_loss=None))
     logs = history(tmp_path / "run")
     assert all("mask_loss" in entry and entry["mask_loss"] == 0 for entry in logs if entry["pairs_per_step"])
     assert all("pointing_accuracy" not in entry for entry in logs)

@@ -1,4 +1,4 @@
-"""Samples become one batch: padded or packed tokens, concatenated pixels, one set of noun queries and mask targets."""
+"""Samples to one batch: padded or packed tokens, concatenated pixels, one set of noun queries and mask targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ABOUT = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes
 
 
 def model_inputs(batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
-    """What of a batch a stock model's forward takes; on a device, if one is given."""
+    """Return the part of a batch that a stock model's forward takes; on a device, if one is given."""
     inputs = {key: value for key, value in batch.items() if key not in ABOUT}
     if device is None:
         return inputs
@@ -30,10 +30,10 @@ def model_inputs(batch: dict[str, Any], device: torch.device | str | None = None
 
 
 class Collator:
-    """Makes a batch of any number of samples; picklable, so that it can work in worker processes.
+    """Makes a batch of any number of samples; picklable, so that worker processes can use it.
 
     Args:
-        processor: the model's processor; its tokenizer says what to pad with.
+        processor: the model's processor, whose tokenizer names the token to pad with.
         positions: packs the samples of a batch one behind the other into one sequence without padding, in which these
             position ids say where each begins; None pads them.
     """
@@ -55,33 +55,33 @@ class Collator:
             items: B samples and any number of errors.
 
         Returns:
-            What the model's forward takes: ``input_ids``, ``mm_token_type_ids``, ``labels`` [B, L] int64, padded on the
-            right, with ``attention_mask`` [B, L]; or, of packed samples of T tokens in all,
+            Arguments of the model's forward: `input_ids`, `mm_token_type_ids`, `labels` [B, L] int64, padded on the
+            right, with `attention_mask` [B, L]; or, of packed samples of T tokens in all,
 
             - the same three as [1, T], without a mask; no label of a sample's first token, which nothing predicts;
-            - ``position_ids`` [4, 1, T] int64: the place in the sample, as transformers tells packed sequences apart
-              by, and the model's own three (time, height, width);
-            - ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [B + 1] and ``max_length_q``, ``max_length_k``, numbers, for
-              flash attention of the language model, see `swim_fast.modeling.packed`.
+            - `position_ids` [4, 1, T] int64: the position in the sample, by which transformers tells packed sequences
+              apart, and the model's own three (time, height, width);
+            - `cu_seq_lens_q`, `cu_seq_lens_k` int32 [B + 1] and `max_length_q`, `max_length_k`, numbers, for flash
+              attention of the language model, see `swim_fast.modeling.packed`.
 
-            The visual tensors that occur in the batch, concatenated (``second_per_grid_ts`` as a list of numbers); and
+            The visual tensors that occur in the batch, concatenated (`second_per_grid_ts` as a list of numbers); and
             beside it
 
-            - ``noun_queries``: `NounQueries`, ``mask_targets``: `MaskTargets`, their rows in the order of the samples;
-            - ``samples``: names of the samples, ``problems``: text of each error, ``notes``: ``name: note`` of each
-              note; lists of strings.
+            - `noun_queries`: `NounQueries`, `mask_targets`: `MaskTargets`, their rows in the order of the samples;
+            - `samples`: names of the samples, `problems`: text of each error, `notes`: `name: note` of each note; lists
+              of strings.
         """
         samples = [item for item in items if isinstance(item, Sample)]
         inputs = [sample.inputs for sample in samples] or [self._placeholder()]
         if self._positions is None:
-            tokens, places = self._padded(inputs), [(sequence, 0) for sequence in range(len(samples))]
+            tokens, starts = self._padded(inputs), [(sequence, 0) for sequence in range(len(samples))]
         else:
             tokens = self._packed(inputs)
-            places = [(0, start) for start in tokens["cu_seq_lens_q"].tolist()[: len(samples)]]
+            starts = [(0, start) for start in tokens["cu_seq_lens_q"].tolist()[: len(samples)]]
         return {
             **tokens,
             **self._visual(inputs),
-            "noun_queries": _noun_queries(samples, places),
+            "noun_queries": _noun_queries(samples, starts),
             "mask_targets": _mask_targets(samples),
             "samples": [sample.name for sample in samples],
             "problems": [str(item) for item in items if isinstance(item, DataError)],
@@ -120,16 +120,17 @@ class Collator:
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors, concatenated; a single one as it is, for a long video's pixels are hundreds of megabytes."""
+    """Concatenate tensors; a single one stays as it is, for a long video's pixels are hundreds of megabytes."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _noun_queries(samples: Sequence[Sample], places: Sequence[tuple[int, int]]) -> NounQueries:
-    """The rows of all samples, each of which lies in a sequence of the batch, from a token on."""
+def _noun_queries(samples: Sequence[Sample], starts: Sequence[tuple[int, int]]) -> NounQueries:
+    """Join the rows of all samples, each of which starts at a token of a sequence of the batch."""
     rows, key_sets = [], []
-    for sample, (sequence, first) in zip(samples, places, strict=True):
-        for position, key_start, key_end, key_set in sample.rows:
-            rows.append((sequence, first + position, first + key_start, first + key_end, len(key_sets) + key_set))
+    for sample, (sequence, first) in zip(samples, starts, strict=True):
+        for row in sample.rows:
+            tokens = (first + token for token in (row.position, row.key_start, row.key_end))
+            rows.append((sequence, *tokens, len(key_sets) + row.key_set))
         key_sets += [first + keys for keys in sample.key_sets]
     sequence, position, key_start, key_end, key_set = _columns(rows, 5)
     padded = pad_sequence(key_sets, batch_first=True, padding_value=-1) if key_sets else torch.empty(0, 0).long()
@@ -141,7 +142,7 @@ def _noun_queries(samples: Sequence[Sample], places: Sequence[tuple[int, int]]) 
 def _mask_targets(samples: Sequence[Sample]) -> MaskTargets:
     pairs, masks, first_row = [], [], 0
     for sample in samples:
-        pairs += [(first_row + row, *patch, len(masks) + mask) for row, *patch, mask in sample.pairs]
+        pairs += [p._replace(row=first_row + p.row, mask=len(masks) + p.mask) for p in sample.pairs]
         masks += sample.masks
         first_row += len(sample.rows)
     row, start, height, width, mask = _columns(pairs, 5)

@@ -1,4 +1,4 @@
-"""Several files as one dataset of samples, and the order in which a mixture of them is gone through."""
+"""Several files as one dataset of samples, and the random order of a mixture of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import bisect
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,38 +15,12 @@ from swim_fast.data.batch.workers import keep_freed_memory
 from swim_fast.data.sample.builder import Sample
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """One file of a mixture.
-
-    Attributes:
-        path: JSON list or JSONL of records.
-        media: folder that relative media paths start from; None: the folder of ``path``.
-        weight: passes over the file per epoch: 2 takes every record twice, 0.5 a random half, another one each epoch.
-        limit: use only the first so many records.
-        name: what to call the file in tables; None: the file's name.
-
-    Raises:
-        ValueError: for a weight or limit that is not positive.
-    """
-
-    path: str
-    media: str | None = None
-    weight: float = 1.0
-    limit: int | None = None
-    name: str | None = None
-
-    def __post_init__(self):
-        if not 0 < self.weight < float("inf"):
-            raise ValueError(f"weight of {self.path} is {self.weight}; it must be positive (or leave the file out)")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit of {self.path} is {self.limit}; it must be at least 1")
+from swim_fast.errors import OptionError
+from swim_fast.options import Source
 
 
 class SwimDataset(Dataset):
-    """All records of all sources, one source after the other.
+    """Several files as one dataset of samples, one file after the other.
 
     An item is a `Sample`, or the `DataError` that says why there is none: bad data never raises, so that it neither
     ends the run nor is replaced in silence. `Collator` drops and lists the errors.
@@ -57,13 +30,13 @@ class SwimDataset(Dataset):
         builder: makes a sample of a record, a `SampleBuilder`.
 
     Raises:
-        ValueError: without sources.
-        DataError: for a source that cannot be read at all.
+        OptionError: no sources.
+        DataError: a source that cannot be read at all.
     """
 
-    def __init__(self, sources: Sequence[SourceOptions], builder: Callable[[Record], Sample]):
+    def __init__(self, sources: Sequence[Source], builder: Callable[[Record], Sample]):
         if not sources:
-            raise ValueError("no data: name at least one file")
+            raise OptionError("no data: name at least one file")
         self.sources = tuple(sources)
         self.builder = builder
         self.files = [RecordFile(source.path, source.media) for source in self.sources]
@@ -78,7 +51,7 @@ class SwimDataset(Dataset):
         return self._ends[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return source and record number of an item.
+        """Return the indices of an item's source and of its record there.
 
         Raises:
             IndexError: outside the dataset.
@@ -90,18 +63,18 @@ class SwimDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample | DataError:
         keep_freed_memory()
-        source, number = self.locate(index)
+        source, record = self.locate(index)
         try:
-            return self.builder(self.files[source][number])
+            return self.builder(self.files[source][record])
         except DataError as error:
-            return error.within(source=self.sources[source].path, record=number)
+            return error.within(source=self.sources[source].path, record=record)
 
 
 class MixtureSampler(Sampler[int]):
-    """Goes through a dataset in random order, each source as often per epoch as its weight says.
+    """Random order of a dataset, with each source as often per epoch as its weight says.
 
     A source of n records and weight w gives round(w · n) items: ⌊w⌋ whole passes and a random remainder without
-    repetition, drawn anew each epoch. The order depends on ``seed`` and epoch alone: a resumed run and every rank see
+    repetition, drawn anew each epoch. The order depends on `seed` and epoch alone: a resumed run and every rank see
     the same one.
 
     Args:
@@ -109,7 +82,7 @@ class MixtureSampler(Sampler[int]):
         seed: any integer.
 
     Attributes:
-        num_samples: those of the dataset, from which the items of an epoch are taken.
+        num_samples: size of the dataset, of which the items of an epoch are taken.
     """
 
     def __init__(self, dataset: SwimDataset, seed: int):
@@ -133,14 +106,14 @@ class MixtureSampler(Sampler[int]):
         yield from self.items(self.epoch).tolist()
 
     def generator(self, epoch: int) -> torch.Generator:
-        """Random numbers of an epoch."""
+        """Return the source of an epoch's random numbers."""
         # The two numbers are mixed by the generator of the first draw: seed + epoch would make epoch 1 of seed 0 the
         # same as epoch 0 of seed 1.
         generator = torch.Generator().manual_seed(self.seed)
         return generator.manual_seed(int(torch.randint(2**62, (epoch + 1,), generator=generator)[-1]))
 
     def items(self, epoch: int) -> Tensor:
-        """What an epoch goes through, int64 [items]."""
+        """Return the items of an epoch in their order, int64 [items]."""
         generator = self.generator(epoch)
         items = []
         for first, length, count in self._sources:

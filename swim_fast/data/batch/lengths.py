@@ -1,14 +1,13 @@
-"""How many tokens every sample has, found without decoding the videos and kept on disk.
+"""Token counts of all samples, found without decoding the videos and kept on disk.
 
-A length is the one of the sample that `SampleBuilder` builds, exactly: conversation, tokenizer, choice of frames and
-the processor's rule for their size are the same code. What it costs is opening each clip once. The lengths of a file
-are kept under its path, size and time of change, its media folder, the options and the processor; a clip that is
-replaced under its name is not noticed. Records that could not be measured are tried again each time.
+A length is exactly that of the sample which `SampleBuilder` builds: conversation, tokenizer, choice of frames and the
+processor's rule for their size are the same code. It costs opening each clip once. The lengths of a file are kept under
+its path, size and time of change, its media folder, the options and the processor; a clip that is replaced under its
+name is not noticed. Records that could not be measured are tried again each time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -29,13 +28,12 @@ FORMAT = 1
 CHUNK = 32  # records that a worker process answers together
 SAVE_SECONDS = 60.0
 _UNKNOWN, _BAD = -1, 0
-_WITHOUT_INFLUENCE = ("query_position", "softmax", "read_out", "decode_timeout")  # of the options
 
 logger = logging.getLogger(__name__)
 
 
 def sample_lengths(dataset: SwimDataset, workers: int | None = None, limit: int | None = None) -> np.ndarray:
-    """Number of tokens of the samples of a dataset whose builder is a `SampleBuilder`.
+    """Return the number of tokens of each sample of a dataset whose builder is a `SampleBuilder`.
 
     Where several ranks run, all of them call it: rank 0 measures, the others wait and get the result.
 
@@ -45,11 +43,11 @@ def sample_lengths(dataset: SwimDataset, workers: int | None = None, limit: int 
         limit: measure only so many samples, evenly spread over the dataset; None: all.
 
     Returns:
-        int64 [len(dataset)], or [limit] if that is less: 0 for a record that cannot become a sample. How many these
-        are is logged.
+        int64 [len(dataset)], or [limit] if that is less: 0 for a record that cannot become a sample. The number of
+        those is logged.
 
     Raises:
-        ImportError: the options' video reader is not installed.
+        MissingLibraryError: the video reader is not installed.
     """
     items = np.arange(len(dataset))
     if limit is not None and limit < len(items):
@@ -68,7 +66,7 @@ def sample_lengths(dataset: SwimDataset, workers: int | None = None, limit: int 
 
 
 def _lengths(dataset: SwimDataset, items: np.ndarray, workers: int | None, at_work: Callable[[], None]) -> np.ndarray:
-    """The lengths of some items; calls ``at_work`` about once a minute."""
+    """Return the lengths of some items; calls `at_work` about once a minute."""
     from tqdm import tqdm
 
     kept = [_KeptLengths(dataset, source) for source in range(len(dataset.sources))]
@@ -115,7 +113,7 @@ def _cores() -> int:
 
 
 class _Measured(Dataset):
-    """Item i is the length of a dataset's item ``items[i]``; works in worker processes."""
+    """Lengths of the items `items` of a dataset; works in worker processes."""
 
     def __init__(self, dataset: SwimDataset, items: np.ndarray):
         self.dataset, self.items = dataset, items
@@ -123,8 +121,8 @@ class _Measured(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, number: int) -> int:
-        source, record = self.dataset.locate(int(self.items[number]))
+    def __getitem__(self, index: int) -> int:
+        source, record = self.dataset.locate(int(self.items[index]))
         try:
             return self.dataset.builder.length(self.dataset.files[source][record])
         except DataError:
@@ -132,7 +130,7 @@ class _Measured(Dataset):
 
 
 class _KeptLengths:
-    """The lengths of one source, int64 [records], as they are kept on disk: -1 where there is none."""
+    """Lengths of one source as kept on disk, int64 [records]: -1 where there is none."""
 
     def __init__(self, dataset: SwimDataset, source: int):
         path = Path(dataset.sources[source].path)
@@ -150,11 +148,11 @@ class _KeptLengths:
         return lengths
 
     def load(self) -> np.ndarray:
-        """Those of the records that the source uses."""
+        """Return the lengths of the records that the source uses."""
         return self._load()[: self._used]
 
     def save(self, lengths: np.ndarray) -> None:
-        """Keep what is known of the records that the source uses, beside what is kept of others."""
+        """Keep the lengths of the records that the source uses, beside those of others."""
         everything = self._load()
         everything[: self._used] = np.where(lengths == _UNKNOWN, everything[: self._used], lengths)
         try:
@@ -167,13 +165,13 @@ class _KeptLengths:
 
 
 def _settings(builder) -> list:
-    """What lengths depend on beside the file."""
+    """Return everything that lengths depend on beside the file."""
     from transformers import __version__
 
     processor = builder.encode.processor
-    options = dataclasses.asdict(builder.options)
     return [
-        {name: value for name, value in options.items() if name not in _WITHOUT_INFLUENCE},
+        builder.sampling.model_dump(),
+        builder.reader.name,
         processor.image_processor.to_dict(),
         processor.video_processor.to_dict(),
         processor.chat_template,

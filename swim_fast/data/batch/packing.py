@@ -1,4 +1,4 @@
-"""Which samples share a batch when batches are packed: full ones, in an order that seed and epoch decide alone."""
+"""Packing of samples into full batches, in an order that seed and epoch alone decide."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Put things into as few bins as this takes: the longest first, each into the first bin that has room for it.
 
     Args:
-        lengths: int64 [n]; what is longer than ``capacity`` gets a bin of its own.
+        lengths: int64 [n]; what is longer than `capacity` gets a bin of its own.
         capacity: room in a bin.
 
     Returns:
-        The numbers of the things in each bin.
+        The indices of the things in each bin.
     """
     room = np.full(len(lengths), capacity)
     bins: list[list[int]] = []
-    for number in np.argsort(-lengths, kind="stable").tolist():
-        length = min(int(lengths[number]), capacity)
-        place = int(np.argmax(room >= length))
-        if place == len(bins):
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = min(int(lengths[index]), capacity)
+        first = int(np.argmax(room >= length))
+        if first == len(bins):
             bins.append([])
-        room[place] -= length
-        bins[place].append(number)
+        room[first] -= length
+        bins[first].append(index)
     return bins
 
 
 class PackingSampler(Sampler[list[int]]):
-    """Batches of samples that together have at most so many tokens, this rank's share; a loader's ``batch_sampler``.
+    """Batches of samples that together have at most so many tokens, this rank's share; a loader's `batch_sampler`.
 
-    The samples come in the order of a `MixtureSampler`, ``look_ahead`` of them at a time. They are packed
+    The samples come in the order of a `MixtureSampler`, `look_ahead` of them at a time. They are packed
     first-fit-decreasing; the emptiest batch of a window is packed again with the next; the batches of a window are
     shuffled and dealt to the ranks in turn. The order depends on the arguments and the epoch alone, so that a run that
-    is resumed, which skips the batches it has seen, goes on with those it has not. (Resumed with another number of
-    epochs, ranks or tokens it goes on at about the same place.)
+    is resumed, which skips the batches it has seen, continues with those it has not. (Resumed with another number of
+    epochs, ranks or tokens it continues at about the same sample.)
 
     Every rank has the same number of batches, and every epoch too, as trainers count on that: the number that the
     fullest of the run's epochs needs. Where there are fewer, the batches with most samples are split, and at last
@@ -49,15 +49,15 @@ class PackingSampler(Sampler[list[int]]):
 
     Args:
         order: the samples of an epoch; `set_epoch` sets its epoch too.
-        lengths: int64 [samples of the dataset], tokens of each, of `sample_lengths`. Samples of length 0 (broken
+        lengths: int64 [samples of the dataset], tokens of each, see `sample_lengths`. Samples of length 0 (broken
             records) take no room and come up with the others, so that they are reported.
         max_tokens: most tokens of a batch; a sample that is longer has a batch of its own.
         look_ahead: samples that are packed together.
-        rank, world_size: whose share this is.
-        epochs: how many epochs the run goes through.
+        rank, world_size: this process of how many.
+        epochs: epochs of the run.
 
     Raises:
-        ValueError: for limits that are not positive, or lengths of another dataset.
+        ValueError: limits that are not positive, or lengths of another dataset.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class PackingSampler(Sampler[list[int]]):
         self.order.set_epoch(epoch)
 
     def set_steps(self, steps: int) -> None:
-        """Say how many batches of a rank the run goes through, instead of how many epochs."""
+        """Set the length of the run in batches of a rank, instead of epochs."""
         self.epochs = 1
         self.epochs = -(-steps // max(len(self), 1))
 
     def __len__(self) -> int:
-        """Batches of this rank in every epoch. The first call packs each epoch of the run once."""
+        """Return the batches of this rank in every epoch. The first call packs each epoch of the run once."""
         most = max(self._count(epoch) for epoch in range(self.epochs))
         return -(-most // self.world_size)
 
@@ -105,7 +105,7 @@ class PackingSampler(Sampler[list[int]]):
         yield from batches[self.rank :: self.world_size]
 
     def efficiency(self) -> float:
-        """Tokens of the current epoch over the room for them in all batches of all ranks."""
+        """Return the tokens of the current epoch over the room for them in all batches of all ranks."""
         batches = self._pack(self.order.epoch)
         useful = sum(int(self.lengths[batch].sum()) for batch in batches)
         return useful / max(len(self) * self.world_size * self.max_tokens, 1)
@@ -116,7 +116,7 @@ class PackingSampler(Sampler[list[int]]):
         return self._counts[epoch]
 
     def _pack(self, epoch: int) -> list[list[int]]:
-        """All batches of an epoch, of all ranks."""
+        """Return all batches of an epoch, of all ranks."""
         if self._packed is None or self._packed[0] != epoch:
             self._packed = epoch, self._packed_anew(epoch)
         return self._packed[1]
@@ -135,18 +135,16 @@ class PackingSampler(Sampler[list[int]]):
                 used = [int(self.lengths[window[batch]].sum()) for batch in packed]
                 left = window[packed.pop(int(np.argmin(used)))]
             order = torch.randperm(len(packed), generator=shuffle).tolist()
-            batches += [window[packed[number]].tolist() for number in order]
+            batches += [window[packed[index]].tolist() for index in order]
         return batches
 
 
 def _split(batches: list[list[int]], count: int) -> None:
-    """Make of a list of batches one of ``count`` by splitting those with most samples, then by adding empty ones."""
-    largest = sorted(range(len(batches)), key=lambda number: -len(batches[number]))
-    while len(batches) < count:
-        number = largest.pop(0) if largest else None
-        if number is None or len(batches[number]) < 2:
-            batches += [[] for _ in range(count - len(batches))]
-            return
-        batch = batches[number]
-        batches[number] = batch[::2]
+    """Extend a list of batches to `count` by splitting those with most samples, then by adding empty ones."""
+    for index in sorted(range(len(batches)), key=lambda index: -len(batches[index])):
+        batch = batches[index]
+        if len(batches) >= count or len(batch) < 2:
+            break
+        batches[index] = batch[::2]
         batches.append(batch[1::2])
+    batches += [[] for _ in range(count - len(batches))]

@@ -1,4 +1,4 @@
-"""Position ids of a sample as its model numbers them, without the model's weights."""
+"""Position ids of a sample by its model's own rule, without the model's weights."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swim_fast.data.source.errors import ProcessorError
+
 
 class PositionIds:
     """Position ids of one sample; picklable, so that it can work in worker processes.
 
-    They are computed by the model class's own ``get_rope_index``: whatever the installed transformers makes of an
-    unpacked sample is what a packed one gets. (transformers 5.17 cuts ``second_per_grid_ts`` to whole seconds, later
+    They are computed by the model class's own `get_rope_index`: whatever the installed transformers makes of an
+    unpacked sample is what a packed one gets. (transformers 5.17 cuts `second_per_grid_ts` to whole seconds, later
     releases do not.)
 
     Args:
         config: the model's configuration.
 
     Raises:
-        ValueError: if the model does not number its tokens in this way.
+        ProcessorError: the model does not number its tokens in this way.
     """
 
     def __init__(self, config: Any):
@@ -27,17 +29,17 @@ class PositionIds:
 
         model_class = MODEL_MAPPING[type(config)]
         if not hasattr(model_class, "get_rope_index"):
-            raise ValueError(f"{model_class.__name__} has no get_rope_index, so its samples cannot be packed")
+            raise ProcessorError(f"{model_class.__name__} has no get_rope_index, so its samples cannot be packed")
         # Only the configuration: the method reads nothing else, and workers should carry no weights.
         self._model = model_class.__new__(model_class)
         nn.Module.__init__(self._model)
         self._model.config = config
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return int64 [4, L]: the place in the text, as sequences are told apart by, and time, height and width.
+        """Return int64 [4, L]: the position in the text, by which sequences are told apart, and time, height and width.
 
         Args:
-            inputs: of one sample of L tokens: ``input_ids`` and ``mm_token_type_ids`` [L], and the processor's tensors.
+            inputs: one sample of L tokens: `input_ids` and `mm_token_type_ids` [L], and the processor's tensors.
         """
         ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
         about = {key: value.tolist() if key == "second_per_grid_ts" else value for key, value in inputs.items()}

@@ -1,4 +1,4 @@
-"""From the turns of a record to the text the model reads, knowing where every noun and every answer ended up."""
+"""From the turns of a record to the text that the model reads, with the span of every noun and every answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.errors import DataError, ProcessorError
 from swim_fast.data.source.records import Record, Turn
 from swim_fast.data.source.tags import strip_tags
 
@@ -21,7 +21,7 @@ _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation as the chat template renders it; spans are half-open ranges of characters of ``text``.
+    """A conversation as the chat template renders it; spans are half-open ranges of characters of `text`.
 
     Attributes:
         text: rendered by the template, the video or image as one placeholder token that is not yet expanded.
@@ -54,10 +54,10 @@ class ConversationRenderer:
     is searched for: a noun or an answer that occurs twice, or in the template itself, is never mistaken.
 
     Args:
-        processor: a processor with a chat template, ``tokenizer``, ``image_token`` and ``video_token``.
+        processor: a processor with a chat template, `tokenizer`, `image_token` and `video_token`.
 
     Raises:
-        ValueError: if the processor has no chat template or one that cannot be trained with, see `__call__`.
+        ProcessorError: the processor has no chat template or one that cannot be trained with, see `__call__`.
 
     Attributes:
         special_tokens: pattern that finds the special tokens of the tokenizer.
@@ -73,16 +73,16 @@ class ConversationRenderer:
         try:
             self(probe)
         except DataError as error:
-            raise ValueError(f"this processor cannot be used for training: {error.reason}") from error
+            raise ProcessorError(f"this processor cannot be used for training: {error.reason}") from error
 
     def __call__(self, record: Record) -> Conversation:
         """Render one record.
 
-        The ``<video>`` or ``<image>`` placeholder of a user turn says where the video or image goes; white space next
-        to it is dropped. Without a placeholder it goes before the first user turn's text.
+        The `<video>` or `<image>` placeholder of a user turn says where the video or image goes; white space next to
+        it is dropped. Without a placeholder it goes before the first user turn's text.
 
         Raises:
-            DataError: for bad tags, several placeholders, a placeholder in a record without video or image, a special
+            DataError: bad tags, several placeholders, a placeholder in a record without video or image, a special
                 token written out in a turn, a conversation that begins with an answer, and a template that changes the
                 text of a turn, that does not end the assistant's turns with a special token, or that renders the
                 beginning of a conversation differently once it goes on.
@@ -174,7 +174,7 @@ class ConversationRenderer:
     def _check_beginning(
         self, skeleton: str, roles: Sequence[str], turns: Sequence[Sequence[_Part]], number: int, kind: str
     ) -> None:
-        """What the model is given at inference, the turns before its answer, must be what it is trained on."""
+        """Check that what the model is given at inference, the turns before its answer, is what it is trained on."""
         if number == 0:
             raise DataError("the conversation begins with an answer; put a user turn first", key="conversations")
         prompt = self._apply(roles[:number], turns[:number], kind, add_generation_prompt=True)

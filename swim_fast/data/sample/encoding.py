@@ -1,4 +1,4 @@
-"""The model's own processor at work: a rendered conversation and decoded frames become the model's inputs."""
+"""The model's own processor: from a rendered conversation and decoded frames to the model's inputs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from swim_fast.data.sample.conversation import Conversation, Span
 from swim_fast.data.sample.sampling import PixelLimits
-from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.errors import DataError, ProcessorError
 from swim_fast.data.source.tags import tokens_of_span
 from swim_fast.data.video.reader import MediaInfo
+from swim_fast.options import Sampling
 
 IGNORED_LABEL = -100
 
@@ -25,11 +26,11 @@ class Encoding:
     """A conversation in tokens. L tokens.
 
     Attributes:
-        inputs: what the model takes: ``input_ids``, ``labels``, ``mm_token_type_ids`` [L] int64 and the processor's
-            visual tensors as they are.
+        inputs: arguments of the model: `input_ids`, `labels`, `mm_token_type_ids` [L] int64 and the processor's visual
+            tensors as they are.
         offsets: [L, 2] int64, the half-open character range of each token in the expanded text.
         nouns: character range of each tagged noun in that text, in the order of the tags.
-        patch_grid: height and width of a temporal patch in visual tokens; None for text.
+        patch_grid: height and width of the grid of a temporal patch; None for text.
     """
 
     inputs: dict[str, Tensor]
@@ -41,18 +42,18 @@ class Encoding:
         return len(self.inputs["input_ids"])
 
     def visual(self) -> Tensor:
-        """Positions of the visual tokens, [N] int64, ascending."""
+        """Return the positions of the visual tokens, [N] int64, ascending."""
         return torch.nonzero(self.inputs["mm_token_type_ids"]).flatten()
 
-    def noun_tokens(self, number: int) -> list[int]:
-        """Positions of the tokens of the noun in tag ``number``.
+    def noun_tokens(self, tag: int) -> list[int]:
+        """Return the positions of the tokens of a tagged noun.
 
         Raises:
-            DataError: if there are none, such as for a character that the tokenizer drops.
+            DataError: there are none, such as for a character that the tokenizer drops.
         """
-        tokens = tokens_of_span(self.offsets, self.nouns[number])
+        tokens = tokens_of_span(self.offsets, self.nouns[tag])
         if not tokens:
-            raise DataError("the noun has no token of its own; tag a visible word", key=f"tag {number}")
+            raise DataError("the noun has no token of its own; tag a visible word", key=f"tag {tag}")
         return tokens
 
 
@@ -61,35 +62,37 @@ class Encoder:
 
     Args:
         processor: Qwen2.5-VL's processor, or one like it.
-        min_pixels, max_pixels: size of a frame or image after resizing, in pixels; None keeps the processor's own.
+        sampling: limits on the pixels of a frame or image.
 
     Raises:
-        ValueError: if the tokenizer is not a fast one, the limits contradict the processor's, or a temporal patch is
+        ProcessorError: the tokenizer is not a fast one, the limits contradict the processor's, or a temporal patch is
             longer than two frames.
     """
 
-    def __init__(self, processor: Any, min_pixels: int | None = None, max_pixels: int | None = None):
+    def __init__(self, processor: Any, sampling: Sampling):
         if not getattr(processor.tokenizer, "is_fast", False):
-            raise ValueError("the tokenizer has no character offsets; nouns can only be located with a fast tokenizer")
+            raise ProcessorError(
+                "the tokenizer has no character offsets; nouns can only be located with a fast tokenizer"
+            )
         self.processor = processor
         self.temporal_patch_size: int = processor.video_processor.temporal_patch_size
         if self.temporal_patch_size not in (1, 2):
-            raise ValueError(f"a temporal patch of {self.temporal_patch_size} frames; only 1 and 2 are supported")
-        self._image_kwargs = _pixel_limits(processor.image_processor, min_pixels, max_pixels)
-        self._video_kwargs = _pixel_limits(processor.video_processor, min_pixels, max_pixels)
+            raise ProcessorError(f"a temporal patch of {self.temporal_patch_size} frames; only 1 and 2 are supported")
+        self._image_kwargs = _pixel_limits(processor.image_processor, sampling)
+        self._video_kwargs = _pixel_limits(processor.video_processor, sampling)
         if hasattr(processor.video_processor, "cap_pixels_per_frame"):
             # Left at None it makes transformers warn that the default will change; today None means False.
             self._video_kwargs["cap_pixels_per_frame"] = bool(processor.video_processor.cap_pixels_per_frame)
 
     def text_length(self, conversation: Conversation) -> int:
-        """Number of tokens of the text, in which the placeholder of a video or image is one."""
+        """Return the number of tokens of the text, in which the placeholder of a video or image is one."""
         return len(self.processor.tokenizer(conversation.text, add_special_tokens=False)["input_ids"])
 
     def image_tokens(self, height: int, width: int) -> int:
-        """Number of visual tokens of an image of this many pixels.
+        """Return the number of visual tokens of an image of this size in pixels.
 
         Raises:
-            DataError: if the processor refuses the image.
+            DataError: the processor refuses the image.
         """
         processor = self.processor.image_processor
         with _refusals():
@@ -97,12 +100,15 @@ class Encoder:
         return patches // processor.merge_size**2
 
     def video_tokens(self, num_frames: int, height: int, width: int, max_pixels: int | None = None) -> int:
-        """Number of visual tokens of so many frames, as many as fill whole temporal patches, of this many pixels.
+        """Return the number of visual tokens of so many frames of this size in pixels.
 
-        ``max_pixels`` as in `video`.
+        Args:
+            num_frames: frames that fill whole temporal patches.
+            height, width: size of a frame.
+            max_pixels: as in `video`.
 
         Raises:
-            DataError: if the processor refuses the video.
+            DataError: the processor refuses the video.
         """
         processor, limits = self.processor.video_processor, self._limits(max_pixels)
         if limits.pop("cap_pixels_per_frame", False):  # the processor's count of patches does not know this limit
@@ -123,7 +129,7 @@ class Encoder:
         """Encode with an image, uint8 [H, W, 3] RGB.
 
         Raises:
-            DataError: if the processor refuses the image.
+            DataError: the processor refuses the image.
         """
         return self._encode(
             conversation,
@@ -133,7 +139,7 @@ class Encoder:
 
     @property
     def frame_limits(self) -> PixelLimits:
-        """How the frames of a video are sized."""
+        """Sizes that frames of a video are given."""
         processor, size = self.processor.video_processor, self.processor.video_processor.size
         lowest, highest = self._video_kwargs.get("min_pixels"), self._video_kwargs.get("max_pixels")
         return PixelLimits(
@@ -143,7 +149,7 @@ class Encoder:
         )
 
     def _limits(self, max_pixels: int | None) -> dict[str, Any]:
-        """What the video processor is told of the size of frames."""
+        """Return the video processor's arguments for the size of frames."""
         if max_pixels is None:
             return dict(self._video_kwargs)
         return {**self._video_kwargs, "min_pixels": self.frame_limits.lowest, "max_pixels": max_pixels}
@@ -156,12 +162,17 @@ class Encoder:
         info: MediaInfo,
         max_pixels: int | None = None,
     ) -> Encoding:
-        """Encode with frames of a video, uint8 [T, H, W, 3] RGB, which have the numbers ``frames`` in the source.
+        """Encode with frames of a video.
 
-        ``max_pixels`` lowers the limit of `frame_limits` for this video.
+        Args:
+            conversation: text with a placeholder for the video.
+            pixels: uint8 [T, H, W, 3] RGB.
+            frames: indices of the frames in the source.
+            info: the source's number of frames, rate and size.
+            max_pixels: lower limit than that of `frame_limits` for this video.
 
         Raises:
-            DataError: if the processor refuses the video.
+            DataError: the processor refuses the video.
         """
         from transformers.video_utils import VideoMetadata
 
@@ -209,7 +220,7 @@ class Encoder:
         return Encoding(inputs, offsets, nouns, self._patch_grid(inputs))
 
     def _patch_grid(self, inputs: dict[str, Tensor]) -> tuple[int, int] | None:
-        """The grid that is left of the vision tower's patches after its merging."""
+        """Return the grid that the vision tower's merging leaves of its patches."""
         for key, part in (("video_grid_thw", "video_processor"), ("image_grid_thw", "image_processor")):
             if key in inputs:
                 _, height, width = inputs[key][0].tolist()
@@ -220,7 +231,7 @@ class Encoder:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What the processor does not take, such as an extreme aspect ratio, is the record's fault."""
+    """Blame the record for what the processor does not take, such as an extreme aspect ratio."""
     try:
         yield
     except ValueError as error:
@@ -261,19 +272,19 @@ def label_answers(input_ids: Tensor, offsets: Tensor, answers: Sequence[Span]) -
 
 
 def _shifted(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:
-    """Where a span of the rendered text is once the placeholder before it has grown into one token per patch."""
+    """Return where a span of the rendered text is once the placeholder before it has grown into one token per patch."""
     growth = sum(len(r["replacement"]) - len(r["text"]) for r in replacements if r["span"][1] <= span[0])
     return span[0] + growth, span[1] + growth
 
 
-def _pixel_limits(processor: Any, lowest: int | None, highest: int | None) -> dict[str, int]:
-    """The two limits together: the processor ignores one that comes alone."""
-    if lowest is None and highest is None:
+def _pixel_limits(processor: Any, sampling: Sampling) -> dict[str, int]:
+    """Return both limits, as the processor ignores one that comes alone."""
+    if sampling.min_pixels is None and sampling.max_pixels is None:
         return {}
-    lowest = lowest or processor.size["shortest_edge"]
-    highest = highest or processor.size["longest_edge"]
+    lowest = sampling.min_pixels or processor.size["shortest_edge"]
+    highest = sampling.max_pixels or processor.size["longest_edge"]
     if lowest > highest:
-        raise ValueError(
+        raise ProcessorError(
             f"min_pixels {lowest} is above max_pixels {highest}, one of which is {type(processor).__name__}'s own; "
             "give both"
         )

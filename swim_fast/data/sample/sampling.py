@@ -1,4 +1,4 @@
-"""Which frames of a clip are used and at what size, and which temporal patches the masks supervise.
+"""Choice of a clip's frames and their size, and of the temporal patches that masks supervise.
 
 Nothing here needs a decoded frame.
 """
@@ -14,19 +14,20 @@ import numpy as np
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import union
 from swim_fast.data.video.reader import MediaInfo
+from swim_fast.options import Sampling
 
 
 @dataclass(frozen=True)
 class PixelLimits:
-    """How the model's processor sizes frames: both sides multiples of ``factor``, height · width from ``lowest`` to
-    ``highest`` as far as the shape of the frame allows."""
+    """Sizes that the model's processor gives to frames: both sides multiples of `factor`, height · width from `lowest`
+    to `highest` as far as the shape of the frame allows."""
 
     factor: int
     lowest: int
     highest: int
 
     def size(self, height: int, width: int, highest: int | None = None) -> tuple[int, int]:
-        """Height and width of a frame after resizing, with another limit than ``highest`` if one is given.
+        """Return height and width of a frame after resizing, with another limit than `highest` if one is given.
 
         Raises:
             DataError: a shape that the processor does not take.
@@ -41,12 +42,12 @@ class PixelLimits:
 
 @dataclass(frozen=True)
 class FrameChoice:
-    """What is used of a clip.
+    """Frames chosen of a clip, and their size.
 
     Attributes:
-        frames: sorted frame numbers, an even count.
-        max_pixels: limit for the processor's resizing where total_pixels lowers it; None: the processor's own.
-        notes: what a user would want to know about it.
+        frames: sorted frame indices, an even count.
+        max_pixels: limit for the processor's resizing where `total_pixels` lowers it; None: the processor's own.
+        notes: remarks for the user.
     """
 
     frames: list[int]
@@ -58,28 +59,22 @@ def plan_frames(
     info: MediaInfo,
     annotated: Sequence[int],
     limits: PixelLimits,
-    *,
-    max_frames: int,
-    fps: float | None = None,
-    total_pixels: int | None = None,
+    sampling: Sampling,
 ) -> FrameChoice:
     """Choose frames and size of a clip, see `count_frames`, `fit_pixels` and `choose_frames`.
 
     Args:
         info: the clip's number of frames, rate and size.
-        annotated: distinct numbers of the frames that carry masks.
-        limits: of the model's processor.
-        max_frames, fps, total_pixels: as in `SampleOptions`.
+        annotated: distinct indices of the frames that carry masks.
+        limits: sizes that the model's processor takes.
+        sampling: limits on frames and pixels.
 
     Raises:
-        DataError: an annotated frame that the clip does not have; not even two frames within ``total_pixels``.
+        DataError: an annotated frame that the clip does not have; not even two frames within `total_pixels`.
     """
-    count = count_frames(info.num_frames, info.fps, len(annotated), max_frames, fps)
-    frames = choose_frames(info.num_frames, annotated, count)
-    if total_pixels is None:
-        return FrameChoice(frames)
-    before = limits.size(info.height, info.width)
-    if len(frames) * math.prod(before) <= total_pixels:
+    frames = choose_frames(info.num_frames, annotated, count_frames(info, len(annotated), sampling))
+    total_pixels, before = sampling.total_pixels, limits.size(info.height, info.width)
+    if total_pixels is None or len(frames) * math.prod(before) <= total_pixels:
         return FrameChoice(frames)
     count, max_pixels = fit_pixels(len(frames), info.height, info.width, limits, total_pixels)
     after = limits.size(info.height, info.width, max_pixels)
@@ -90,26 +85,29 @@ def plan_frames(
     return FrameChoice(choose_frames(info.num_frames, annotated, count), max_pixels, (note,))
 
 
-def count_frames(num_frames: int, rate: float, num_annotated: int, max_frames: int, fps: float | None) -> int:
-    """Most frames to take from a clip of ``num_frames`` at ``rate`` per second: ``fps`` for every second of it, rounded
-    up to an even number, as many as are annotated at least and ``max_frames`` at most; without ``fps``, ``max_frames``.
+def count_frames(info: MediaInfo, num_annotated: int, sampling: Sampling) -> int:
+    """Return the most frames to take from a clip.
+
+    With `fps` so many for every second of it, rounded up to an even number, at least the annotated ones and at most
+    `max_frames`; without, `max_frames`.
     """
-    if fps is None:
-        return max_frames
-    wanted = max(math.ceil(num_frames / rate * fps - 1e-6), num_annotated, 2)  # 29.97 · (1 / 29.97) is not quite 1
-    return min(wanted + wanted % 2, max_frames)
+    if sampling.fps is None:
+        return sampling.max_frames
+    # 29.97 · (1 / 29.97) is not quite 1
+    wanted = max(math.ceil(info.num_frames / info.fps * sampling.fps - 1e-6), num_annotated, 2)
+    return min(wanted + wanted % 2, sampling.max_frames)
 
 
 def fit_pixels(count: int, height: int, width: int, limits: PixelLimits, total_pixels: int) -> tuple[int, int]:
-    """How many frames there may be, and how large, so that all of them together have at most ``total_pixels``.
+    """Return how many frames of what size together have at most `total_pixels`.
 
     Args:
-        count: number of frames that are wanted, even.
-        height, width: of the clip.
+        count: frames that are wanted, an even number.
+        height, width: size of the clip.
 
     Returns:
         Number of frames, even, and the limit on the pixels of one: the limit is lowered first, evenly for all frames,
-        and only where ``limits.lowest`` is reached are there fewer frames.
+        and only where `limits.lowest` is reached are there fewer frames.
 
     Raises:
         DataError: two frames are too many.
@@ -131,17 +129,17 @@ def choose_frames(num_frames: int, annotated: Iterable[int], max_frames: int) ->
 
     Args:
         num_frames: frames in the clip.
-        annotated: frame numbers that carry masks, in any order.
+        annotated: indices of frames that carry masks, in any order.
         max_frames: limit on the length of the result; an odd one counts as the even number below.
 
     Returns:
-        Sorted frame numbers, an even count of at most ``max_frames``. Annotated frames are thinned evenly if there are
-        too many; the other places go evenly to the frames that are left; a clip shorter than the limit gives all of
-        its frames. No frame occurs twice, except that the last one is repeated where the count would be odd.
+        Sorted frame indices, an even count of at most `max_frames`. Annotated frames are thinned evenly if there are
+        too many, and filled up evenly with the frames that are left; a clip shorter than the limit gives all of its
+        frames. No frame occurs twice, except that the last one is repeated where the count would be odd.
 
     Raises:
         DataError: an annotated frame that the clip does not have.
-        ValueError: ``max_frames`` below 2 or an empty clip.
+        ValueError: `max_frames` below 2 or an empty clip.
     """
     if max_frames < 2:
         raise ValueError(f"max_frames is {max_frames}: two frames make one temporal patch, so at least 2 are needed")
@@ -164,15 +162,15 @@ def choose_frames(num_frames: int, annotated: Iterable[int], max_frames: int) ->
 def supervised_patches(
     frames: Sequence[int], masks: Mapping[int, np.ndarray | None], temporal_patch_size: int = 2
 ) -> dict[int, np.ndarray]:
-    """The temporal patches in which one object is annotated.
+    """Return the temporal patches in which one object is annotated.
 
     Args:
         frames: the chosen frames of the clip, as many as fill whole patches; patch p holds frames
-            ``p * temporal_patch_size`` to ``(p + 1) * temporal_patch_size - 1`` of this list.
-        masks: the object's masks, uint8 ``[h, w]``, by frame number; frames that were not chosen are ignored.
+            `p * temporal_patch_size` to `(p + 1) * temporal_patch_size - 1` of this list.
+        masks: the object's masks, uint8 [h, w], by frame index; frames that were not chosen are ignored.
 
     Returns:
-        patch number -> union of the object's masks in that patch, in ascending order, only where there is a mask.
+        patch index -> union of the object's masks in that patch, in ascending order, only where there is a mask.
 
     Raises:
         DataError: masks of different sizes meet in one patch.
@@ -189,7 +187,7 @@ def supervised_patches(
 
 
 def _evenly(length: int, count: int) -> np.ndarray:
-    """Positions of ``min(length, count)`` of ``length`` things, evenly spaced, first and last included from two on."""
+    """Return `min(length, count)` of `length` indices, evenly spaced, first and last included from two on."""
     if count >= length:
         return np.arange(length)
     if count == 1:

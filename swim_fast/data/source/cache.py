@@ -1,4 +1,4 @@
-"""Arrays that took long to find, kept on disk in ``$SWIM_FAST_CACHE``, by default ``~/.cache/swim_fast``."""
+"""Arrays that took long to find, kept on disk in `$SWIM_FAST_CACHE`, by default `~/.cache/swim_fast`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from swim_fast.files import atomic_write
 
 
 def cache_folder(kind: str) -> Path:
-    """Folder for arrays of one kind; it need not exist yet."""
+    """Return the folder for arrays of one kind; it need not exist yet."""
     return Path(os.environ.get("SWIM_FAST_CACHE") or Path.home() / ".cache" / "swim_fast") / kind
 
 
 def file_key(path: Path) -> tuple[str, str]:
-    """What names a file and what changes with it: two parts of a file name.
+    """Return two parts of a file name: one for a file's path, one that changes with its contents.
 
     Raises:
-        OSError: if there is no such file.
+        OSError: there is no such file.
     """
     stat = path.stat()
     return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:20], f"{stat.st_size}-{stat.st_mtime_ns}"
@@ -37,7 +37,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray | None:
-    """The array, or None where there is none or it is damaged."""
+    """Return the array, or None where there is none or it is damaged."""
     try:
         return np.load(path, mmap_mode=mmap_mode)
     except (OSError, ValueError, EOFError):

@@ -1,13 +1,19 @@
-"""The one exception for bad data: it says which file, which record, where in it, why, and what to do."""
+"""The exception for bad data: it says which file, which record, where in it, why, and what to do."""
 
 from __future__ import annotations
 
+from swim_fast.errors import UserError
 
-class DataError(ValueError):
+
+class ProcessorError(UserError, ValueError):
+    """A model's processor that samples cannot be made with."""
+
+
+class DataError(UserError, ValueError):
     """A record, clip or mask that cannot be used.
 
-    ``str()`` reads ``clips.jsonl, record 17 (videorefer_17), annotation[0]['36']: <reason>``; parts that are not known
-    are left out. Code deep down raises with what it knows and callers add the rest with `within`. Picklable, so it
+    `str()` reads `clips.jsonl, record 17 (videorefer_17), annotation[0]['36']: <reason>`; parts that are not known are
+    left out. Code deep down raises with what it knows and callers add the rest with `within`. Picklable, so it
     crosses process boundaries with its parts intact.
 
     Args:
@@ -15,7 +21,7 @@ class DataError(ValueError):
         source: file the record comes from, as the user gave it.
         record: 0-based index of the record in that file.
         name: the record's own identifier.
-        key: place inside the record, such as ``annotation[0]['36']`` or ``video``.
+        key: place inside the record, such as `annotation[0]['36']` or `video`.
     """
 
     def __init__(
@@ -45,25 +51,16 @@ class DataError(ValueError):
         return ", ".join(where) + ": " + self.reason if where else self.reason
 
     def __reduce__(self):
-        return _rebuild, (self.reason, self.source, self.record, self.name, self.key)
+        return _rebuild, (self.reason, self._parts())
 
-    def within(
-        self,
-        *,
-        source: str | None = None,
-        record: int | None = None,
-        name: str | None = None,
-        key: str | None = None,
-    ) -> DataError:
-        """Return a copy in which the parts that are not known yet are filled in; known ones are kept."""
-        return DataError(
-            self.reason,
-            source=source if self.source is None else self.source,
-            record=record if self.record is None else self.record,
-            name=name if self.name is None else self.name,
-            key=key if self.key is None else self.key,
-        )
+    def _parts(self) -> dict[str, str | int]:
+        parts = {"source": self.source, "record": self.record, "name": self.name, "key": self.key}
+        return {part: value for part, value in parts.items() if value is not None}
+
+    def within(self, **parts: str | int | None) -> DataError:
+        """Return a copy with the parts (`source`, `record`, `name`, `key`) that are not known yet; known ones stay."""
+        return DataError(self.reason, **{**parts, **self._parts()})
 
 
-def _rebuild(reason, source, record, name, key):
-    return DataError(reason, source=source, record=record, name=name, key=key)
+def _rebuild(reason, parts):
+    return DataError(reason, **parts)

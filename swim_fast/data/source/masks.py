@@ -1,4 +1,4 @@
-"""Object masks of the records: COCO run-length codes and polygons to arrays of 0 and 1, with every check."""
+"""Object masks of records: COCO run-length codes and polygons to arrays of 0 and 1, with every check."""
 
 from __future__ import annotations
 
@@ -10,26 +10,43 @@ import numpy as np
 from swim_fast.data.source.errors import DataError
 
 
+def unwrapped(segmentation: Any) -> Any:
+    """Return what is inside `{"segmentation": …}`, however often it is wrapped."""
+    while isinstance(segmentation, dict) and "segmentation" in segmentation:
+        segmentation = segmentation["segmentation"]
+    return segmentation
+
+
+def stated_size(segmentation: Any) -> tuple[int, int] | None:
+    """Return the height and width that a run-length code states; None where it states none, or nonsense."""
+    code = unwrapped(segmentation)
+    size = code.get("size") if isinstance(code, dict) else None
+    return tuple(size) if _is_size(size) else None
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+
+
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray | None:
     """Decode one segmentation.
 
     Args:
-        segmentation: COCO RLE ``{"size": [h, w], "counts": str | bytes | list of runs}`` (without ``size``, the
-            frame's), a list of polygons ``[[x0, y0, x1, y1, …], …]`` in pixels of the frame, either of them wrapped
-            as ``{"segmentation": …}``, or null.
+        segmentation: COCO RLE `{"size": [h, w], "counts": str | bytes | list of runs}` (without `size`, the frame's), a
+            list of polygons `[[x0, y0, x1, y1, …], …]` in pixels of the frame, either of them wrapped as
+            `{"segmentation": …}`, or null.
         height, width: size of the video's frames in pixels. A run-length code may have another size of the same
             aspect ratio (annotations made on a resized copy), up to one pixel of rounding.
 
     Returns:
-        uint8 ``[h, w]`` of 0 and 1, C-contiguous, in the mask's own size; None where nothing is marked: null, an empty
+        uint8 [h, w] of 0 and 1, C-contiguous, in the mask's own size; None where nothing is marked: null, an empty
         dict, list or string, or a mask without a single pixel, which cannot say where the object is.
 
     Raises:
         DataError: unknown form, a code that does not decode, a size that does not fit the video, polygons that are
             malformed or leave the frame.
     """
-    while isinstance(segmentation, dict) and "segmentation" in segmentation:
-        segmentation = segmentation["segmentation"]
+    segmentation = unwrapped(segmentation)
     if segmentation is None or (isinstance(segmentation, dict | list | str) and not segmentation):
         return None
     if isinstance(segmentation, dict):
@@ -45,7 +62,7 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
 
 
 def union(masks: Iterable[np.ndarray | None]) -> np.ndarray | None:
-    """Union of masks of one size, uint8 ``[h, w]``; None entries are skipped, None if nothing else is there.
+    """Return the union of masks of one size, uint8 [h, w]; None entries are skipped, None if nothing else is there.
 
     Raises:
         DataError: the masks differ in size.
@@ -68,7 +85,7 @@ def _decode_rle(code: dict, height: int, width: int) -> np.ndarray | None:
         return None
     if size is None:
         size = [height, width]
-    if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+    if not _is_size(size):
         raise DataError(f"mask size {size!r} is not [height, width] in pixels")
     check_mask_size(*size, height, width)
     if isinstance(counts, str | bytes):
@@ -94,7 +111,7 @@ def _decode_rle(code: dict, height: int, width: int) -> np.ndarray | None:
 
 
 def _decompress(counts: str | bytes) -> np.ndarray:
-    """COCO's text form of the runs: 6-bit digits, 5 of them payload, little end first, as differences to two before."""
+    """Read COCO's text form of runs: 6-bit digits, 5 of them payload, low ones first, differences to two before."""
     try:
         data = counts.encode("ascii") if isinstance(counts, str) else counts
     except UnicodeEncodeError:
@@ -114,8 +131,8 @@ def _decompress(counts: str | bytes) -> np.ndarray:
     lengths = ends - starts + 1
     if lengths.max() > 12:  # 60 bits
         raise DataError("run-length code does not decode: it holds a number of more than 60 bits; it is damaged")
-    place = np.arange(len(digits)) - np.repeat(starts, lengths)
-    numbers = np.add.reduceat((digits & 31) << (5 * place), starts)
+    index = np.arange(len(digits)) - np.repeat(starts, lengths)  # of the digit in its number
+    numbers = np.add.reduceat((digits & 31) << (5 * index), starts)
     negative = (digits[ends] & 16) != 0
     numbers[negative] -= np.int64(1) << (5 * lengths[negative])
     # From the fourth number on: difference to the number two before.

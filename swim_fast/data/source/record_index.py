@@ -1,9 +1,8 @@
-"""Where each record of a JSON list or JSONL file begins and ends, found once and kept on disk for large files.
+"""Offsets of the records of a JSON list or JSONL file, found once and kept on disk for large files.
 
 The scan goes over the bytes with numpy, some hundred MB a second, and parses nothing: a malformed record costs that
-record alone. The index of a file above 32 MB is kept in ``$SWIM_FAST_CACHE``, by default ``~/.cache/swim_fast``, under
-the file's path, size and time of change. Any number of processes may build it at the same time: each writes a file of
-its own and renames it into place.
+record alone. The index of a file above 32 MB is kept in `$SWIM_FAST_CACHE`, by default `~/.cache/swim_fast`, under the
+file's path, size and time of change.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def record_offsets(path: Path) -> np.ndarray:
-    """First byte and end of every record of a file, int64 ``[records, 2]``; a read-only memory map for large files.
+    """Return first byte and end of every record of a file, int64 [records, 2]; a read-only memory map for large files.
 
     Raises:
         DataError: the file is missing, empty, or neither a JSON list nor JSON lines.
@@ -66,7 +65,7 @@ def record_offsets(path: Path) -> np.ndarray:
 
 
 def _load(cached: Path, size: int) -> np.ndarray | None:
-    """The stored index, or None where there is none or it is damaged."""
+    """Return the stored index, or None where there is none or it is damaged."""
     offsets = load_array(cached, mmap_mode="r")
     sound = offsets is not None and offsets.dtype == np.int64 and offsets.ndim == 2 and offsets.shape[1] == 2
     return offsets if sound and (not len(offsets) or 0 <= offsets[0, 0] < offsets[-1, 1] <= size) else None
@@ -90,7 +89,7 @@ def _scan(path: Path) -> np.ndarray:
 
 
 def _is_lines_of_lists(text: mmap.mmap, start: int, path: Path) -> bool:
-    """Whether a .jsonl file that begins with ``[`` merely has a list in its first line, instead of being one list."""
+    """Tell a .jsonl file with a list in its first line from one that is a single list."""
     end = text.find(b"\n", start)
     if path.suffix.lower() not in (".jsonl", ".ndjson") or end < 0 or not text[end : end + 4096].strip():
         return False
@@ -106,7 +105,7 @@ def _parses(text: bytes) -> bool:
 
 
 def _chunks(text: mmap.mmap, start: int, path: Path) -> Iterator[tuple[int, int]]:
-    """Successive ranges of the file, none of which ends in a backslash, under a progress bar for large files."""
+    """Yield successive ranges of the file, none of which ends in a backslash, under a progress bar for large files."""
     from tqdm import tqdm
 
     # None: only where there is a terminal to draw on. Of several ranks one draws.
@@ -131,10 +130,10 @@ def _scan_lines(text: mmap.mmap, start: int, path: Path) -> np.ndarray:
     lines = lines[lines[:, 0] < lines[:, 1]]
     objects = np.frombuffer(text, np.uint8)[lines[:, 0]] == _BRACE
     kept = objects.copy()
-    for number in np.flatnonzero(~objects):
-        line = text[slice(*lines[number])].strip()
-        kept[number] = bool(line)
-        objects[number] = line.startswith(b"{")
+    for index in np.flatnonzero(~objects):
+        line = text[slice(*lines[index])].strip()
+        kept[index] = bool(line)
+        objects[index] = line.startswith(b"{")
     if not objects.any():
         raise DataError("is neither a JSON list nor JSON lines: no line begins with {", source=str(path))
     lines = lines[kept]
@@ -147,7 +146,7 @@ def _scan_lines(text: mmap.mmap, start: int, path: Path) -> np.ndarray:
 
 
 def _scan_list(text: mmap.mmap, start: int, path: Path) -> np.ndarray:
-    """Records of a JSON list: what stands between brackets of depth 2, and whatever else is between commas."""
+    """Find the records of a JSON list: everything between brackets of depth 2, and whatever else is between commas."""
     begins, ends, root_end = [], [], None
     depth, inside = 0, False  # at the beginning of the chunk: open brackets; whether within a string
     for first, last in _chunks(text, start, path):
@@ -174,10 +173,11 @@ def _scan_list(text: mmap.mmap, start: int, path: Path) -> np.ndarray:
 
 
 def _punctuation(text: mmap.mmap, first: int, last: int, inside: bool) -> tuple[bool, int, np.ndarray, np.ndarray]:
-    """What stands in a range of the file that begins inside or outside a string.
+    """Find the punctuation of a range of the file that begins inside or outside a string.
 
-    Returns whether its strings look sound, the number of quotation marks, and positions and steps (1 opens, -1 closes)
-    of the brackets outside strings.
+    Returns:
+        True where its strings look sound; the number of quotation marks; offsets and steps (1 opens, -1 closes) of the
+        brackets outside strings.
     """
     everything = np.frombuffer(text, np.uint8)
     chunk = everything[first:last]
@@ -193,7 +193,7 @@ def _punctuation(text: mmap.mmap, first: int, last: int, inside: bool) -> tuple[
 
 
 def _real_quotes(chunk: np.ndarray) -> np.ndarray:
-    """Positions of the quotation marks that begin or end a string: those after an even number of backslashes."""
+    """Find the quotation marks that begin or end a string: those after an even number of backslashes."""
     quotes = np.flatnonzero(chunk == _QUOTE)
     after = quotes[(quotes > 0) & (chunk[quotes - 1] == _BACKSLASH)]
     if not len(after):
@@ -222,9 +222,9 @@ def _with_stray_values(text: mmap.mmap, offsets: np.ndarray, start: int, end: in
 
 
 def _recover_list(text: mmap.mmap, start: int, path: Path) -> np.ndarray:
-    """Records of a list that is not valid JSON: split where an object begins with the first record's first key.
+    """Find the records of a list that is not valid JSON: split where an object begins with the first one's key.
 
-    What parses is a record; a piece that does not is grown by its successors while it merely ends too early (an inner
+    A piece that parses is a record; another one is grown by its successors while it merely ends too early (an inner
     object began with that key), and else is a malformed record.
     """
     key = re.compile(rb'\[\s*\{\s*("(?:[^"\\]|\\.)*")\s*:').match(text, start)
@@ -233,14 +233,14 @@ def _recover_list(text: mmap.mmap, start: int, path: Path) -> np.ndarray:
     landmark = re.compile(rb"\{\s*" + re.escape(key.group(1)) + rb"\s*:")
     begins = [match.start() for match in landmark.finditer(text, start)]
     ends = [*begins[1:], len(text)]
-    offsets, malformed, number = [], 0, 0
-    while number < len(begins):
-        step = _records_joined(text, begins, ends, number)
+    offsets, malformed, index = [], 0, 0
+    while index < len(begins):
+        step = _count_pieces(text, begins, ends, index)
         malformed += step is None
         step = step or 1
-        piece = text[begins[number] : ends[number + step - 1]]
-        offsets.append((begins[number], begins[number] + len(_trimmed(piece, number + step == len(begins)))))
-        number += step
+        piece = text[begins[index] : ends[index + step - 1]]
+        offsets.append((begins[index], begins[index] + len(_trimmed(piece, index + step == len(begins)))))
+        index += step
     logger.warning("%s is not valid JSON: %d of its %d records are malformed", path, malformed, len(offsets))
     return np.array(offsets, np.int64)
 
@@ -250,10 +250,10 @@ def _trimmed(piece: bytes, is_last: bool) -> bytes:
     return piece.removesuffix(b"]").rstrip() if is_last and not _parses(piece) else piece
 
 
-def _records_joined(text: mmap.mmap, begins: list[int], ends: list[int], number: int) -> int | None:
-    """How many pieces from ``number`` on make one record; None if it is malformed."""
-    for step in range(1, min(64, len(begins) - number) + 1):
-        piece = _trimmed(text[begins[number] : ends[number + step - 1]], number + step == len(begins))
+def _count_pieces(text: mmap.mmap, begins: list[int], ends: list[int], index: int) -> int | None:
+    """Return the number of pieces, from one on, that make one record; None if it is malformed."""
+    for step in range(1, min(64, len(begins) - index) + 1):
+        piece = _trimmed(text[begins[index] : ends[index + step - 1]], index + step == len(begins))
         try:
             json.loads(piece)
             return step

@@ -22,7 +22,7 @@ _OBJECT_REGION = re.compile(r"<object\d*>\s*<region>")
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation: ``role`` is user, assistant or system, ``text`` is as written, tags included."""
+    """One turn of a conversation: `role` is user, assistant or system, `text` is as written, tags included."""
 
     role: str
     text: str
@@ -30,17 +30,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample as the file has it.
+    """One record as the file has it.
 
     Attributes:
         source: the file, as the user gave it.
-        number: 0-based place in the file (blank lines do not count).
-        name: the record's own ``index`` or ``id``, "" if it has none.
+        number: index in the file, from 0 (blank lines do not count).
+        name: the record's own `index` or `id`, "" if it has none.
         turns: the conversation; a system turn can only be the first.
         kind: "video", "image" or "text".
         media: the video (file or folder of frames) or image; None for text.
-        objects: the i-th belongs to the i-th ``<ins>`` tag, counted over all turns: frame number -> segmentation, as
-            read (see `swim_fast.data.source.masks.decode_segmentation`).
+        objects: the i-th belongs to the i-th `<ins>` tag, counted over all turns: frame index -> segmentation, as read
+            (see `swim_fast.data.source.masks.decode_segmentation`).
     """
 
     source: str
@@ -53,12 +53,12 @@ class Record:
 
 
 class RecordFile(Sequence[Record]):
-    """The records of a JSON list or JSONL file of any size, by number.
+    """The records of a JSON list or JSONL file of any size, by index.
 
     Only the offsets of the records are held, for large files in a memory map that all processes share; see
     `swim_fast.data.source.record_index`. The file is opened anew for each read; the object may be forked and pickled.
 
-    Indexing raises DataError for a record that is malformed. Iterating stops at the first of those: to go on behind
+    Indexing raises DataError for a record that is malformed. Iterating stops at the first of those: to continue behind
     them, index in a loop.
 
     Args:
@@ -86,28 +86,28 @@ class RecordFile(Sequence[Record]):
 
         Raises:
             DataError: malformed JSON; no or malformed conversation; both video and image; annotations that do not
-                match the ``<ins>`` tags in number or have keys that are no frame numbers; raw VideoRefer placeholders
+                match the `<ins>` tags in number or have keys that are no frame indices; raw VideoRefer placeholders
                 instead of tags; a file that was changed since it was opened.
             IndexError: no such record.
         """
-        number = self._place(number)
+        number = self._index(number)
         return self.parse(self.raw(number), number)
 
     def raw(self, number: int) -> dict:
-        """One record as the file has it, its contents unchecked.
+        """Return one record as the file has it, its contents unchecked.
 
         Raises:
             DataError: malformed JSON; no JSON object; a file that was changed since it was opened.
             IndexError: no such record.
         """
-        number = self._place(number)
+        number = self._index(number)
         try:
             return self._read(number)
         except DataError as error:
             raise error.within(source=str(self.path), record=number, name="") from None
 
     def parse(self, entry: dict, number: int) -> Record:
-        """Check an entry as if it stood in place ``number`` of the file.
+        """Check an entry as if it were record `number` of the file.
 
         Raises:
             DataError: as for indexing.
@@ -118,7 +118,7 @@ class RecordFile(Sequence[Record]):
         except DataError as error:
             raise error.within(source=str(self.path), record=number, name=name) from None
 
-    def _place(self, number: int) -> int:
+    def _index(self, number: int) -> int:
         number = operator.index(number)
         if number < 0:
             number += len(self)
@@ -141,8 +141,8 @@ class RecordFile(Sequence[Record]):
         except UnicodeDecodeError as error:
             raise DataError(f"is not UTF-8 at byte {start + error.start} of the file; save it as UTF-8") from None
         except json.JSONDecodeError as error:
-            place = start + len(error.doc[: error.pos].encode())
-            raise DataError(f"malformed JSON at byte {place} of the file: {error.msg}") from None
+            offset = start + len(error.doc[: error.pos].encode())
+            raise DataError(f"malformed JSON at byte {offset} of the file: {error.msg}") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"malformed JSON: {error}") from None
         if not isinstance(entry, dict):
@@ -163,7 +163,7 @@ def _signature(stat: os.stat_result) -> tuple[int, int]:
 
 
 def record_name(entry: dict) -> str:
-    """A record's own name, "" if it has none."""
+    """Return a record's own name, "" if it has none."""
     value = entry.get("index", entry.get("id"))
     return str(value) if isinstance(value, str | int) else ""
 
@@ -178,7 +178,7 @@ def _record(entry: dict, source: str, number: int, name: str, media_root: Path) 
 
 
 def read_turns(entry: dict) -> tuple[Turn, ...]:
-    """The conversation of a raw record.
+    """Return the conversation of a raw record.
 
     Raises:
         DataError: it is missing or malformed.
@@ -189,14 +189,14 @@ def read_turns(entry: dict) -> tuple[Turn, ...]:
             'is missing or empty; expected a list of {"from": "human" | "gpt", "value": text}', key="conversations"
         )
     turns = []
-    for number, turn in enumerate(conversations):
-        key = f"conversations[{number}]"
+    for index, turn in enumerate(conversations):
+        key = f"conversations[{index}]"
         if not isinstance(turn, dict):
             raise DataError('is not an object {"from": …, "value": …}', key=key)
         role, text = turn.get("from"), turn.get("value")
         if not isinstance(role, str) or role not in ROLES:
             raise DataError(f'unknown speaker "from": {role!r}; known are {", ".join(ROLES)}', key=key)
-        if role == "system" and number:
+        if role == "system" and index:
             raise DataError("a system turn is allowed only as the first", key=key)
         if not isinstance(text, str):
             raise DataError(f'"value" is {"missing" if text is None else "no string"}', key=key)
@@ -246,7 +246,7 @@ def _objects(entry: dict, turns: tuple[Turn, ...]) -> tuple[dict[int, Any], ...]
             "belongs to the i-th tag",
             key="annotation",
         )
-    return tuple(_frames(value, f"annotation[{number}]") for number, value in enumerate(annotation))
+    return tuple(_frames(value, f"annotation[{index}]") for index, value in enumerate(annotation))
 
 
 def _frames(value: Any, key: str) -> dict[int, Any]:
@@ -256,10 +256,10 @@ def _frames(value: Any, key: str) -> dict[int, Any]:
         raise DataError(f'is a {type(value).__name__}, not an object {{"frame number": segmentation}}', key=key)
     frames = {}
     for frame, segmentation in value.items():
-        place = f"{key}[{frame!r}]"
+        where = f"{key}[{frame!r}]"
         if not (frame.isascii() and frame.isdigit() and len(frame) <= 12):
-            raise DataError("the key is not a frame number of the video (0, 1, 2 …)", key=place)
+            raise DataError("the key is not a frame number of the video (0, 1, 2 …)", key=where)
         if int(frame) in frames:
-            raise DataError(f"frame number {int(frame)} occurs twice", key=place)
+            raise DataError(f"frame number {int(frame)} occurs twice", key=where)
         frames[int(frame)] = segmentation
     return frames

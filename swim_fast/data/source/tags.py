@@ -1,4 +1,4 @@
-"""``<ins>noun</ins>`` tags: stripped from the text, remembered as character spans, found again among the tokens."""
+"""`<ins>noun</ins>` tags: stripped from the text, kept as character spans, found again among the tokens."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ OBJECT_PLACEHOLDER = re.compile(r"<object\d*>\s*<region>|<region>|<object\d+>") 
 
 
 def strip_tags(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Remove the ``<ins>…</ins>`` tags of a text and return where the tagged nouns are in what is left.
+    """Remove the `<ins>…</ins>` tags of a text and return the spans of the tagged nouns in what is left.
 
     Args:
         text: text of one turn.
 
     Returns:
-        The text without its tags, otherwise unchanged, and one half-open span ``(start, end)`` of characters of that
+        The text without its tags, otherwise unchanged, and one half-open span `(start, end)` of characters of that
         text per tag, in order. White space at either end of the tagged part does not belong to the noun.
 
     Raises:
-        DataError: for a tag inside a tag, one that is not closed or not opened, and one with nothing in it.
+        DataError: a tag inside a tag, one that is not closed or not opened, and one with nothing in it.
     """
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []

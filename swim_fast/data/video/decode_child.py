@@ -1,13 +1,13 @@
-"""The decoding child process: ``python -m swim_fast.data.video.decode_child READER``.
+"""The decoding child process: `python -m swim_fast.data.video.decode_child READER`.
 
 Native decoders can hang with the interpreter locked or crash the process; here neither hurts the trainer. The parent
 side is `swim_fast.data.video.reader.FrameReader`. Imports numpy and the one decoder asked for, to start quickly.
 
-Requests arrive on stdin, one JSON object a line: ``{"op": "info" | "frames", "path", "kind", "indices", "seconds"}``.
-Every answer on stdout is a 4-byte little-endian length, that many bytes of JSON and, when the JSON holds ``shape``, the
-frames as raw uint8. The first answer, ``{"ready": true}`` or ``{"unavailable": reason}``, comes unasked.
+Requests arrive on stdin, one JSON object a line: `{"op": "info" | "frames", "path", "kind", "indices", "seconds"}`.
+Every answer on stdout is a 4-byte little-endian length, that many bytes of JSON and, when the JSON holds `shape`, the
+frames as raw uint8. The first answer, `{"ready": true}` or `{"unavailable": reason}`, comes unasked.
 
-Frame numbers count *displayed* frames from 0 (presentation order; frames that an edit list hides do not count), and
+Frame indices count *displayed* frames from 0 (presentation order; frames that an edit list hides do not count), and
 each frame is upright, as players show it: rotation metadata (multiples of 90 degrees) and EXIF orientation are applied.
 """
 
@@ -50,8 +50,8 @@ def refuse_mpeg_stream(path: str, reader: str) -> None:
 class DecordClip:
     """decord 0.6, made exact by decoding from the start; frames in between are decoded but not converted.
 
-    Its ``get_batch`` seeks, and returns wrong frames, silently, wherever frames displayed before a key frame are coded
-    after it (open GOPs: x265's default, x264's ``open-gop``), since it numbers key frames in coding order; nothing in
+    Its `get_batch` seeks, and returns wrong frames, silently, wherever frames displayed before a key frame are coded
+    after it (open GOPs: x265's default, x264's `open-gop`), since it numbers key frames in coding order; nothing in
     its interface tells such files apart. For clips of many minutes torchcodec and PyAV, which seek exactly, are faster.
     """
 
@@ -84,7 +84,7 @@ class DecordClip:
         return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
     def _walk_to(self, index: int) -> None:
-        """Make ``index`` the next frame. decord skips without seeking as long as no key frame lies between."""
+        """Make `index` the next frame. decord skips without seeking as long as no key frame lies between."""
         if index < self._position:
             self._open()
         while self._position < index:
@@ -172,7 +172,7 @@ class PyAVClip:
             slot[:] = image
 
     def _wanted(self, indices: list[int]) -> Iterator:
-        """Yield (index, decoded frame) for sorted, distinct frame numbers."""
+        """Yield (index, decoded frame) for sorted, distinct frame indices."""
         if self._times is None:
             self._open()
             wanted = set(indices)
@@ -207,7 +207,7 @@ class PyAVClip:
 
 
 class Images:
-    """A folder of frames, in natural order (``9.jpg`` before ``10.jpg``), or a single image. Frame rate: 1."""
+    """A folder of frames, in natural order (`9.jpg` before `10.jpg`), or a single image. Frame rate: 1."""
 
     fps = 1.0
 
@@ -236,7 +236,7 @@ class Images:
 
 
 def natural_order(name: str) -> list:
-    """Sort key under which numbers inside names compare as numbers."""
+    """Return the sort key under which numbers inside names compare as numbers."""
     return [(1, int(part), part) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name) if part]
 
 
@@ -308,7 +308,7 @@ def load_reader(name: str) -> type:
 
 
 def explain(error: Exception) -> str:
-    """One line from a library's error, without the source positions and numbers that libraries put in front."""
+    """Return one line of a library's error, without the source positions and numbers that libraries put in front."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     line = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: |\w+, \S+\.cpp:\d+, |\[Errno \d+\] ", "", line).strip()
     return f"cannot be decoded ({line}); check that the file is whole, re-encode it, or try another reader"

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from swim_fast.data.source.errors import DataError
-
-READERS = ("decord", "torchcodec", "pyav")
+from swim_fast.errors import MissingLibraryError
+from swim_fast.options import Decoding
 
 START_SECONDS = 300.0  # importing torch from a cold network disk takes its time
 STDERR_KEPT = 2000
@@ -32,11 +32,13 @@ F_SETPIPE_SZ = 1031  # Linux; fcntl names it from Python 3.10 on, but not everyw
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a clip is.
+    """Number, rate and size of a clip's frames.
 
-    ``num_frames`` counts displayed frames; ``fps`` is the average frame rate, also where the rate varies (readers
-    differ by a few per cent there, in whether the last frame has a duration), and 1 for images and folders of frames;
-    ``height`` and ``width`` are pixels of the upright frame.
+    Attributes:
+        num_frames: displayed frames.
+        fps: average frame rate, also where the rate varies (readers differ by a few per cent there, in whether the last
+            frame has a duration), and 1 for images and folders of frames.
+        height, width: size of the upright frame in pixels.
     """
 
     num_frames: int
@@ -52,35 +54,30 @@ class FrameReader:
     a child of its own. The child ends with this object, and with this process however it ends.
 
     Args:
-        reader: ``decord``, ``torchcodec`` or ``pyav``; never replaced by another one.
-        timeout: seconds that one request may take, not counting the start of the child.
+        decoding: the library, which is never replaced by another one, and the seconds that one request may take, not
+            counting the start of the child.
 
     Raises (from `info` and `frames`):
         DataError: the clip is missing, broken, too slow, has no such frame, or crashed the decoder.
-        ImportError: the library behind ``reader`` is not installed or does not load.
+        MissingLibraryError: the library is not installed or does not load.
         RuntimeError: the child does not start.
     """
 
-    def __init__(self, reader: str = "decord", timeout: float = 60.0):
-        if reader not in READERS:
-            raise ValueError(f"unknown video reader {reader!r}; choose one of {', '.join(READERS)}")
-        if not 0 < timeout < float("inf"):
-            raise ValueError(f"timeout is {timeout}: give the seconds that one clip may take")
-        self.reader = reader
-        self.timeout = float(timeout)
+    def __init__(self, decoding: Decoding = Decoding()):
+        self.reader, self.timeout = decoding.reader, decoding.decode_timeout
         self._child: _Child | None = None
         self._process_id = 0
 
     def info(self, path: str | Path, kind: str = "video") -> MediaInfo:
-        """Number of frames, frame rate and size of the clip at ``path`` (``kind``: ``video`` or ``image``)."""
+        """Return number, rate and size of the frames of the clip at `path` (`kind`: `video` or `image`)."""
         head, _ = self._ask(path, kind, {"op": "info"})
         return MediaInfo(**head)
 
     def frames(self, path: str | Path, indices: Sequence[int], kind: str = "video") -> np.ndarray:
-        """Exactly the frames asked for, in that order, repeated ones too: uint8 RGB ``[len(indices), H, W, 3]``."""
+        """Return exactly the frames asked for, in that order, repeated ones too: uint8 RGB [len(indices), H, W, 3]."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.ndim != 1 or not len(wanted):
-            raise ValueError("indices must be a non-empty list of frame numbers")
+            raise ValueError("indices must be a non-empty list of frame indices")
         distinct, inverse = np.unique(wanted, return_inverse=True)
         _, frames = self._ask(path, kind, {"op": "frames", "indices": distinct.tolist()})
         return frames if np.array_equal(distinct, wanted) else frames[inverse]
@@ -174,7 +171,7 @@ class _Child:
             raise
         if "unavailable" in head:
             self.stop()
-            raise ImportError(head["unavailable"])
+            raise MissingLibraryError(head["unavailable"])
 
     def ask(self, request: dict, seconds: float) -> tuple[dict, np.ndarray | None]:
         """Send a request; return the answer's head and frames. TimeoutError or EOFError: stop this child."""
@@ -191,7 +188,7 @@ class _Child:
         return head, frames
 
     def noise(self) -> str:
-        """The end of what the decoder printed during the last request, as an addition to an error message."""
+        """Return the end of the decoder's output during the last request, as an addition to an error message."""
         self._drain_stderr()
         lines = [line.strip() for line in self._stderr.decode(errors="replace").splitlines() if line.strip()]
         return f" [decoder's output: {' | '.join(lines[-4:])}]" if lines else ""
@@ -253,7 +250,7 @@ class _Child:
             raise TimeoutError
 
     def _drain_stderr(self) -> bool:
-        """Keep the end of what there is to read, so that the child never blocks on it; False at its end."""
+        """Read the child's errors and keep their end, so that it never blocks on them; False once they are closed."""
         with contextlib.suppress(BlockingIOError, OSError, ValueError):
             while data := os.read(self.process.stderr.fileno(), 1 << 16):
                 self._stderr = (self._stderr + data)[-STDERR_KEPT:]

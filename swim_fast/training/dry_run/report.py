@@ -6,7 +6,6 @@ of the real samples (`schedule.py`), memory is estimated from them and the model
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swim_fast.config import ConfigError, RunConfig
+from swim_fast.training.arguments import training_arguments
 from swim_fast.training.dry_run.memory import (
     GIB,
     INT8_BITS,
@@ -79,7 +79,7 @@ def dry_run(config: RunConfig, gpus: int | None = None, gpu_memory: float = 80.0
     dataset, lengths = measure_lengths(config, processor, limit)
     schedule = plan_schedule(config, arguments, dataset, lengths, gpus)
     tokens = {"median": int(np.median(schedule.batches)), "longest": int(schedule.batches.max())}
-    sample_limit = config.sample_options().max_tokens
+    sample_limit = config.sampling.max_tokens
     if config.data.max_tokens_per_batch is not None:
         tokens["limit"] = config.data.max_tokens_per_batch
     elif sample_limit is not None:
@@ -111,7 +111,7 @@ def _build_arguments(config: RunConfig):
     """Return the run's `TrainingArguments` on a machine without its GPUs and without DeepSpeed."""
     training = {key: value for key, value in config.training.items() if key != "deepspeed"}
     with _one_process():
-        return dataclasses.replace(config, training={**training, "use_cpu": True}).training_arguments()
+        return training_arguments(config.replace(training={**training, "use_cpu": True}))
 
 
 def _build_meta_model(config: RunConfig):
@@ -132,7 +132,7 @@ def _build_meta_model(config: RunConfig):
     dtype = saved if options.dtype == "auto" else getattr(torch, options.dtype)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(described, dtype=dtype)
-    prepare_model(model, lora=options.lora, frozen=options.freeze, layers=loss.layers)
+    prepare_model(model, lora=options.lora, frozen=options.freeze, layers=loss.layers if loss else [])
     return model, processor
 
 
@@ -218,7 +218,7 @@ def _collect_settings(config: RunConfig, arguments, model, gpus: int) -> Setting
         eager=config.model.attention == "eager",
         vision_trained=any(p.requires_grad for p in visual.parameters()),
         supervised_layers=len(get_attached_layers(model)),
-        fused=config.attention_loss.fused and config.attention_loss.softmax == "causal",
+        fused=bool(config.attention_loss and config.attention_loss.fused and config.attention_loss.softmax == "causal"),
         **{key: int(zero[name]) for key, name in limits.items() if isinstance(zero.get(name), (int, float))},
     )
 

@@ -56,7 +56,7 @@ def measure_lengths(config: RunConfig, processor, limit: int):
     from swim_fast.data.batch.lengths import sample_lengths
     from swim_fast.data.sample.builder import SampleBuilder
 
-    builder = SampleBuilder(processor, config.sample_options())
+    builder = SampleBuilder(processor, config.sampling, config.decoding)
     dataset = SwimDataset(config.data.train, builder)
     found = []
     for source, name, records in zip(config.data.train, dataset.names, dataset.lengths, strict=True):

@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from swim_fast.data.batch.collation import Collator
-from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
+from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.data.source.errors import DataError
 from swim_fast.loss.mask_loss import MaskTargets, mask_alignment_loss
+from swim_fast.options import Sampling
 from swim_kernels import NounQueries
 from tests.data.conftest import box, rle
 
@@ -20,7 +21,7 @@ NOT_FOR_THE_MODEL = ("labels", "noun_queries", "mask_targets", "samples", "probl
 
 @pytest.fixture(scope="module")
 def build(processor):
-    builder = SampleBuilder(processor, SampleOptions(max_frames=8))
+    builder = SampleBuilder(processor, Sampling(max_frames=8))
     yield builder
     builder.reader.close()
 
@@ -111,7 +112,7 @@ def test_patches_lie_where_the_mask_is(build, processor, make_record, clip):
     objects = ({4: rle(box(H, W, 0, 32, 0, 32)), 11: rle(box(H, W, 32, 64, 64, 96))},)
     sample = build(make_record("The <ins>dog</ins>?", "b", kind="video", media=clip(12), objects=objects))
     numbered, batch = sample.frames, Collator(processor)([sample])
-    frames, (height, width) = build.options.max_frames, (2, 3)
+    frames, (height, width) = build.sampling.max_frames, (2, 3)
     assert batch["video_grid_thw"].tolist() == [[frames // 2, 2 * height, 2 * width]]
     maps = torch.full((1, frames // 2 * height * width), 1e-6)
     targets = batch["mask_targets"]
@@ -155,7 +156,7 @@ def test_placeholder_batch(processor, model, items):
 
 def test_notes_name_the_sample(processor, records):
     text = len(SampleBuilder(processor)(records[3]).inputs["input_ids"]) - 18
-    sample = SampleBuilder(processor, SampleOptions(max_tokens=text + 6))(records[3])
+    sample = SampleBuilder(processor, Sampling(max_tokens=text + 6))(records[3])
     batch = Collator(processor)([sample])
     assert batch["notes"] == [
         f"file.jsonl:3 (name): thinned from 6 to 2 frames: {text + 18} tokens > max_tokens {text + 6}"
@@ -186,7 +187,7 @@ def test_masks_do_not_use_up_the_open_files(processor, make_record, clip):
     """A worker sends each tensor as an open file, and where the limit is reached the loader hangs."""
     objects = ({frame: rle(box(H, W, 0, 20, 0, 30)) for frame in range(40)},)
     record = make_record("A <ins>dog</ins>?", "b", kind="video", media=clip(40), objects=objects)
-    sample = SampleBuilder(processor, SampleOptions(max_frames=40))(record)
+    sample = SampleBuilder(processor, Sampling(max_frames=40))(record)
     assert len(sample.masks) == 20
     loader = DataLoader(ManyMasks(sample), batch_size=2, num_workers=1, collate_fn=Collator(processor))
     before = len(os.listdir("/proc/self/fd"))

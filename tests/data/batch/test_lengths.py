@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from swim_fast.data.batch import lengths
-from swim_fast.data.batch.dataset import SourceOptions, SwimDataset
+from swim_fast.data.batch.dataset import SwimDataset
 from swim_fast.data.batch.lengths import sample_lengths
-from swim_fast.data.sample.builder import Sample, SampleBuilder, SampleOptions
+from swim_fast.data.sample.builder import Sample, SampleBuilder
 from swim_fast.data.source.cache import cache_folder
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.reader import FrameReader
+from swim_fast.options import Source
+from tests.data.conftest import builder_of
 
 SIZES = [(64, 96), (75, 101), (180, 120), (30, 300)]  # height, width
 COUNTS = [1, 2, 5, 12, 61]
@@ -58,8 +60,8 @@ def dataset(processor, tmp_path):
         text = "".join((entry if isinstance(entry, str) else json.dumps(entry)) + "\n" for entry in entries)
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
-        builder = SampleBuilder(processor, SampleOptions(**options))
-        made.append(SwimDataset([SourceOptions(str(path), **(source or {}))], builder))
+        builder = builder_of(processor, **options)
+        made.append(SwimDataset([Source(path=str(path), **(source or {}))], builder))
         return made[-1]
 
     yield make

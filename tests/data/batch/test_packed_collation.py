@@ -9,21 +9,17 @@ from PIL import Image
 
 from swim_fast.data.batch.collation import Collator
 from swim_fast.data.batch.positions import PositionIds
-from swim_fast.data.sample.builder import SampleBuilder, SampleOptions
 from swim_fast.data.source.errors import DataError
 from swim_fast.modeling.packed import accept_packed_batches
 from tests.data.batch.test_collation import inputs_of
-from tests.data.conftest import box, rle
+from tests.data.conftest import box, builder_of, rle
 
 H, W = 64, 96
 
 
 @pytest.fixture(scope="module")
 def builders(processor):
-    made = {
-        softmax: SampleBuilder(processor, SampleOptions(max_frames=8, softmax=softmax))
-        for softmax in ("causal", "full")
-    }
+    made = {softmax: builder_of(processor, max_frames=8, softmax=softmax) for softmax in ("causal", "full")}
     yield made
     for builder in made.values():
         builder.reader.close()

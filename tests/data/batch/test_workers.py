@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from swim_fast.data.batch.dataset import SourceOptions, SwimDataset
+from swim_fast.data.batch.dataset import SwimDataset
+from swim_fast.options import Source
 
 PAGES = 64 * 2**20 // resource.getpagesize()
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to keep memory")
@@ -33,7 +34,7 @@ def dataset(tmp_path, monkeypatch):
     turns = [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}]
     path = tmp_path / "texts.jsonl"
     path.write_text(30 * (json.dumps({"conversations": turns}) + "\n"))
-    return SwimDataset([SourceOptions(str(path))], page_faults)
+    return SwimDataset([Source(path=str(path))], page_faults)
 
 
 def faults(dataset: Dataset, workers: int) -> list[int]:

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from swim_fast.data.sample.builder import Sample, SampleBuilder, SampleOptions
+from swim_fast.data.sample.builder import Sample, SampleBuilder
 from swim_fast.data.sample.encoding import label_answers, seconds_per_patch
 from swim_fast.data.source.errors import DataError
-from tests.data.conftest import box, rle
+from swim_fast.options import Sampling
+from tests.data.conftest import box, builder_of, rle
 from tests.helpers.clips import read_number
 
 H, W = 64, 96  # of the clips; 2 × 3 visual tokens a patch
@@ -23,7 +24,7 @@ def build(processor):
     def make(record, **options):
         key = tuple(sorted(options.items()))
         if key not in builders:
-            builders[key] = SampleBuilder(processor, SampleOptions(**options))
+            builders[key] = builder_of(processor, **options)
         return builders[key](record)
 
     yield make
@@ -376,10 +377,10 @@ def test_no_warning_about_pixels_per_frame(build, video, caplog):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"query_position": "middle"}, "query_position is 'middle'; it must be one of noun, predictor"),
-        ({"softmax": "none"}, "softmax is 'none'; it must be one of causal, full"),
-        ({"reader": "vlc"}, "reader is 'vlc'; it must be one of decord, torchcodec, pyav"),
-        ({"max_frames": 1}, "max_frames is 1; two frames make one temporal patch"),
+        ({"query_position": "middle"}, "query_position is 'middle'; choose one of: noun, predictor"),
+        ({"softmax": "none"}, "softmax is 'none'; choose one of: causal, full"),
+        ({"reader": "vlc"}, "reader is 'vlc'; choose one of: decord, torchcodec, pyav"),
+        ({"max_frames": 1}, "max_frames is 1; it must be at least 2"),
         ({"max_tokens": 0}, "max_tokens is 0; it must be positive"),
         ({"max_pixels": -4}, "max_pixels is -4; it must be positive"),
         ({"decode_timeout": 0}, "decode_timeout is 0; it must be positive"),
@@ -388,7 +389,7 @@ def test_no_warning_about_pixels_per_frame(build, video, caplog):
 )
 def test_bad_options(options, reason):
     with pytest.raises(ValueError) as error:
-        SampleOptions(**options)
+        builder_of(None, **options)
     assert str(error.value) == reason
 
 
@@ -396,7 +397,7 @@ def test_unusable_processors(processor):
     with pytest.raises(
         ValueError, match="above max_pixels 783, one of which is Qwen2VLImageProcessor's own; give both"
     ):
-        SampleBuilder(processor, SampleOptions(max_pixels=783))
+        SampleBuilder(processor, Sampling(max_pixels=783))
     other = pickle.loads(pickle.dumps(processor))
     other.video_processor.temporal_patch_size = 4
     with pytest.raises(ValueError, match="a temporal patch of 4 frames; only 1 and 2 are supported"):

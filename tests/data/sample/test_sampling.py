@@ -11,6 +11,7 @@ from swim_fast.data.sample.sampling import (
 )
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.reader import MediaInfo
+from swim_fast.options import Sampling
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -132,7 +133,8 @@ def test_masks_of_different_sizes_in_one_patch():
     ],
 )
 def test_frames_per_second(num_frames, rate, annotated, max_frames, fps, expected):
-    assert count_frames(num_frames, rate, annotated, max_frames, fps) == expected
+    info = MediaInfo(num_frames, rate, 48, 64)
+    assert count_frames(info, annotated, Sampling(max_frames=max_frames, fps=fps)) == expected
 
 
 LIMITS = PixelLimits(28, 4 * 28 * 28, 64 * 28 * 28)
@@ -158,7 +160,7 @@ def test_frames_become_smaller_then_fewer():
     annotated = [10, 51, 90]
 
     def plan(total):
-        return plan_frames(info, annotated, LIMITS, max_frames=10, total_pixels=total)
+        return plan_frames(info, annotated, LIMITS, Sampling(max_frames=10, total_pixels=total))
 
     one = 28 * 28
     assert plan(None) == plan(10 * 64 * one) and plan(None).max_pixels is None and not plan(None).notes
@@ -172,4 +174,4 @@ def test_frames_become_smaller_then_fewer():
         plan(7 * one)
     wide = MediaInfo(num_frames=100, fps=10, height=28, width=28 * 300)
     with pytest.raises(DataError, match="refuses frames of 28 × 8400"):
-        plan_frames(wide, [], LIMITS, max_frames=10, total_pixels=10**6)
+        plan_frames(wide, [], LIMITS, Sampling(max_frames=10, total_pixels=10**6))

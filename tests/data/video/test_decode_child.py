@@ -16,6 +16,7 @@ import pytest
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.reader import FrameReader
+from swim_fast.options import Decoding
 from tests.helpers.clips import numbered_frames, read_number, write_clip
 
 
@@ -53,7 +54,7 @@ def _is_gone(pid, seconds=10.0):
 
 @pytest.mark.parametrize("name", ["decord", "pyav"])
 def test_a_hanging_decoder_is_stopped_and_replaced(name, clip, tmp_path):
-    with _silent_fifo(tmp_path) as path, FrameReader(name, timeout=1.0) as reader:
+    with _silent_fifo(tmp_path) as path, FrameReader(Decoding(reader=name, decode_timeout=1.0)) as reader:
         reader.info(clip)
         child = reader._child.process.pid
         start = time.monotonic()
@@ -67,7 +68,7 @@ def test_a_hanging_decoder_is_stopped_and_replaced(name, clip, tmp_path):
 
 
 def test_a_child_that_no_longer_runs_is_stopped_and_replaced(clip):
-    with FrameReader("decord", timeout=1.0) as reader:
+    with FrameReader(Decoding(reader="decord", decode_timeout=1.0)) as reader:
         reader.info(clip)
         child = reader._child.process.pid
         os.kill(child, signal.SIGSTOP)
@@ -78,7 +79,7 @@ def test_a_child_that_no_longer_runs_is_stopped_and_replaced(clip):
 
 
 def test_a_crashing_decoder_is_an_error_of_the_clip(clip, tmp_path):
-    with _silent_fifo(tmp_path) as path, FrameReader("pyav", timeout=30.0) as reader:
+    with _silent_fifo(tmp_path) as path, FrameReader(Decoding(reader="pyav", decode_timeout=30.0)) as reader:
         reader.info(clip)
         crash = threading.Timer(0.5, os.kill, (reader._child.process.pid, signal.SIGSEGV))
         crash.start()
@@ -89,7 +90,7 @@ def test_a_crashing_decoder_is_an_error_of_the_clip(clip, tmp_path):
 
 
 def test_a_child_that_died_idle_is_replaced_unnoticed(clip):
-    with FrameReader("decord") as reader:
+    with FrameReader(Decoding(reader="decord")) as reader:
         reader.info(clip)
         os.kill(reader._child.process.pid, signal.SIGKILL)
         reader._child.process.wait()
@@ -97,7 +98,7 @@ def test_a_child_that_died_idle_is_replaced_unnoticed(clip):
 
 
 def test_interrupting_the_child_does_nothing(clip):
-    with FrameReader("decord") as reader:
+    with FrameReader(Decoding(reader="decord")) as reader:
         reader.info(clip)
         child = reader._child.process.pid
         os.kill(child, signal.SIGINT)
@@ -111,7 +112,7 @@ def test_an_interrupted_request_does_not_leave_its_answer_to_the_next(clip, tmp_
 
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with _silent_fifo(tmp_path) as path, FrameReader("pyav") as reader:
+        with _silent_fifo(tmp_path) as path, FrameReader(Decoding(reader="pyav")) as reader:
             reader.info(clip)
             child = reader._child.process.pid
             signal.setitimer(signal.ITIMER_REAL, 0.3)
@@ -125,7 +126,7 @@ def test_an_interrupted_request_does_not_leave_its_answer_to_the_next(clip, tmp_
 
 
 def test_the_child_ends_with_the_reader(clip):
-    with FrameReader("decord") as reader:
+    with FrameReader(Decoding(reader="decord")) as reader:
         reader.info(clip)
         child = reader._child.process.pid
     assert _is_gone(child)
@@ -142,7 +143,8 @@ def test_the_child_ends_with_its_parent(hanging, clip, tmp_path):
     script = """
         import sys, threading, time
         from swim_fast.data.video.reader import FrameReader
-        reader = FrameReader("pyav", timeout=0.5 if len(sys.argv) > 2 else 60)
+        from swim_fast.options import Decoding
+        reader = FrameReader(Decoding(reader="pyav", decode_timeout=0.5 if len(sys.argv) > 2 else 60))
         reader.info(sys.argv[1])
         print(reader._child.process.pid, flush=True)
         if len(sys.argv) > 2:
@@ -161,7 +163,7 @@ def test_the_child_ends_with_its_parent(hanging, clip, tmp_path):
 
 
 def test_pickled_readers_start_their_own_child(clip):
-    with FrameReader("pyav", timeout=7.0) as reader:
+    with FrameReader(Decoding(reader="pyav", decode_timeout=7.0)) as reader:
         reader.info(clip)
         with pickle.loads(pickle.dumps(reader)) as copy:
             assert (copy.reader, copy.timeout) == ("pyav", 7.0)
@@ -170,7 +172,7 @@ def test_pickled_readers_start_their_own_child(clip):
 
 
 def test_a_reader_in_use_survives_a_fork(clip):
-    with FrameReader("decord") as reader:
+    with FrameReader(Decoding(reader="decord")) as reader:
         reader.info(clip)
         child = reader._child.process.pid
 
@@ -192,7 +194,7 @@ def test_a_reader_in_use_survives_a_fork(clip):
 
 class _Frames:
     def __init__(self, path):
-        self.path, self.reader = path, FrameReader("decord")
+        self.path, self.reader = path, FrameReader(Decoding(reader="decord"))
 
     def __len__(self):
         return 6
@@ -222,7 +224,7 @@ def _fake_package(folder, monkeypatch, name, source):
 def test_a_reader_that_is_not_installed_is_no_fault_of_the_clip(name, package, tmp_path, monkeypatch, clip):
     _fake_package(tmp_path, monkeypatch, package, f'raise ModuleNotFoundError("No module named {package}")')
     with pytest.raises(ImportError, match=rf"reader {name} cannot be imported \(.*\): pip install {package}$"):
-        FrameReader(name).info(clip)
+        FrameReader(Decoding(reader=name)).info(clip)
 
 
 def test_torchcodec_without_ffmpeg_says_so(tmp_path, monkeypatch, clip):
@@ -231,14 +233,14 @@ def test_torchcodec_without_ffmpeg_says_so(tmp_path, monkeypatch, clip):
         "def VideoDecoder(source):\n    raise RuntimeError('Could not load libtorchcodec. Likely causes: …')\n"
     )
     with pytest.raises(ImportError, match="torchcodec finds no shared FFmpeg libraries .* install FFmpeg, or choose"):
-        FrameReader("torchcodec").info(clip)
+        FrameReader(Decoding(reader="torchcodec")).info(clip)
 
 
 def test_torchcodec_says_the_same_as_the_fake_where_ffmpeg_is_really_missing(monkeypatch, clip):
     """Guards the text by which the case is recognised."""
     monkeypatch.setenv("LD_LIBRARY_PATH", "/nonexistent")
     try:
-        info = FrameReader("torchcodec").info(clip)
+        info = FrameReader(Decoding(reader="torchcodec")).info(clip)
     except ImportError as error:
         assert "no shared FFmpeg libraries" in str(error) or find_spec("torchcodec") is None
     else:
@@ -248,14 +250,14 @@ def test_torchcodec_says_the_same_as_the_fake_where_ffmpeg_is_really_missing(mon
 def test_a_child_that_does_not_start_says_why(tmp_path, monkeypatch, clip):
     _fake_package(tmp_path, monkeypatch, "decord", "import os, sys; print('no room', file=sys.stderr); os._exit(3)")
     with pytest.raises(RuntimeError, match="decoding process of reader decord ended .*no room"):
-        FrameReader("decord").info(clip)
+        FrameReader(Decoding(reader="decord")).info(clip)
 
 
 def test_what_libraries_print_does_not_disturb_the_answers(tmp_path, monkeypatch, clip, capfd):
     source = "import os; os.write(1, b'hello ' * 50_000); os.write(2, b'noise ' * 50_000); raise ImportError('gone')"
     _fake_package(tmp_path, monkeypatch, "decord", source)
     with pytest.raises(ImportError, match=r"cannot be imported \(gone\)"):
-        FrameReader("decord").info(clip)
+        FrameReader(Decoding(reader="decord")).info(clip)
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,6 +1,7 @@
 import os
 import re
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.video.reader import READERS, FrameReader, MediaInfo
+from swim_fast.data.video.reader import FrameReader, MediaInfo
+from swim_fast.options import Decoding
 from tests.helpers.clips import numbered_frame, numbered_frames, read_number, write_clip
 
 B_FRAMES = {"bf": "3", "g": "12"}
@@ -28,9 +30,9 @@ def ffmpeg_for_torchcodec(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", params=READERS)
+@pytest.fixture(scope="module", params=get_args(Decoding.model_fields["reader"].annotation))
 def reader(request, ffmpeg_for_torchcodec, tmp_path_factory):
-    with FrameReader(request.param) as reader:
+    with FrameReader(Decoding(reader=request.param)) as reader:
         try:
             reader.info(write_clip(tmp_path_factory.mktemp("probe") / "probe.mp4", numbered_frames(1)))
         except ImportError as error:
@@ -213,7 +215,10 @@ def test_broken_clips_are_errors_that_name_them_and_the_next_clip_works(reader, 
 
 def test_what_the_codec_printed_is_in_the_error(tmp_path):
     path, _ = _broken_clips(tmp_path)["cut_off.mp4"]
-    with FrameReader("decord") as reader, pytest.raises(DataError, match=r"decoder's output: .*moov atom not found"):
+    with (
+        FrameReader(Decoding(reader="decord")) as reader,
+        pytest.raises(DataError, match=r"decoder's output: .*moov atom not found"),
+    ):
         reader.info(path)
 
 
@@ -251,20 +256,20 @@ def test_frame_numbers_past_the_end(reader, clip, index):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="unknown video reader 'opencv'; choose one of decord, torchcodec, pyav"):
-        FrameReader("opencv")
+    with pytest.raises(ValueError, match="reader is 'opencv'; choose one of: decord, torchcodec, pyav"):
+        FrameReader(Decoding(reader="opencv"))
     for timeout in (0, -1, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="timeout is"):
-            FrameReader(timeout=timeout)
+        with pytest.raises(ValueError, match="decode_timeout is .*; (it must be positive|expected a finite number)"):
+            FrameReader(Decoding(decode_timeout=timeout))
     with pytest.raises(ValueError, match="kind is 'audio': it must be 'video' or 'image'"):
         FrameReader().info("clip.mp4", kind="audio")
-    with pytest.raises(ValueError, match="non-empty list of frame numbers"):
+    with pytest.raises(ValueError, match="non-empty list of frame indices"):
         FrameReader().frames("clip.mp4", [])
 
 
 @pytest.fixture(scope="module")
 def image_reader():
-    with FrameReader("pyav") as reader:
+    with FrameReader(Decoding(reader="pyav")) as reader:
         yield reader
 
 

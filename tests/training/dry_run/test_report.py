@@ -9,6 +9,7 @@ import yaml
 
 from swim_fast.cli import main
 from swim_fast.config import ConfigError, load_config
+from swim_fast.options import Source
 from swim_fast.training.dry_run.report import dry_run
 from swim_fast.training.dry_run.text import draw_histogram, format_table
 
@@ -56,14 +57,13 @@ def test_command_prints_everything_and_trains_nothing(write_config, without_weig
 def test_lengths_are_those_of_the_samples(write_config, checkpoint, records):
     from transformers import AutoProcessor
 
-    from swim_fast.config import SourceOptions
     from swim_fast.data.batch.dataset import SwimDataset
     from swim_fast.data.sample.builder import SampleBuilder
 
     path = write_config()
     text = str(report_of(path))
-    builder = SampleBuilder(AutoProcessor.from_pretrained(checkpoint), load_config(path).sample_options())
-    dataset = SwimDataset([SourceOptions(str(records))], builder)
+    builder = SampleBuilder(AutoProcessor.from_pretrained(checkpoint), load_config(path).sampling)
+    dataset = SwimDataset([Source(path=str(records))], builder)
     lengths = [len(dataset[i].inputs["input_ids"]) for i in range(len(dataset))]
     assert cells(text, "train.jsonl")[2:] == [
         *(f"{int(np.percentile(lengths, p)):,}" for p in (0, 50, 95, 100)),
@@ -146,7 +146,7 @@ def test_adapters(write_config, checkpoint):
     [
         ("model.path=nowhere/at/all", "neither a checkpoint folder"),
         ("attention_loss.layers=[7]", "out of range"),
-        ("training.deepspeed=nowhere.json", "cannot read nowhere.json"),
+        ("training.deepspeed=nowhere.json", "is 'nowhere.json', which cannot be read"),
         ("data.train=[]", "data.train is empty"),
         ("training.lerning_rate=1", "learning_rate"),
     ],

@@ -1,0 +1,28 @@
+"""The `training` section of a configuration as transformers takes it."""
+
+from transformers import TrainingArguments
+
+from swim_fast.config import FIXED, ConfigError, RunConfig
+from swim_fast.recipes import find_recipe
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """Return `transformers.TrainingArguments` of the `training` section, with this project's defaults.
+
+    Raises:
+        ConfigError: a value that transformers refuses.
+    """
+    values = {"output_dir": "runs/swim", **config.training, **FIXED}
+    if values.get("gradient_checkpointing"):  # the reentrant kind drops the gradient of the noun maps
+        given = values.get("gradient_checkpointing_kwargs") or {}
+        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False} | given
+    if config.data.max_tokens_per_batch is not None:
+        values["per_device_train_batch_size"] = 1
+    if config.optimization.early_stopping_patience is not None:  # a resumed run counts on where it was
+        values.setdefault("restore_callback_states_from_checkpoint", True)
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = str(find_recipe(values["deepspeed"]))
+    try:
+        return TrainingArguments(**values)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"training: {error}") from error
