@@ -1,4 +1,4 @@
-"""Where the parts of each supported model family are.
+"""Paths of the parts of each supported model family.
 
 A family is one entry of `FAMILIES`. Nothing else in the project names a module of a model.
 """

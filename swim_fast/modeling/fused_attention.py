@@ -1,7 +1,7 @@
-"""When a layer's attention and its noun maps can be one autograd node, and with which flash attention.
+"""Choice of the flash attention with which one autograd node gives a layer's output and its noun maps.
 
 transformers names the attention of a layer; the node needs the same one from a provider of `swim_kernels`, for the same
-mask. Where it has none, or the attention is not plain causal self-attention, output and maps are computed separately.
+mask. Where there is none, or the attention is not plain causal self-attention, output and maps are computed separately.
 """
 
 import functools
@@ -21,7 +21,7 @@ PROVIDERS = {
     "flash_attention_4": "flash_attn_4",
 }
 _FLASH = tuple(name for name in PROVIDERS if name != "sdpa")
-# what changes the softmax, or what it is applied to, so that its denominator is not that of the maps
+# arguments that change the softmax, so that its denominator is not that of the maps
 _OTHER_SOFTMAX = ("softcap", "s_aux", "position_bias")
 
 
@@ -75,7 +75,7 @@ def choose_options(attention: str, query: Tensor, attention_mask: Tensor | None,
 
 
 def _restarts(position_ids: Tensor | None) -> bool:
-    """Return whether position ids [1, L] are those of several sequences, to which flash attention restricts itself."""
+    """Return True if position ids [1, L] belong to several sequences, to which flash attention restricts itself."""
     return position_ids is not None and bool((position_ids.diff() != 1).any())
 
 

@@ -87,10 +87,8 @@ def format_schedule(
         ("tokens of a GPU's batch, median", f"{int(np.median(schedule.batches)):,}"),
         ("tokens of a GPU's batch, longest", f"{int(schedule.batches.max()):,}"),
     ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"  {name:<{width}}  {value}".rstrip() for name, value in rows[1:]]
     note = ["  (lengths of records that were not measured: drawn from those that were)"] if about else []
-    return ["schedule", "", *lines, *note, ""]
+    return [*format_table(rows), *note, ""]
 
 
 def format_memory(
