@@ -173,7 +173,7 @@ def load_adapters(model: nn.Module, folder: str | PathLike[str]) -> None:
 def merge_adapters(
     base: str, adapter: str | PathLike[str], folder: str | PathLike[str], dtype: str | torch.dtype = "auto"
 ) -> None:
-    """Merge adapters into the weights of their base and save a plain checkpoint that needs neither peft nor us.
+    """Merge adapters into the weights of their base and save a plain one that needs neither peft nor swim_fast.
 
     Args:
         base: folder or hub name of the checkpoint that the adapters were trained on; loaded in host memory and without

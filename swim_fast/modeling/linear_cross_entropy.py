@@ -1,13 +1,13 @@
-"""Cross-entropy of a linear layer, summed over tokens, without the logits of all words at once.
+"""Cross-entropy of a linear layer, summed over tokens, without a tensor of all logits.
 
 For hidden states x [N, H], weight W [V, H] and bias b [V], with y_n the word that token n predicts:
 
     z = x Wᵀ + b,   lse_n = log Σ_v exp z[n,v],   loss = Σ_n lse_n − z[n, y_n]
     ∂z[n,v] = g · (exp(z[n,v] − lse_n) − [v = y_n]),   ∂x = ∂z W,   ∂W = ∂zᵀ x,   ∂b[v] = Σ_n ∂z[n,v]
 
-Forward and backward go over blocks of the vocabulary. Only lse [N] is kept; backward makes the logits of a block anew.
-Blocks of words rather than of tokens, since the rows of ∂W that belong to a block are then complete: each is one
-matrix product, rounded once, and no second tensor of the weight's size adds them up.
+Forward and backward go over blocks of the vocabulary. Only lse [N] is kept; backward recomputes the logits of a block.
+Blocks are of words rather than tokens, so that each gives its rows of ∂W complete: one matrix product, rounded once,
+and no second tensor of the weight's size to add them up.
 """
 
 import torch
@@ -20,7 +20,7 @@ BLOCK_LOGITS = 2**25  # logits of a block: 128 MB in fp32
 def linear_cross_entropy_sum(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, block_logits: int = BLOCK_LOGITS
 ) -> Tensor:
-    """Σ over tokens of -log softmax(hidden @ weight.T + bias)[target].
+    """Return Σ over tokens of -log softmax(hidden @ weight.T + bias)[target].
 
     Under autocast the matrix products are those of its dtype, as in `torch.nn.functional.linear`.
 
@@ -90,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, block: int) -> tuple[Tensor, Tensor]:
-    """Logits `[N, block]` of the words from `start`, newly made, and the rows `[block, H]` of the weight; x's dtype."""
+    """Return logits `[N, block]` of the words from `start`, and their rows `[block, H]` of the weight, in x's dtype."""
     words = weight[start : start + block].to(x.dtype)
     if bias is None:
         return x @ words.t(), words
@@ -98,6 +98,6 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, block: i
 
 
 def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Column `[N]` of each target in the block of words from `start`, and whether it is in there."""
+    """Return the column `[N]` of each target in the block of words from `start`, and a mask of those inside."""
     column = targets - start
     return column.clamp(0, width - 1), (column >= 0) & (column < width)

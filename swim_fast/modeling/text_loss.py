@@ -107,7 +107,7 @@ def _loss_at_head(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
 
 
 def _sum_at_head(model: nn.Module, head: nn.Module, forward: Callable | None, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Summed loss of hidden states `[B, L, H]` and labels `[B, L]`, inside the head's call.
+    """Return the summed loss of hidden states `[B, L, H]` and labels `[B, L]`, inside the head's call.
 
     forward: of a head that is more than a linear layer.
     """
@@ -127,7 +127,7 @@ def _sum_at_head(model: nn.Module, head: nn.Module, forward: Callable | None, hi
         )
         vocabulary = model.config.get_text_config().vocab_size
         in_step = any(hasattr(p, "ds_id") for p in head.parameters())  # ZeRO-3 partitioned
-        return _through(forward, hidden, targets, max(1, block_logits // vocabulary), in_step)
+        return _sum_in_chunks(forward, hidden, targets, max(1, block_logits // vocabulary), in_step)
     why_not = liger.get_refusal(hidden.device.type) if use_liger else "model.liger is false"
     how = "Liger's fused linear cross-entropy" if why_not is None else f"blocks of the vocabulary in torch ({why_not})"
     _log_once(hidden.device.type, how)
@@ -135,12 +135,12 @@ def _sum_at_head(model: nn.Module, head: nn.Module, forward: Callable | None, hi
     # Liger divides by zero without a token, and gives the weight no gradient where the hidden states need none.
     without_gradient = torch.is_grad_enabled() and not hidden.requires_grad
     if why_not is None and len(targets) and not without_gradient:
-        return _by_liger(*arguments)
+        return _sum_by_liger(*arguments)
     return linear_cross_entropy_sum(*arguments)
 
 
-def _through(forward: Callable, hidden: Tensor, targets: Tensor, tokens: int, in_step: bool) -> Tensor:
-    """Summed loss of any head, chunks of `tokens` tokens at a time; backward calls the head again.
+def _sum_in_chunks(forward: Callable, hidden: Tensor, targets: Tensor, tokens: int, in_step: bool) -> Tensor:
+    """Return the summed loss of any head, chunks of `tokens` tokens at a time; backward calls the head again.
 
     in_step: each call gathers weights from all ranks, so that all ranks make the same number, the last ones empty.
     """
@@ -158,8 +158,8 @@ def _through(forward: Callable, hidden: Tensor, targets: Tensor, tokens: int, in
     return torch.stack([checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
-def _by_liger(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, block_logits: int) -> Tensor:
-    """Summed loss by Liger, which makes the gradients in its forward.
+def _sum_by_liger(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, block_logits: int) -> Tensor:
+    """Return the summed loss by Liger, which makes the gradients in its forward.
 
     Weight gradients are added up in fp32 over Liger's chunks of tokens. `block_logits` sets their size (at least N · H
     logits): Liger's own is 8 tokens for 300 of a 7B model, and each chunk reads the whole weight.

@@ -414,7 +414,7 @@ def test_ligers_chunks_are_of_the_size_asked_for(by_liger, tokens, chunks):
     weight = torch.empty(1).expand(vocabulary, width)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LigerStandIn, "apply", lambda *arguments: [arguments[-1]])
-        constant = text_loss._by_liger(weight[:tokens], weight, torch.zeros(tokens), None, 2**25)
+        constant = text_loss._sum_by_liger(weight[:tokens], weight, torch.zeros(tokens), None, 2**25)
     factor = -(-vocabulary // (constant * width))
     assert factor <= chunks and factor >= 0.6 * chunks
 
