@@ -54,6 +54,8 @@ def _data_show(args) -> int:
 def _demo(args) -> int:
     from swim_fast.demo.run import run_demo
 
+    if "=" in args.config:  # no file is named: this is the first override
+        args.config, args.overrides = "demo", [args.config, *args.overrides]
     run_demo(args.config, args.overrides, train_clips=args.train_clips, heldout_clips=args.heldout_clips)
     return 0
 
@@ -92,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     job.set_defaults(run=_train)
 
     job = jobs.add_parser("demo", help="render clips, train a tiny model with and without the mask loss, draw pictures")
-    job.add_argument("config", nargs="?", default="configs/demo.yaml")
+    job.add_argument("config", nargs="?", default="demo")
     job.add_argument("--train-clips", type=int, default=1000)
     job.add_argument("--heldout-clips", type=int, default=60)
     job.add_argument("overrides", nargs="*", metavar="key=value")

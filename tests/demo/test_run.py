@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 from PIL import Image
 
+from swim_fast.cli import main
 from swim_fast.demo.run import METRICS, WITH, WITHOUT, run_demo
 from swim_fast.demo.texts import all_texts
 
@@ -32,6 +34,14 @@ def test_demo_writes_metrics_and_pictures(tmp_path, capsys):
         assert width > 400 and height > 200
     assert "pointing accuracy" in capsys.readouterr().out
     assert any((folder / WITH).rglob("events.out.tfevents*")), "no TensorBoard log"
+
+
+@pytest.mark.parametrize("words", [["training.max_steps=4"], ["--train-clips", "24", "training.max_steps=4"]])
+def test_overrides_need_no_file_before_them(monkeypatch, words):
+    runs = []
+    monkeypatch.setattr("swim_fast.demo.run.run_demo", lambda config, overrides, **_: runs.append((config, overrides)))
+    assert main(["demo", *words]) == 0
+    assert runs == [("demo", ["training.max_steps=4"])]
 
 
 def test_texts_are_plain():
