@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from swim_fast.data.sample.builder import Sample
+from swim_fast.data.sample.builder import MediaReader, Sample, SampleBuilder
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.decode_child import IMAGE_SUFFIXES
-from swim_fast.data.video.reader import FrameReader, MediaInfo
 from swim_fast.errors import OptionError
 from swim_fast.inference.generation import generate
 from swim_fast.inference.loading import choose_sampling, load_model, load_processor, trained_as
@@ -62,19 +62,18 @@ def describe(options: Describe) -> Description:
         raise DataError("there is no such file or folder", source=str(media))
     kind = "image" if media.suffix.lower() in IMAGE_SUFFIXES and not media.is_dir() else "video"
     if options.video is not None:
-        import_av()  # before the minutes that a large checkpoint takes
+        import_av()
         if kind == "image":
             raise OptionError(f"{media} is an image, of which no video can be made: leave --video out")
     run = trained_as(options.model)
-    sampling, decoding = choose_sampling(options, run)
     loss = (run and run.attention_loss) or AttentionLoss()
     if options.layers is not None:
         loss = loss.replace(layers=options.layers)
 
-    with FrameReader(decoding) as reader:
-        info = reader.info(media, kind)
-        processor = load_processor(options.model)
-        prompt = encode_question(processor, sampling, reader, media, kind, info, question, nouns)
+    processor = load_processor(options.model)
+    builder = SampleBuilder(processor, *choose_sampling(options, run))
+    with closing(builder.reader):
+        prompt = encode_question(builder, media, kind, question, nouns)  # before the minutes that large weights take
         model = load_model(options.model, options)
         maps = compute_noun_maps(model, processor, prompt.encoding, loss) if nouns else None
         asked = Sample("", prompt.encoding.inputs)
@@ -85,8 +84,9 @@ def describe(options: Describe) -> Description:
         if options.video is not None:
             files.append(Path(options.video))
             centres = [float(np.mean(frames)) for frames in prompt.patches()]
-            frames = tqdm(_all_frames(reader, media, info), "drawing", info.num_frames, unit="frame", leave=False)
-            write_heatmap_video(files[-1], frames, maps, centres, labels, info.fps)
+            count = prompt.info.num_frames
+            frames = tqdm(_all_frames(builder.reader, prompt), "drawing", count, unit="frame", leave=False)
+            write_heatmap_video(files[-1], frames, maps, centres, labels, prompt.info.fps)
     return Description(answer, maps, files)
 
 
@@ -121,8 +121,9 @@ def draw_maps(
     return Path(path)
 
 
-def _all_frames(reader: FrameReader, media: Path, info: MediaInfo) -> Iterator[np.ndarray]:
+def _all_frames(reader: MediaReader, prompt: Prompt) -> Iterator[np.ndarray]:
     """Yield every frame of a clip in order, decoded some at a time."""
+    info = prompt.info
     step = max(1, CHUNK_BYTES // (3 * info.height * info.width))
     for first in range(0, info.num_frames, step):
-        yield from reader.frames(media, range(first, min(first + step, info.num_frames)))
+        yield from reader.frames(prompt.record, range(first, min(first + step, info.num_frames)))

@@ -8,19 +8,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from swim_fast.data.sample.conversation import PLACEHOLDER, ConversationRenderer, Span
-from swim_fast.data.sample.encoding import Encoder, Encoding
-from swim_fast.data.sample.sampling import plan_frames
+from swim_fast.data.sample.builder import SampleBuilder
+from swim_fast.data.sample.conversation import PLACEHOLDER, Span
+from swim_fast.data.sample.encoding import Encoding
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, Turn
 from swim_fast.data.source.tags import strip_tags
-from swim_fast.data.video.reader import FrameReader, MediaInfo
+from swim_fast.data.video.reader import MediaInfo
 from swim_fast.errors import OptionError
-from swim_fast.options import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +31,7 @@ class Prompt:
     """A question about a clip or image, ready for a model.
 
     Attributes:
+        record: the question as a record.
         encoding: tokens and pixels; `encoding.nouns` are the shown nouns.
         frames: indices of the frames that were taken, padding included.
         pixels: those frames, uint8 [T, H, W, 3].
@@ -40,6 +39,7 @@ class Prompt:
         temporal_patch_size: frames of a temporal patch, 1 for an image.
     """
 
+    record: Record
     encoding: Encoding
     frames: list[int]
     pixels: np.ndarray
@@ -89,39 +89,37 @@ def find_noun(text: str, noun: str, occurrence: int | None = None) -> Span:
     return found[occurrence - 1]
 
 
-def encode_question(
-    processor: Any,
-    sampling: Sampling,
-    reader: FrameReader,
-    media: Path,
-    kind: str,
-    info: MediaInfo,
-    question: str,
-    nouns: Sequence[Span],
-) -> Prompt:
+def encode_question(builder: SampleBuilder, media: Path, kind: str, question: str, nouns: Sequence[Span]) -> Prompt:
     """Choose and decode the frames as training does, and encode the question up to where the answer begins.
+
+    Args:
+        builder: makes the samples of the model.
+        media: video, folder of frames, or image.
+        kind: "video" or "image".
+        question: plain text.
+        nouns: spans of the question that are to be found among the tokens.
 
     Raises:
         DataError: the clip cannot be decoded, or the processor refuses it or the question.
-        ValueError: a processor that cannot be used.
     """
-    encoder = Encoder(processor, sampling)
     # Tagged as a whole, the question needs no search in what the template renders; the answer only marks its end.
     turns = (Turn("user", f"<ins>{question}</ins>"), Turn("assistant", "a"))
+    record = Record("", 0, "", turns, kind, media, ({},))
+    key = "the question"
     try:
-        conversation = ConversationRenderer(processor)(Record("", 0, "", turns, kind, media, ({},)))
+        builder.render(record)
+        key = None  # what is wrong with the clip names it
+        plan = builder.plan(record)
     except DataError as error:
-        raise DataError(error.reason, key="the question") from error
-    (start, _), (end, _) = conversation.nouns[0], conversation.answers[0]
+        raise DataError(error.reason, key=key) from error
+    (start, _), (end, _) = plan.conversation.nouns[0], plan.conversation.answers[0]
     spans = tuple((start + first, start + last) for first, last in nouns)
-    conversation = dataclasses.replace(conversation, text=conversation.text[:end], nouns=spans, answers=())
-    if kind == "image":
-        pixels = reader.frames(media, [0], kind)
-        return Prompt(encoder.image(conversation, pixels[0]), [0], pixels, info, 1)
-    choice = plan_frames(info, [], encoder.frame_limits, sampling)
-    for note in choice.notes:
+    conversation = dataclasses.replace(plan.conversation, text=plan.conversation.text[:end], nouns=spans, answers=())
+    for note in plan.notes:
         logger.info("%s", note)
-    logger.info("%d of the %d frames are shown to the model", len(set(choice.frames)), info.num_frames)
-    pixels = reader.frames(media, choice.frames)
-    encoding = encoder.video(conversation, pixels, choice.frames, info, choice.max_pixels)
-    return Prompt(encoding, choice.frames, pixels, info, encoder.temporal_patch_size)
+    logger.info("%d of the %d frames are shown to the model", len(set(plan.frames)), plan.info.num_frames)
+    pixels = builder.reader.frames(record, plan.frames)
+    if kind == "image":
+        return Prompt(record, builder.encode.image(conversation, pixels[0]), [0], pixels, plan.info, 1)
+    encoding = builder.encode.video(conversation, pixels, plan.frames, plan.info, plan.max_pixels)
+    return Prompt(record, encoding, list(plan.frames), pixels, plan.info, builder.encode.temporal_patch_size)

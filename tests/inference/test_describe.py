@@ -130,6 +130,16 @@ def test_options_win_over_the_run(folder, tmp_path):
     assert trained_as(model) is None and trained_as("owner/name") is None
 
 
+def test_samples_are_no_longer_than_in_training(folder, tmp_path):
+    options = {"show": ["square"], "out": tmp_path / "a.png", "max_new_tokens": 1}
+    whole = ask(folder / "clip.mp4", QUESTION, folder / "model", **options).maps
+    model = trained(folder, tmp_path / "run", AttentionLoss(layers=[0]), max_tokens=78)
+    fewer = ask(folder / "clip.mp4", QUESTION, model, **options).maps
+    assert whole.shape[1] == FRAMES // 2 and 0 < fewer.shape[1] < FRAMES // 2
+    with pytest.raises(DataError, match="^too long: .* do not fit into max_tokens 40"):
+        ask(folder / "clip.mp4", QUESTION, model, **options, max_tokens=40)
+
+
 def test_command_answers_as_the_stock_model_and_computes_no_maps(folder, tmp_path, capsys, monkeypatch):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -72,7 +72,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Frames and token count chosen for one record."""
 
     conversation: Conversation
@@ -212,17 +212,21 @@ class SampleBuilder:
                 masks.
         """
         with _in_record(record):
-            return self._plan(record).length
+            return self.plan(record).length
 
-    def _plan(self, record: Record) -> _Plan:
-        """Choose the frames of a record and count the tokens that they give."""
+    def plan(self, record: Record) -> Plan:
+        """Choose the frames of a record and count the tokens that they give.
+
+        Raises:
+            DataError: as for `length`, without the record.
+        """
         conversation = self.render(record)
         if not conversation.answers and not record.objects:
             raise DataError("no assistant turn and no tagged noun: nothing to train on", key="conversations")
         length = self.encode.text_length(conversation)
         if record.media is None:
             self._check_length(length, "shorten the text or raise max_tokens")
-            return _Plan(conversation, length)
+            return Plan(conversation, length)
         info = self.reader.info(record)
         annotated = annotated_frames(record, info.num_frames)
         text = length - 1  # the placeholder makes room for the visual tokens
@@ -230,9 +234,9 @@ class SampleBuilder:
             return self._plan_video(conversation, text, info, annotated)
         length = text + self.encode.image_tokens(info.height, info.width)
         self._check_length(length, "lower max_pixels or raise max_tokens")
-        return _Plan(conversation, length, info, [0])
+        return Plan(conversation, length, info, [0])
 
-    def _plan_video(self, conversation: Conversation, text: int, info: MediaInfo, annotated: Sequence[int]) -> _Plan:
+    def _plan_video(self, conversation: Conversation, text: int, info: MediaInfo, annotated: Sequence[int]) -> Plan:
         """Choose the frames of a video, fewer and fewer until max_tokens is kept, beside `text` other tokens."""
         patch, limit, first = self.encode.temporal_patch_size, self.sampling.max_tokens, None
         with _at("video"):
@@ -256,10 +260,10 @@ class SampleBuilder:
         notes = list(choice.notes)
         if len(frames) < first[0]:
             notes.append(f"thinned from {first[0]} to {len(frames)} frames: {first[1]:,} tokens > max_tokens {limit:,}")
-        return _Plan(conversation, length, info, frames, notes, choice.max_pixels)
+        return Plan(conversation, length, info, frames, notes, choice.max_pixels)
 
     def _build(self, record: Record) -> Sample:
-        plan = self._plan(record)
+        plan = self.plan(record)
         name = f"{record.source}:{record.number}" + (f" ({record.name})" if record.name else "")
         if record.media is None:
             return Sample(name, self.encode.text(plan.conversation).inputs)
