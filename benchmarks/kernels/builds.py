@@ -42,35 +42,42 @@ class Build:
 
 def build(
     kernel: triton.runtime.JITFunction,
-    signature: dict[str, str],
-    constexprs: dict[str, object],
+    signature: dict[str, str | tuple[str, ...]],
+    constexprs: dict[str | tuple[str, int], object],
     *,
     arch: int,
     num_warps: int,
     num_stages: int,
-    aligned: frozenset[str] = frozenset(),
+    aligned: frozenset[str | tuple[str, int]] = frozenset(),
 ) -> Build:
-    """Compiles for sm_`arch`.
+    """Compile for sm_`arch`.
 
     Args:
-        signature: type of every argument that is no constexpr ("*bf16", "i32", "fp32" …).
-        constexprs: value of every one that is.
-        aligned: arguments that are multiples of 16 (addresses, strides), as the launcher finds out by itself.
+        signature: type of every argument that is no constexpr ("*bf16", "i32", "fp32" …), a tuple of them for a tuple.
+        constexprs: value of every one that is; that of a tuple's element under (name, index).
+        aligned: arguments and elements that are multiples of 16 (addresses, strides), as a launch finds out by itself.
     """
     names = kernel.arg_names
     missing = [name for name in names if name not in signature and name not in constexprs]
     if missing:
         raise ValueError(f"{kernel.__name__}: neither type nor value for {', '.join(missing)}")
     types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constexprs}
+
+    def path(key: str | tuple[str, int]) -> tuple[int, ...]:
+        return (names.index(key),) if isinstance(key, str) else (names.index(key[0]), key[1])
+
+    constants = {path(key): value for key, value in constexprs.items()}
+    attributes = {path(key): [["tt.divisibility", 16]] for key in aligned if key not in constexprs}
     compiled = triton.compile(
-        ASTSource(kernel, types, constexprs, attributes),
+        ASTSource(kernel, types, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
     ptx = compiled.asm["ptx"]
     registers, stack, code = _disassemble(compiled.asm["cubin"])
-    loads, stores = global_accesses(ptx, [(name, types[name][0] == "*") for name in names if name not in constexprs])
+    kinds = {name: (kind,) if isinstance(kind, str) else kind for name, kind in types.items()}
+    parameters = [(name, kind[0] == "*") for name in names for kind in kinds[name] if kind != "constexpr"]
+    loads, stores = global_accesses(ptx, parameters)
     return Build(
         arch=arch,
         registers=registers,
@@ -89,7 +96,7 @@ def build(
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers and stack of the kernel, and its machine code."""
+    """Return registers and stack of the kernel, and its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -100,10 +107,12 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
 
 
 def global_accesses(ptx: str, parameters: list[tuple[str, bool]]) -> tuple[dict[str, Counter], dict[str, Counter]]:
-    """Of one kernel's PTX the widths in bytes of its loads and stores of global memory, argument by argument.
+    """Count the loads and stores of global memory in a kernel's PTX by argument and width in bytes.
 
-    `parameters` are the names in order, and whether each is a pointer. An address is followed back to the pointer from
-    which it was computed. Bulk copies (TMA) count as 128 bytes.
+    An address is followed back to the pointer from which it was computed. Bulk copies (TMA) count as 128 bytes.
+
+    Args:
+        parameters: names in order, True for pointers.
     """
     origin: dict[str, set[str]] = {}  # register → pointers that flow into it
     flows = []

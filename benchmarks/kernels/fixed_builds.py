@@ -1,7 +1,7 @@
 """Kernels that always run with the same tile: what they are built with ahead of time, for test and report.
 
 Those that add up partials of noun attention, and the ops `grid_prediction` and `mask_bce`. The kernels of noun
-attention with a tile of keys have a table of their own (`swim_kernels.noun_attention.triton.tiles`).
+attention with a tile of keys have a table of their own (`configurations.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from swim_kernels.mask_bce.triton import kernels as mask_kernels
 from swim_kernels.mask_bce.triton import launch as mask_backend
 from swim_kernels.noun_attention.triton import kernels as noun_kernels
 
-ARCHITECTURES = (80, 90, 100)
 LAYERS = 6  # whose maps are fused; each number of them is a build of its own
 _TYPES = {
     "entries": "*i32",
     "table": "*i32",
     "bits": "*u8",
+    "grad_query_strides": ("i32", "i32", "i32", "constexpr"),
     "mask_table": "*i64",
     "maps": ("*fp32",) * LAYERS,
 } | dict.fromkeys(
@@ -43,7 +43,7 @@ class FixedBuild:
 
     @property
     def name(self) -> str:
-        switches = [key.lower() for key, value in self.constexprs.items() if value is True]
+        switches = [str(key).lower() for key, value in self.constexprs.items() if value is True]
         dtype = [kind[1:] for kind in self.types.values()]
         return "-".join([self.function.__name__.removesuffix("_kernel"), *dtype, *switches])
 
@@ -76,7 +76,8 @@ def fixed_builds() -> Iterator[FixedBuild]:
     for (dtype, head_dim, block_dim), add in product(
         (("bf16", 128, 128), ("fp16", 80, 128), ("fp32", 256, 256)), (False, True)
     ):
-        dims = {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_SPLITS": 8, "ADD": add, "grad_query_stride_d": 1}
+        dims = {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_SPLITS": 8, "ADD": add}
+        dims |= {("grad_query_strides", 3): 1}
         yield FixedBuild("noun_attention", noun_kernels.query_gradient_kernel, dims, 4, 3, {"grad_query": f"*{dtype}"})
     block = {"BLOCK": frame_backend.BLOCK, "column_stride": 1}
     warps = frame_backend.NUM_WARPS, frame_backend.NUM_STAGES

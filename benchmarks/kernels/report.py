@@ -1,6 +1,6 @@
 """What is known of the Triton kernels without a GPU: `make kernel-report`.
 
-Builds every configuration of `swim_kernels.noun_attention.triton.tiles` and the kernels of `fixed_builds.py` ahead of
+Builds every configuration of `configurations.py` and the kernels of `fixed_builds.py` ahead of
 time, counts bytes in the interpreter (`noun_attention_bytes.py`), and writes kernel_builds.csv, fixed_builds.csv,
 noun_attention_bytes.csv and kernel_report.md beside this file. No figure here is a measurement on a GPU.
 """
@@ -24,8 +24,15 @@ from triton.errors import TritonError
 
 from benchmarks.kernels import noun_attention_bytes
 from benchmarks.kernels.builds import SHARED_MEMORY, TENSOR_CORES, TENSOR_MEMORY, Build, build
+from benchmarks.kernels.configurations import (
+    ARCHITECTURES,
+    BLOCK_HEADS,
+    DTYPES,
+    HEAD_DIMS,
+    Configuration,
+    all_configurations,
+)
 from benchmarks.kernels.fixed_builds import LAYERS, fixed_builds
-from swim_kernels.noun_attention.triton.tiles import BLOCK_HEADS, DTYPES, HEAD_DIMS, Configuration, all_configurations
 
 HERE = Path(__file__).parent
 BUILDS, FIXED, REPORT = HERE / "kernel_builds.csv", HERE / "fixed_builds.csv", HERE / "kernel_report.md"
@@ -276,7 +283,7 @@ def write_fixed() -> None:
         writer = csv.DictWriter(file, FIXED_FIELDS, lineterminator="\n")
         writer.writeheader()
         for fixed in fixed_builds():
-            for architecture in (80, 90, 100):
+            for architecture in ARCHITECTURES:
                 built = fixed.build(architecture)
                 values = (fixed.op, fixed.name, f"sm_{architecture}", built.registers, built.shared)
                 writer.writerow(dict(zip(FIXED_FIELDS, (*values, "; ".join(fixed.complaints(built))), strict=True)))

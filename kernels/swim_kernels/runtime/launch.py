@@ -10,10 +10,10 @@ import triton
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # as Triton calls them
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Launch a kernel on the device of its first argument; every launch goes through here."""
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **options)
+def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
+    """Launch a kernel on the device of its tensors; every launch goes through here."""
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, torch.Tensor))):
+        kernel[grid](**arguments)
 
 
 def is_interpreted(kernel) -> bool:

@@ -5,7 +5,9 @@
 The variable is read when kernels are defined, and a process that has it cannot compile: `make test` runs both.
 """
 
+import importlib
 import os
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -40,17 +42,23 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+class Launch(NamedTuple):
+    name: str
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+
+
 @pytest.fixture
 def launches(monkeypatch):
-    """Names and grids of the kernels launched so far; `clear()` forgets them."""
-    from tests.kernels.triton_interpreter.cases import backend
+    """The kernels launched so far, in order; `clear()` forgets them."""
+    from swim_kernels.runtime.launch import launch
 
-    seen = []
-    launch = backend.launch
+    seen: list[Launch] = []
 
-    def recorded(kernel, grid, *arguments, **options):
-        seen.append((kernel.fn.__name__.removesuffix("_kernel"), grid))
-        launch(kernel, grid, *arguments, **options)
+    def recorded(kernel, grid, **arguments):
+        seen.append(Launch(kernel.fn.__name__.removesuffix("_kernel"), grid, arguments))
+        launch(kernel, grid, **arguments)
 
-    monkeypatch.setattr(backend, "launch", recorded)
+    for op in ("noun_attention", "grid_prediction", "mask_bce"):
+        monkeypatch.setattr(importlib.import_module(f"swim_kernels.{op}.triton.launch"), "launch", recorded)
     return seen

@@ -44,20 +44,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(backend, "BLOCK", 32)
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """Name, grid, arguments and options of the launches so far."""
-    seen = []
-    launch = backend.launch
-
-    def record(kernel, grid, *arguments, **options):
-        seen.append((kernel.fn.__name__, grid, arguments, options))
-        launch(kernel, grid, *arguments, **options)
-
-    monkeypatch.setattr(backend, "launch", record)
-    return seen
-
-
 # ---- values and gradients ----
 
 
@@ -197,37 +183,43 @@ def test_no_pair(fusion):
 
 @each_fusion
 @pytest.mark.parametrize("case", ["softmaxes", "shared columns"])
-def test_one_launch_forward_and_one_backward(case, fusion, recorded):
+def test_one_launch_forward_and_one_backward(case, fusion, launches):
     layers, pairs, grad = make_inputs(case, fusion, F32)
     layers = [layer.requires_grad_() for layer in layers]
     p = grid_prediction(layers, pairs, fusion=fusion, backend="triton")
     grid = (len(pairs), 3 if fusion == "none" else 1)
-    assert [launch[:2] for launch in recorded] == [("prediction_kernel", grid)]
+    assert [launch[:2] for launch in launches] == [("prediction", grid)]
     p.backward(grad.float())
-    assert [launch[:2] for launch in recorded[1:]] == [("gradient_kernel", grid)]
-    grad_maps = recorded[1][2][3]
+    assert [launch[:2] for launch in launches[1:]] == [("gradient", grid)]
+    grad_maps = launches[1].arguments["grad_maps"]
     assert grad_maps.shape == ((3, *layers[0].shape) if pairs.disjoint else (3, pairs.num_cells))
-    assert recorded[1][3]["DENSE"] is pairs.disjoint
+    assert launches[1].arguments["DENSE"] is pairs.disjoint
 
 
-def test_options_do_not_depend_on_lengths(recorded):
+COMPILED = ("num_warps", "num_stages")
+
+
+def test_options_do_not_depend_on_lengths(launches):
     """What is compiled in stays the same for other videos."""
     options = []
     for columns, size in ((40, (3, 4)), (170, (9, 7))):
         pairs = make_pairs([(0, 2, *size, 0), (1, 5, *size, 0)])
         layers = [torch.rand(3, columns) for _ in range(2)]
         run(layers, pairs, torch.ones(1, pairs.num_cells), backend="triton")
-        options.append([launch[3] for launch in recorded])
-        recorded.clear()
+        options.append(
+            [{n: v for n, v in launch.arguments.items() if n.isupper() or n in COMPILED} for launch in launches]
+        )
+        launches.clear()
     assert options[0] == options[1] and len(options[0]) == 2
 
 
-def test_layers_of_one_layout_are_not_copied(recorded):
+def test_layers_of_one_layout_are_not_copied(launches):
     layers = [layer.requires_grad_() for layer in torch.rand(3, 5, 60)[..., ::2]]  # slices of a larger tensor
     pairs = make_pairs([(0, 3, 2, 5, 0), (4, 1, 5, 5, 0)])
     grid_prediction(layers, pairs, backend="triton")
-    assert [layer.data_ptr() for layer in recorded[0][2][1]] == [layer.data_ptr() for layer in layers]
-    assert recorded[0][2][3:5] == layers[0].stride() and layers[0].stride(1) == 2
+    assert [layer.data_ptr() for layer in launches[0].arguments["maps"]] == [layer.data_ptr() for layer in layers]
+    assert launches[0].arguments["column_stride"] == layers[0].stride(1) == 2
+    assert launches[0].arguments["row_stride"] == layers[0].stride(0)
 
 
 @each_fusion

@@ -12,7 +12,7 @@ A *term* is what one logarithm is taken of: log f is the sum over terms, which a
 ("none") or the mean of all of them ("mean").
 
 The table of the pairs (`GridPairs.table`): row of the maps, first column, height, width, first cell, mask, 0, 0. The
-maps have the same strides. Offsets are int64.
+maps have the same strides, which are no tuples: the row stride is a length. Offsets are int64.
 """
 
 import triton

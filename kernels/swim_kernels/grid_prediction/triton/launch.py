@@ -25,7 +25,7 @@ BLOCK, NUM_WARPS, NUM_STAGES = 512, 8, 1
 
 
 def grid_prediction_triton(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
-    """p [1 or layers, M] fp32; arguments as `grid_prediction`, already checked, fp32.
+    """Return p [1 or layers, M] fp32; arguments as `grid_prediction`, already checked, fp32.
 
     Keeps the maps for backward, no copies. No double backward.
     """
@@ -33,32 +33,25 @@ def grid_prediction_triton(maps: Sequence[Tensor], pairs: GridPairs, fusion: str
 
 
 def predict(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
-    """p [1 or layers, M]"""
+    """Return p [1 or layers, M]."""
     p = maps[0].new_empty(num_predictions(maps, fusion), pairs.num_cells)
-    _run(kernels.prediction_kernel, maps, pairs, fusion, (p,), ())
+    _run(kernels.prediction_kernel, maps, pairs, fusion, p=p)
     return p
 
 
 def gradients(grad_p: Tensor, maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> list[Tensor]:
-    """∂ of every layer [R, N]."""
+    """Return ∂ of every layer [R, N]."""
     dense = pairs.disjoint
     shape = tuple(maps[0].shape) if dense else (pairs.num_cells,)
     # frames fill only a part of the maps, but all of the cells
     grad = (torch.zeros if dense else torch.empty)(len(maps), *shape, dtype=torch.float32, device=grad_p.device)
-    strides = (grad.stride(0), grad.stride(1) if dense else 0)
-    _run(kernels.gradient_kernel, maps, pairs, fusion, (grad_p.contiguous(), grad), strides, DENSE=dense)
+    arguments = {"grad_p": grad_p.contiguous(), "grad_maps": grad, "DENSE": dense}
+    arguments |= {"out_layer_stride": grad.stride(0), "out_row_stride": grad.stride(1) if dense else 0}
+    _run(kernels.gradient_kernel, maps, pairs, fusion, **arguments)
     return list(grad) if dense else scatter_cells(grad, maps, pairs)
 
 
-def _run(
-    kernel,
-    maps: Sequence[Tensor],
-    pairs: GridPairs,
-    fusion: str,
-    tensors: tuple[Tensor, ...],
-    out_strides: tuple[int, ...],
-    **constexprs: bool,
-) -> None:
+def _run(kernel, maps: Sequence[Tensor], pairs: GridPairs, fusion: str, **arguments) -> None:
     if not len(pairs):
         return
     if any(layer.stride() != maps[0].stride() for layer in maps):
@@ -66,15 +59,14 @@ def _run(
     launch(
         kernel,
         (len(pairs), num_predictions(maps, fusion)),
-        pairs.table,
-        tuple(maps),
-        *tensors,
-        *maps[0].stride(),
-        pairs.num_cells,
-        *out_strides,
+        **arguments,
+        table=pairs.table,
+        maps=tuple(maps),
+        row_stride=maps[0].stride(0),
+        column_stride=maps[0].stride(1),
+        num_cells=pairs.num_cells,
         MEAN=fusion == "mean",
         SEPARATE=fusion == "none",
-        **constexprs,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,

@@ -35,35 +35,26 @@ def compute_losses(cells: Tensor, pairs: GridPairs, masks: PackedMasks, want: bo
     if not cells.numel():
         return losses, gradient
     partials = cells.new_empty(5 if want else 1, num_sets, num_cells)
-    numbers = (num_cells, num_sets, len(masks))
+    arguments = {"table": pairs.table, "mask_table": masks.table, "partials": partials, "WANT_GRADIENT": want}
+    arguments |= {"num_cells": num_cells, "num_sets": num_sets, "num_masks": len(masks), "num_stages": NUM_STAGES}
     blocks = triton.cdiv(max(width for _, width in pairs.sizes), COLUMNS)
     launch(
         kernels.bands_kernel,
         (len(pairs), max(height for height, _ in pairs.sizes), blocks * num_sets),
-        cells.contiguous(),
-        pairs.table,
-        masks.bits,
-        masks.table,
-        partials,
-        *numbers,
-        WANT_GRADIENT=want,
+        **arguments,
+        cells=cells.contiguous(),
+        bits=masks.bits,
         COLUMNS=COLUMNS,
         PIXELS=PIXELS,
         num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
     )
     launch(
         kernels.combine_kernel,
         (len(pairs), num_sets),
-        partials,
-        pairs.table,
-        masks.table,
-        losses,
-        gradient,
-        *numbers,
-        WANT_GRADIENT=want,
+        **arguments,
+        losses=losses,
+        gradient=gradient,
         BLOCK=COMBINE_BLOCK,
         num_warps=COMBINE_WARPS,
-        num_stages=NUM_STAGES,
     )
     return losses, gradient

@@ -4,21 +4,15 @@
     maps    maps_kernel                    a[r,n]    = (1/Hq) Σ_h exp(s[r,h,key of n] − lse[r,h])
     δ       delta_partials_kernel, delta_sum_kernel
                                            δ[r,h]    = (1/Hq) Σ_n p[r,h,key of n] · ∂a[r,n]
-    ∂q, ∂k  gradients_kernel, query_gradient_kernel
+    ∂q, ∂k  gradients_kernel, key_gradients_kernel, query_gradient_kernel
                                            ds[r,h,j] = p[r,h,j] · (w[r,j] − δ[r,h])
 
 Every tile has keys in its first dimension and (row, head of one key head's group) in its second: a tile of K is loaded
 once and serves all of them; as the first operand of `tl.dot` it reaches the tensor cores' wide instructions from one
 row up. No atomics; every element of every output is written by exactly one program.
 
-Names: an *entry* is a row in the order of the plan (`triton/plan.py`), which gives the int32 tables
-
-    entries  [R, 8]   row, sequence, position, key_start, key_end, key_set, next entry of the same token (−1: none),
-                      1 if it is the first of its token
-    blocks   [., 8]   sequence, first entry, end entry, first key, end key (over its entries), key_set, 0, 0
-
-Argument order of all kernels: inputs, tables, outputs, numbers, strides, constexprs. A head dimension of stride 1 and
-16-byte aligned strides are not needed for correct results, only for wide loads. Offsets are int64 throughout.
+Tables of the rows (`entries`, `blocks`, …) are those of `plan.py`. Strides are tuples over [B, H, L, D]; a head
+dimension of stride 1 and 16-byte aligned strides are needed for wide loads only. Offsets are int64.
 """
 
 import triton
@@ -54,22 +48,16 @@ def _gradient_dot(a, b, accumulator, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _block(table, index):
-    """sequence, first and end entry, first and end key, key set"""
-    table += tl.cast(index, tl.int64) * 8
-    return (
-        tl.load(table),
-        tl.load(table + 1),
-        tl.load(table + 2),
-        tl.load(table + 3),
-        tl.load(table + 4),
-        tl.load(table + 5),
-    )
+def _load_block(blocks, index):
+    """Return sequence, first and end entry, first and end key, key set of a block."""
+    block = blocks + tl.cast(index, tl.int64) * 8
+    first, end = tl.load(block + 1), tl.load(block + 2)
+    return tl.load(block), first, end, tl.load(block + 3), tl.load(block + 4), tl.load(block + 5)
 
 
 @triton.jit
-def _columns(entries, first, end, group, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr):
-    """Of the second dimension of a tile: row, position, key range, head within the group, whether there is one.
+def _load_columns(entries, first, end, group, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr):
+    """Return row, position, key range and head within the group of a tile's columns, and which of them exist.
 
     A column that stands for nothing has an empty key range.
     """
@@ -86,8 +74,8 @@ def _columns(entries, first, end, group, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: 
 
 
 @triton.jit
-def _rows(entries, first, end, BLOCK_ROWS: tl.constexpr):
-    """Row, key set and whether there is one, for the rows of a block."""
+def _load_rows(entries, first, end, BLOCK_ROWS: tl.constexpr):
+    """Return row and key set of a block's rows, and which of them exist."""
     entry = first + tl.arange(0, BLOCK_ROWS)
     valid = entry < end
     entries += tl.cast(entry, tl.int64) * 8
@@ -95,54 +83,49 @@ def _rows(entries, first, end, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_query(
-    query, sequence, position, head, valid, stride_b, stride_h, stride_l, stride_d,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-):  # fmt: skip
-    """[columns, BLOCK_DIM]"""
+def _load_query(query, strides, sequence, head, position, valid, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Return q [columns, BLOCK_DIM]."""
     dim = tl.arange(0, BLOCK_DIM)
-    token = sequence.to(tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h + position.to(tl.int64) * stride_l
+    token = sequence.to(tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+    token += position.to(tl.int64) * strides[2]
     mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    return tl.load(query + token[:, None] + dim.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
+    return tl.load(query + token[:, None] + dim.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0)
 
 
 @triton.jit
-def _load_key(
-    key, sequence, head, position, valid, stride_b, stride_h, stride_l, stride_d,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_KEYS, BLOCK_DIM]"""
+def _load_key(key, strides, sequence, head, position, valid, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Return k [BLOCK_KEYS, BLOCK_DIM]."""
     dim = tl.arange(0, BLOCK_DIM)
-    key += sequence.to(tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
+    key += sequence.to(tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
     mask = valid[:, None]
     if HEAD_DIM != BLOCK_DIM:
         mask = mask & (dim < HEAD_DIM)[None, :]
-    offset = position.to(tl.int64)[:, None] * stride_l + dim.to(tl.int64)[None, :] * stride_d
+    offset = position.to(tl.int64)[:, None] * strides[2] + dim.to(tl.int64)[None, :] * strides[3]
     return tl.load(key + offset, mask=mask, other=0.0)
 
 
 @triton.jit
 def _scores(k, q, scale, UPCAST: tl.constexpr):
-    """[BLOCK_KEYS, BLOCK_DIM], [columns, BLOCK_DIM] → [BLOCK_KEYS, columns]. Scaled afterwards: q stays as it is."""
+    """Return s [BLOCK_KEYS, columns]. Scaled afterwards: a scaled q would be a rounded one."""
     zero = tl.zeros([k.shape[0], q.shape[0]], dtype=tl.float32)
     return _dot(k, tl.trans(q), zero, UPCAST) * scale
 
 
 @triton.jit
 def _inside(position, key_start, key_end):
-    """[BLOCK_KEYS, columns]: is the key in the range of the column's row"""
+    """Return which keys are in the range of a column's row [BLOCK_KEYS, columns]."""
     return (position[:, None] >= key_start[None, :]) & (position[:, None] < key_end[None, :])
 
 
 @triton.jit
 def _probabilities(k, q, inside, lse, scale, UPCAST: tl.constexpr):
-    """p [BLOCK_KEYS, columns]; exactly 0 outside the ranges."""
+    """Return p [BLOCK_KEYS, columns], exactly 0 outside the ranges."""
     return tl.where(inside, tl.exp(_scores(k, q, scale, UPCAST) - lse[None, :]), 0.0)
 
 
 @triton.jit
 def _per_head(values, BLOCK_HEADS: tl.constexpr):
-    """[BLOCK_KEYS, BLOCK_ROWS] → [BLOCK_KEYS, columns]"""
+    """Return values [BLOCK_KEYS, BLOCK_ROWS] of the rows for their heads [BLOCK_KEYS, columns]."""
     keys: tl.constexpr = values.shape[0]
     rows: tl.constexpr = values.shape[1]
     repeated = tl.broadcast_to(values[:, :, None], [keys, rows, BLOCK_HEADS])
@@ -153,22 +136,18 @@ def _per_head(values, BLOCK_HEADS: tl.constexpr):
 def lse_partials_kernel(
     query, key, entries, blocks, maxima, sums,
     scale, length, num_rows, num_heads, group, tiles_per_split,
-    query_stride_b, query_stride_h, query_stride_l, query_stride_d,
-    key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    query_strides, key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Maximum and Σ exp(s − maximum) over a split of the keys, [splits, R, Hq] each. Grid: splits, Hkv, blocks."""
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence, first, end, first_key, end_key, _ = _block(blocks, block)
+    sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
     if first >= end:
         return
-    row, position, key_start, key_end, head, valid = _columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    row, position, key_start, key_end, head, valid = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
     head += key_head * group
-    q = _load_query(
-        query, sequence, position, head, valid,
-        query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
-    )  # fmt: skip
+    q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
 
     maximum = tl.full([BLOCK_ROWS * BLOCK_HEADS], -3.0e38, dtype=tl.float32)  # not −inf: −inf − (−inf) is NaN
     total = tl.zeros([BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
@@ -176,17 +155,14 @@ def lse_partials_kernel(
     stop = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(end_key, BLOCK_KEYS))
     for tile in range(begin, stop):
         j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-        k = _load_key(
-            key, sequence, key_head, j, (j >= first_key) & (j < end_key),
-            key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
-        )  # fmt: skip
+        k = _load_key(key, key_strides, sequence, key_head, j, (j >= first_key) & (j < end_key), HEAD_DIM, BLOCK_DIM)
         s = tl.where(_inside(j, key_start, key_end), _scores(k, q, scale, UPCAST), float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(s, axis=0))
         total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(s - new_maximum[None, :]), axis=0)
         maximum = new_maximum
-    place = (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head
-    tl.store(maxima + place, maximum, mask=valid)
-    tl.store(sums + place, total, mask=valid)
+    offset = (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head
+    tl.store(maxima + offset, maximum, mask=valid)
+    tl.store(sums + offset, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_items", *_SPLITS])
@@ -196,13 +172,13 @@ def lse_combine_kernel(maxima, sums, lse, num_items, num_splits, BLOCK: tl.const
     valid = item < num_items
     maximum = tl.full([BLOCK], -3.0e38, dtype=tl.float32)
     for split in range(num_splits):
-        place = item + tl.cast(split, tl.int64) * num_items
-        maximum = tl.maximum(maximum, tl.load(maxima + place, mask=valid, other=-3.0e38))
+        offset = item + tl.cast(split, tl.int64) * num_items
+        maximum = tl.maximum(maximum, tl.load(maxima + offset, mask=valid, other=-3.0e38))
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for split in range(num_splits):
-        place = item + tl.cast(split, tl.int64) * num_items
-        m = tl.load(maxima + place, mask=valid, other=-3.0e38)
-        total += tl.load(sums + place, mask=valid, other=0.0) * tl.exp(m - maximum)
+        offset = item + tl.cast(split, tl.int64) * num_items
+        m = tl.load(maxima + offset, mask=valid, other=-3.0e38)
+        total += tl.load(sums + offset, mask=valid, other=0.0) * tl.exp(m - maximum)
     tl.store(lse + item, tl.where(total > 0, maximum + tl.log(tl.where(total > 0, total, 1.0)), 0.0), mask=valid)
 
 
@@ -210,46 +186,37 @@ def lse_combine_kernel(maxima, sums, lse, num_items, num_splits, BLOCK: tl.const
 def maps_kernel(
     query, key, lse, entries, blocks, key_sets, maps,
     scale, num_rows, num_heads, num_key_heads, group, num_columns,
-    query_stride_b, query_stride_h, query_stride_l, query_stride_d,
-    key_stride_b, key_stride_h, key_stride_l, key_stride_d,
+    query_strides, key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """a [R, N]. Grid: tiles of the key set, blocks of one sequence and key set. The head mean is written once."""
     tile, block = tl.program_id(0), tl.program_id(1)
-    sequence, first, end, _, _, key_set = _block(blocks, block)
+    sequence, first, end, _, _, key_set = _load_block(blocks, block)
     if first >= end:
         return
     n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     j = tl.load(key_sets + key_set.to(tl.int64) * num_columns + n, mask=n < num_columns, other=-1)
-    row, position, key_start, key_end, head, valid = _columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    row, position, key_start, key_end, head, valid = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
     inside = _inside(j, key_start, key_end)  # the padding −1 is in no range
     lse += row.to(tl.int64) * num_heads + head
     acc = tl.zeros([BLOCK_KEYS, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
     for key_head in range(num_key_heads):
         first_head = key_head * group
-        q = _load_query(
-            query, sequence, position, first_head + head, valid,
-            query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
-        )  # fmt: skip
-        k = _load_key(
-            key, sequence, key_head, j, j >= 0,
-            key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
-        )  # fmt: skip
+        q = _load_query(query, query_strides, sequence, first_head + head, position, valid, HEAD_DIM, BLOCK_DIM)
+        k = _load_key(key, key_strides, sequence, key_head, j, j >= 0, HEAD_DIM, BLOCK_DIM)
         acc += _probabilities(k, q, inside, tl.load(lse + first_head, mask=valid, other=0.0), scale, UPCAST)
     mean = tl.sum(tl.reshape(acc, [BLOCK_KEYS, BLOCK_ROWS, BLOCK_HEADS]), axis=2) / num_heads
-    row, _, valid = _rows(entries, first, end, BLOCK_ROWS)
-    place = row.to(tl.int64)[None, :] * num_columns + n[:, None]
-    tl.store(maps + place, mean, mask=valid[None, :] & (n < num_columns)[:, None])
+    row, _, valid = _load_rows(entries, first, end, BLOCK_ROWS)
+    offset = row.to(tl.int64)[None, :] * num_columns + n[:, None]
+    tl.store(maps + offset, mean, mask=valid[None, :] & (n < num_columns)[:, None])
 
 
 @triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
 def delta_partials_kernel(
     query, key, lse, grad_maps, entries, blocks, key_sets, next_column, repeats, deltas, weights,
     scale, num_rows, num_heads, group, num_columns, tiles_per_split,
-    query_stride_b, query_stride_h, query_stride_l, query_stride_d,
-    key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    grad_maps_stride_r, grad_maps_stride_n,
+    query_strides, key_strides, grad_maps_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -259,18 +226,15 @@ def delta_partials_kernel(
     over a column and the later ones that name the same key. The first column of a key so has the weight of the key.
     """
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence, first, end, _, _, key_set = _block(blocks, block)
+    sequence, first, end, _, _, key_set = _load_block(blocks, block)
     if first >= end:
         return
-    row, position, key_start, key_end, head, valid = _columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    row, position, key_start, key_end, head, valid = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
     head += key_head * group
-    q = _load_query(
-        query, sequence, position, head, valid,
-        query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
-    )  # fmt: skip
+    q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
     row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
-    block_row, _, block_valid = _rows(entries, first, end, BLOCK_ROWS)
-    grad_maps += block_row.to(tl.int64)[None, :] * grad_maps_stride_r
+    block_row, _, block_valid = _load_rows(entries, first, end, BLOCK_ROWS)
+    grad_maps += block_row.to(tl.int64)[None, :] * grad_maps_strides[0]
     key_sets += key_set.to(tl.int64) * num_columns
 
     delta = tl.zeros([BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
@@ -278,14 +242,11 @@ def delta_partials_kernel(
     for tile in range(split * tiles_per_split, stop):
         n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         j = tl.load(key_sets + n, mask=n < num_columns, other=-1)
-        k = _load_key(
-            key, sequence, key_head, j, j >= 0,
-            key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
-        )  # fmt: skip
+        k = _load_key(key, key_strides, sequence, key_head, j, j >= 0, HEAD_DIM, BLOCK_DIM)
         inside = _inside(j, key_start, key_end)
         p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
         mask = (j >= 0)[:, None] & block_valid[None, :]
-        w = tl.load(grad_maps + n.to(tl.int64)[:, None] * grad_maps_stride_n, mask=mask, other=0.0) / num_heads
+        w = tl.load(grad_maps + n.to(tl.int64)[:, None] * grad_maps_strides[1], mask=mask, other=0.0) / num_heads
         delta += tl.sum(tl.where(inside, p * _per_head(w, BLOCK_HEADS), 0.0), axis=0)
     tl.store(deltas + (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head, delta, mask=valid)
 
@@ -299,7 +260,7 @@ def delta_partials_kernel(
             total = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], dtype=tl.float32)
             for _again in range(times):
                 mask = (column >= 0)[:, None] & block_valid[None, :]
-                total += tl.load(grad_maps + column.to(tl.int64)[:, None] * grad_maps_stride_n, mask=mask, other=0.0)
+                total += tl.load(grad_maps + column.to(tl.int64)[:, None] * grad_maps_strides[1], mask=mask, other=0.0)
                 column = tl.load(next_of_set + column, mask=column >= 0, other=-1)
             mask = (n < num_columns)[:, None] & block_valid[None, :]
             tl.store(weights_of_rows + n[:, None], total / num_heads, mask=mask)
@@ -326,144 +287,153 @@ def _load_weights(weights, inverse, row, key_set, valid, j, length, num_columns,
 
 @triton.jit
 def _sum_deltas(deltas, row, head, valid, num_rows, num_heads, num_splits):
-    place = deltas + row.to(tl.int64) * num_heads + head
+    offset = deltas + row.to(tl.int64) * num_heads + head
     delta = tl.zeros(row.shape, dtype=tl.float32)
     for _split in range(num_splits):
-        delta += tl.load(place, mask=valid, other=0.0)
-        place += num_rows * num_heads
+        delta += tl.load(offset, mask=valid, other=0.0)
+        offset += num_rows * num_heads
     return delta
 
 
 @triton.jit
+def _score_gradient(k, q, w, inside, lse, delta, scale, UPCAST: tl.constexpr):
+    """Return ds = p · (w − δ) [BLOCK_KEYS, columns]."""
+    p = _probabilities(k, q, inside, lse, scale, UPCAST)
+    return tl.where(inside, p * (w - delta[None, :]), 0.0)
+
+
+@triton.jit
+def _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS: tl.constexpr):
+    """Return the tiles [first, end) of a split, and of these the ones [begin, stop) in reach of any entry."""
+    first = split * tiles_per_split
+    end = tl.minimum(first + tiles_per_split, tl.cdiv(length, BLOCK_KEYS))
+    begin = tl.minimum(tl.maximum(first, first_key // BLOCK_KEYS), end)
+    return first, begin, tl.maximum(tl.minimum(end, tl.cdiv(end_key, BLOCK_KEYS)), begin), end
+
+
+@triton.jit
 def _store_key_gradient(
-    grad_key, values, j, length, stride_l, stride_d,
+    grad_key, strides, values, j, length,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     dim = tl.arange(0, BLOCK_DIM)
-    offset = j.to(tl.int64)[:, None] * stride_l + dim.to(tl.int64)[None, :] * stride_d
+    offset = j.to(tl.int64)[:, None] * strides[2] + dim.to(tl.int64)[None, :] * strides[3]
     mask = (j < length)[:, None] & (dim < HEAD_DIM)[None, :]
     if ADD:
         values += tl.load(grad_key + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(grad_key + offset, values.to(grad_key.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _zero_out_of_reach(
+    grad_key, strides, first, begin, stop, end, length,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    zero = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
+    for tile in range(first, begin):
+        j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        _store_key_gradient(grad_key, strides, zero, j, length, HEAD_DIM, BLOCK_DIM, False)
+    for tile in range(stop, end):
+        j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        _store_key_gradient(grad_key, strides, zero, j, length, HEAD_DIM, BLOCK_DIM, False)
+
+
 @triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
 def gradients_kernel(
     query, key, lse, weights, deltas, entries, blocks, inverse, grad_query_partials, grad_key,
     scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
-    query_stride_b, query_stride_h, query_stride_l, query_stride_d,
-    key_stride_b, key_stride_h, key_stride_l, key_stride_d,
-    grad_key_stride_b, grad_key_stride_h, grad_key_stride_l, grad_key_stride_d,
+    query_strides, key_strides, grad_key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr, ADD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """∂q partials [splits, R, Hq, D] and ∂k, over a split of the keys. Grid: splits, Hkv, blocks.
+    """∂q partials [splits, R, Hq, D] and, if it is given, ∂k, over a split of the keys. Grid: splits, Hkv, blocks.
 
-    ds = p · (w − δ), ∂q = scale Σ_j ds · k, ∂k = scale Σ_{r, h in group} ds · q, with δ = Σ of `delta_splits`.
-
-    With WANT_QUERY a block has at most BLOCK_ROWS entries; with WANT_KEY it is all entries of a sequence (there is one
-    block for every sequence), and every key of every sequence is written, those in no range as zeros. Both at once need
-    few rows: then K is loaded once for both. With ADD, ∂k is added to what is there, and keys in no range stay as they
-    are.
+    ∂q = scale Σ_j ds · k and ∂k = scale Σ_{r, h in group} ds · q, with δ = Σ of `delta_splits`; K is loaded once for
+    both. A block has at most BLOCK_ROWS entries. With ∂k it is all entries of a sequence, one block for every sequence:
+    every key of it is written, those in no range as zeros. With ADD, ∂k is added to what is there.
     """
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence, first, end, first_key, end_key, _ = _block(blocks, block)
-    if not WANT_KEY:
+    sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
+    first_tile, begin, stop, end_tile = _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS)
+    if grad_key is None:
         if first >= end:
             return
-    first_tile = split * tiles_per_split
-    end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(length, BLOCK_KEYS))
-    # the tiles in reach of any entry; none if there is no entry
-    begin = tl.minimum(tl.maximum(first_tile, first_key // BLOCK_KEYS), end_tile)
-    stop = tl.maximum(tl.minimum(end_tile, tl.cdiv(end_key, BLOCK_KEYS)), begin)
-
-    if WANT_KEY:
-        grad_key += sequence.to(tl.int64) * grad_key_stride_b + tl.cast(key_head, tl.int64) * grad_key_stride_h
-        if not ADD:
-            zero = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
-            for tile in range(first_tile, begin):
-                j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-                _store_key_gradient(
-                    grad_key, zero, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM, ADD
-                )
-            for tile in range(stop, end_tile):
-                j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-                _store_key_gradient(
-                    grad_key, zero, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM, ADD
-                )
-
-    if WANT_QUERY:
-        row, position, key_start, key_end, head, valid = _columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
-        head += key_head * group
-        q = _load_query(
-            query, sequence, position, head, valid,
-            query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
-        )  # fmt: skip
-        row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
-        delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
-        block_row, block_set, block_valid = _rows(entries, first, end, BLOCK_ROWS)
-        # ∂q transposed, so that again the long dimension is the first
-        grad_query = tl.zeros([BLOCK_DIM, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
-        for tile in range(begin, stop):
-            j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-            k = _load_key(
-                key, sequence, key_head, j, (j >= first_key) & (j < end_key),
-                key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
-            )  # fmt: skip
-            w = _load_weights(weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS)
-            inside = _inside(j, key_start, key_end)
-            p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
-            ds = tl.where(inside, p * (w - delta[None, :]), 0.0)
-            grad_query = _gradient_dot(tl.trans(k), ds, grad_query, UPCAST)
-            if WANT_KEY:
-                values = _gradient_dot(ds, q, tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32), UPCAST) * scale
-                _store_key_gradient(
-                    grad_key, values, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM, ADD
-                )
-        dim = tl.arange(0, BLOCK_DIM)
-        place = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
-        mask = (dim < HEAD_DIM)[:, None] & valid[None, :]
-        tl.store(grad_query_partials + place[None, :] + dim[:, None], grad_query * scale, mask=mask)
     else:
-        for tile in range(begin, stop):
-            j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-            k = _load_key(
-                key, sequence, key_head, j, (j >= first_key) & (j < end_key),
-                key_stride_b, key_stride_h, key_stride_l, key_stride_d, HEAD_DIM, BLOCK_DIM,
-            )  # fmt: skip
-            values = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
-            for entry in range(first, end, BLOCK_ROWS):
-                row, position, key_start, key_end, head, valid = _columns(
-                    entries, entry, end, group, BLOCK_ROWS, BLOCK_HEADS
-                )
-                inside = _inside(j, key_start, key_end)
-                # Packed neighbours: most tiles are out of most rows' reach.
-                if tl.max(tl.max(inside.to(tl.int32), axis=1), axis=0) > 0:
-                    head += key_head * group
-                    q = _load_query(
-                        query, sequence, position, head, valid,
-                        query_stride_b, query_stride_h, query_stride_l, query_stride_d, HEAD_DIM, BLOCK_DIM,
-                    )  # fmt: skip
-                    row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
-                    delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
-                    block_row, block_set, block_valid = _rows(entries, entry, end, BLOCK_ROWS)
-                    w = _load_weights(
-                        weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS
-                    )
-                    p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
-                    ds = tl.where(inside, p * (w - delta[None, :]), 0.0)
-                    values = _gradient_dot(ds, q, values, UPCAST)
-            _store_key_gradient(
-                grad_key, values * scale, j, length, grad_key_stride_l, grad_key_stride_d, HEAD_DIM, BLOCK_DIM, ADD
+        grad_key += sequence.to(tl.int64) * grad_key_strides[0] + tl.cast(key_head, tl.int64) * grad_key_strides[1]
+        if not ADD:
+            _zero_out_of_reach(
+                grad_key, grad_key_strides, first_tile, begin, stop, end_tile, length, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS
             )
+
+    row, position, key_start, key_end, head, valid = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    head += key_head * group
+    q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
+    row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
+    delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
+    block_row, block_set, block_valid = _load_rows(entries, first, end, BLOCK_ROWS)
+    # ∂q transposed, so that again the long dimension is the first
+    grad_query = tl.zeros([BLOCK_DIM, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
+    for tile in range(begin, stop):
+        j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        k = _load_key(key, key_strides, sequence, key_head, j, (j >= first_key) & (j < end_key), HEAD_DIM, BLOCK_DIM)
+        w = _load_weights(weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS)
+        ds = _score_gradient(k, q, w, _inside(j, key_start, key_end), row_lse, delta, scale, UPCAST)
+        grad_query = _gradient_dot(tl.trans(k), ds, grad_query, UPCAST)
+        if grad_key is not None:
+            values = _gradient_dot(ds, q, tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32), UPCAST) * scale
+            _store_key_gradient(grad_key, grad_key_strides, values, j, length, HEAD_DIM, BLOCK_DIM, ADD)
+    dim = tl.arange(0, BLOCK_DIM)
+    offset = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
+    mask = (dim < HEAD_DIM)[:, None] & valid[None, :]
+    tl.store(grad_query_partials + offset[None, :] + dim[:, None], grad_query * scale, mask=mask)
+
+
+@triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
+def key_gradients_kernel(
+    query, key, lse, weights, deltas, entries, blocks, inverse, grad_key,
+    scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
+    query_strides, key_strides, grad_key_strides,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """∂k as in `gradients_kernel`, for any number of entries: the program of a tile walks over all of a sequence."""
+    split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
+    first_tile, begin, stop, end_tile = _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS)
+    grad_key += sequence.to(tl.int64) * grad_key_strides[0] + tl.cast(key_head, tl.int64) * grad_key_strides[1]
+    if not ADD:
+        _zero_out_of_reach(
+            grad_key, grad_key_strides, first_tile, begin, stop, end_tile, length, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS
+        )
+    for tile in range(begin, stop):
+        j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        k = _load_key(key, key_strides, sequence, key_head, j, (j >= first_key) & (j < end_key), HEAD_DIM, BLOCK_DIM)
+        values = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
+        for entry in range(first, end, BLOCK_ROWS):
+            row, position, key_start, key_end, head, valid = _load_columns(
+                entries, entry, end, group, BLOCK_ROWS, BLOCK_HEADS
+            )
+            inside = _inside(j, key_start, key_end)
+            # Packed neighbours: most tiles are out of most rows' reach.
+            if tl.max(tl.max(inside.to(tl.int32), axis=1), axis=0) > 0:
+                head += key_head * group
+                q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
+                row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
+                delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
+                block_row, block_set, block_valid = _load_rows(entries, entry, end, BLOCK_ROWS)
+                w = _load_weights(
+                    weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS
+                )
+                ds = _score_gradient(k, q, w, inside, row_lse, delta, scale, UPCAST)
+                values = _gradient_dot(ds, q, values, UPCAST)
+        _store_key_gradient(grad_key, grad_key_strides, values * scale, j, length, HEAD_DIM, BLOCK_DIM, ADD)
 
 
 @triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
 def query_gradient_kernel(
     partials, entries, grad_query,
     num_rows, num_heads, num_splits,
-    grad_query_stride_b, grad_query_stride_h, grad_query_stride_l, grad_query_stride_d,
+    grad_query_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """∂q of the rows' tokens: Σ of the partials over splits and over the rows of one token. Grid: R, Hq.
@@ -482,12 +452,12 @@ def query_gradient_kernel(
         row = tl.load(table).to(tl.int64)
         for start in range(0, num_splits, BLOCK_SPLITS):
             split = start + tl.arange(0, BLOCK_SPLITS)
-            place = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
+            offset = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
             mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
-            total += tl.sum(tl.load(partials + place[:, None] + dim[None, :], mask=mask, other=0.0), axis=0)
+            total += tl.sum(tl.load(partials + offset[:, None] + dim[None, :], mask=mask, other=0.0), axis=0)
         entry = tl.load(table + 6)
-    grad_query += sequence * grad_query_stride_b + tl.cast(head, tl.int64) * grad_query_stride_h
-    grad_query += position * grad_query_stride_l + dim.to(tl.int64) * grad_query_stride_d
+    grad_query += sequence * grad_query_strides[0] + tl.cast(head, tl.int64) * grad_query_strides[1]
+    grad_query += position * grad_query_strides[2] + dim.to(tl.int64) * grad_query_strides[3]
     if ADD:
         total += tl.load(grad_query, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
     tl.store(grad_query, total.to(grad_query.dtype.element_ty), mask=dim < HEAD_DIM)

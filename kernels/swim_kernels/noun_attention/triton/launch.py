@@ -21,7 +21,14 @@ from torch import Tensor
 
 from swim_kernels.noun_attention.triton import kernels
 from swim_kernels.noun_attention.triton.plan import Plan, plan_of
-from swim_kernels.noun_attention.triton.tiles import Tile, choose_tile, columns_for, fits_one_block, tile_constexprs
+from swim_kernels.noun_attention.triton.tiles import (
+    Tile,
+    choose_tile,
+    columns_for,
+    kernel_function,
+    pad_group,
+    tile_constexprs,
+)
 from swim_kernels.runtime.launch import DTYPES, get_architecture, is_interpreted, launch
 from swim_kernels.structs.noun_queries import NounQueries
 
@@ -74,51 +81,37 @@ def add_gradients(
 
 def _plan(query: Tensor, key: Tensor, queries: NounQueries) -> list[Tensor]:
     batch, num_heads, length, head_dim = query.shape
-    heads = _block_heads(num_heads // key.shape[1])
+    heads = pad_group(num_heads // key.shape[1])
     block_rows = columns_for("maps", len(queries), heads, head_dim, DTYPES[query.dtype]) // heads
     return list(plan_of(queries, batch, length, block_rows))
 
 
 @torch.library.custom_op("swim_kernels::noun_attention_lse", mutates_args=())
 def log_sum_exp(query: Tensor, key: Tensor, plan: list[Tensor], scale: float) -> Tensor:
-    """lse [R, Hq] fp32"""
-    tables = Plan(*plan)
-    num_rows, num_heads = len(tables.entries), query.shape[1]
-    lse = query.new_empty(num_rows, num_heads, dtype=torch.float32)
-    if not _anything(tables):
+    """Return lse [R, Hq] fp32."""
+    layer = _Layer(query, key, plan, scale)
+    lse = query.new_empty(layer.num_rows, layer.num_heads, dtype=torch.float32)
+    if layer.is_empty:
         return lse.zero_()
-    run = _Run(query, key, num_rows)
-    tile = run.tile("lse_partials")
-    num_splits, tiles = _splits(key.shape[2], tile.block_keys, most=64)
-    maxima, sums = lse.new_empty(2, num_splits, num_rows, num_heads)
-    run.launch(
-        "lse_partials",
-        (num_splits, key.shape[1], len(tables.blocks)),
-        (query, key, tables.entries, tables.blocks, maxima, sums),
-        (scale, query.shape[2], num_rows, num_heads, run.group, tiles),
-        (*query.stride(), *key.stride()),
-    )
-    grid = (triton.cdiv(lse.numel(), _BLOCK_ITEMS),)
-    launch(kernels.lse_combine_kernel, grid, maxima, sums, lse, lse.numel(), num_splits, BLOCK=_BLOCK_ITEMS)
+    num_splits, tiles = _splits(layer.length, layer.tile("lse_partials").block_keys, most=64)
+    maxima, sums = lse.new_empty(2, num_splits, *lse.shape)
+    blocks = layer.plan.blocks
+    grid = (num_splits, layer.num_key_heads, len(blocks))
+    layer.launch("lse_partials", grid, blocks=blocks, maxima=maxima, sums=sums, tiles_per_split=tiles)
+    _combine(kernels.lse_combine_kernel, num_splits, maxima=maxima, sums=sums, lse=lse)
     return lse
 
 
 @torch.library.custom_op("swim_kernels::noun_attention_maps", mutates_args=())
 def maps_of(query: Tensor, key: Tensor, lse: Tensor, plan: list[Tensor], scale: float) -> Tensor:
-    """a [R, N] fp32 from a contiguous lse [R, Hq]"""
-    tables = Plan(*plan)
-    num_rows, num_columns = len(tables.entries), tables.key_sets.shape[1]
-    maps = query.new_empty(num_rows, num_columns, dtype=torch.float32)
-    if not _anything(tables):
+    """Return a [R, N] fp32 from a contiguous lse [R, Hq]."""
+    layer = _Layer(query, key, plan, scale, lse=lse)
+    maps = query.new_empty(layer.num_rows, layer.num_columns, dtype=torch.float32)
+    if layer.is_empty:
         return maps
-    run = _Run(query, key, num_rows)
-    run.launch(
-        "maps",
-        (triton.cdiv(num_columns, run.tile("maps").block_keys), len(tables.read_blocks)),
-        (query, key, lse, tables.entries, tables.read_blocks, tables.key_sets, maps),
-        (scale, num_rows, query.shape[1], key.shape[1], run.group, num_columns),
-        (*query.stride(), *key.stride()),
-    )
+    blocks = layer.plan.read_blocks
+    grid = (triton.cdiv(layer.num_columns, layer.tile("maps").block_keys), len(blocks))
+    layer.launch("maps", grid, blocks=blocks, maps=maps)
     return maps
 
 
@@ -133,17 +126,14 @@ def gradients_of(
     want_query: bool,
     want_key: bool,
 ) -> tuple[Tensor, Tensor]:
-    """∂q and ∂k in the dtype and, if they are dense, the strides of query and key; empty if unwanted."""
-    tables = Plan(*plan)
-    if not _anything(tables):
-        return (
-            torch.zeros_like(query) if want_query else query.new_empty(0),
-            torch.zeros_like(key) if want_key else key.new_empty(0),
-        )
-    run = _Gradients(grad_maps, query, key, lse, tables, scale, add=False)
+    """Return ∂q and ∂k in the dtype and, if they are dense, the strides of query and key; empty if unwanted."""
+    layer = _Layer(query, key, plan, scale, lse=lse)
     grad_query = torch.zeros_like(query) if want_query else None
-    grad_key = torch.empty_like(key) if want_key else None  # every element is written
-    run.write(grad_query, grad_key, *run.delta_partials())
+    grad_key = None
+    if want_key:  # every element is written
+        grad_key = torch.zeros_like(key) if layer.is_empty else torch.empty_like(key)
+    if not layer.is_empty:
+        layer.write_gradients(grad_query, grad_key, *layer.delta_partials(grad_maps), add=False)
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in (grad_query, grad_key))
 
 
@@ -151,13 +141,12 @@ def gradients_of(
 def deltas_of(
     grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, plan: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """δ [R, Hq] fp32 and the weights [R, N] of the columns"""
-    tables = Plan(*plan)
-    if not _anything(tables):
-        return torch.zeros_like(lse), lse.new_zeros(len(lse), tables.key_sets.shape[1])
-    run = _Gradients(grad_maps, query, key, lse, tables, scale, add=False)
-    partials, weights = run.delta_partials()
-    return run.sum_deltas(partials)[0], weights
+    """Return δ [R, Hq] fp32 and the weights [R, N] of the columns."""
+    layer = _Layer(query, key, plan, scale, lse=lse)
+    if layer.is_empty:
+        return torch.zeros_like(lse), lse.new_zeros(len(lse), layer.num_columns)
+    partials, weights = layer.delta_partials(grad_maps)
+    return layer.sum_deltas(partials)[0], weights
 
 
 @torch.library.custom_op("swim_kernels::noun_attention_add_gradients", mutates_args=("grad_query", "grad_key"))
@@ -172,13 +161,12 @@ def add_gradients_of(
     plan: list[Tensor],
     scale: float,
 ) -> None:
-    """∂q and ∂k added to what is there. With weights, without δ."""
-    tables = Plan(*plan)
-    if not _anything(tables):
+    """Add ∂q and ∂k to what is there. With weights, without δ."""
+    layer = _Layer(query, key, plan, scale, lse=lse)
+    if layer.is_empty:
         return
-    run = _Gradients(grad_maps, query, key, lse, tables, scale, add=True)
-    partials, weights = run.delta_partials() if weights is None else (torch.zeros_like(lse)[None], weights)
-    run.write(grad_query, grad_key, partials, weights)
+    partials, weights = layer.delta_partials(grad_maps) if weights is None else (torch.zeros_like(lse)[None], weights)
+    layer.write_gradients(grad_query, grad_key, partials, weights, add=True)
 
 
 @log_sum_exp.register_fake
@@ -229,136 +217,114 @@ def _backward(ctx, grad_maps):
 maps_of.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Run:
-    """What the launches on one query and key have in common."""
+class _Layer:
+    """The launches on one query and key, which hand to a kernel what it takes of `arguments`."""
 
-    def __init__(self, query: Tensor, key: Tensor, num_rows: int, add: bool = False) -> None:
-        self.query = query
-        self.num_rows = num_rows
-        self.add = add
-        self.head_dim = query.shape[3]
-        self.group = query.shape[1] // key.shape[1]
-        self.block_heads = _block_heads(self.group)
-        self.dtype = DTYPES[query.dtype]
+    def __init__(self, query: Tensor, key: Tensor, plan: list[Tensor], scale: float, lse: Tensor | None = None) -> None:
+        self.plan = Plan(*plan)
+        _, self.num_heads, self.length, self.head_dim = query.shape
+        self.num_rows, self.num_columns = len(self.plan.entries), self.plan.key_sets.shape[1]
+        self.num_key_heads = key.shape[1]
+        self.group = self.num_heads // self.num_key_heads
+        self.is_empty = not self.num_rows or not self.num_columns
+        self.key, self.dtype = key, DTYPES[query.dtype]
         self.architecture = get_architecture(query.device)
+        shape = ("length", "num_rows", "num_heads", "num_key_heads", "group", "num_columns")
+        self.arguments = {name: getattr(self, name) for name in shape} | self.plan._asdict()
+        self.arguments |= {"query": query, "key": key, "lse": lse, "scale": scale}
+        self.arguments |= {"query_strides": query.stride(), "key_strides": key.stride()}
 
     def tile(self, kernel: str) -> Tile:
-        return choose_tile(kernel, self.num_rows, self.block_heads, self.head_dim, self.dtype, self.architecture)
+        heads = pad_group(self.group)
+        return choose_tile(kernel, self.num_rows, heads, self.head_dim, self.dtype, self.architecture)
 
-    def fits_one_block(self) -> bool:
-        return fits_one_block(self.num_rows, self.block_heads, self.head_dim, self.dtype, self.architecture)
-
-    def launch(self, kernel: str, grid: tuple[int, ...], tensors: tuple, numbers: tuple, strides: tuple) -> None:
+    def launch(self, kernel: str, grid: tuple[int, ...], add: bool = False, **arguments) -> None:
         tile = self.tile(kernel)
-        function = getattr(kernels, f"{'gradients' if kernel.endswith('gradients') else kernel}_kernel")
-        values = tile_constexprs(kernel, self.head_dim, tile, self.add) | {"UPCAST": is_interpreted(function)}
+        function = getattr(kernels, kernel_function(kernel))
+        known = {name: value for name, value in self.arguments.items() if name in function.arg_names}
+        constexprs = tile_constexprs(kernel, self.head_dim, tile, add) | {"UPCAST": is_interpreted(function)}
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        launch(function, grid, *tensors, *numbers, *strides, **values, **options)
+        launch(function, grid, **known | arguments | constexprs | options)
 
-
-class _Gradients(_Run):
-    """Backward. Besides ∂q and ∂k it allocates, in fp32, partials of δ [splits, R, Hq] and ∂q [splits, R, Hq, D] and
-    the weights of the keys that are read out [R, N]."""
-
-    def __init__(
-        self, grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, tables: Plan, scale: float, add: bool
-    ) -> None:
-        super().__init__(query, key, len(tables.entries), add)
-        self.grad_maps, self.key, self.lse, self.tables, self.scale = grad_maps, key, lse, tables, scale
-
-    def write(self, grad_query: Tensor | None, grad_key: Tensor | None, deltas: Tensor, weights: Tensor) -> None:
-        """∂q and ∂k, where they are given; the rows' tokens alone of ∂q."""
-        if grad_query is not None and grad_key is not None and self.fits_one_block():
-            partials = self.pass_over_keys("gradients", self.tables.sequences, weights, deltas, grad_key)
-            self.sum_query_gradient(partials, grad_query)
-            return
-        if len(deltas) > 1:
-            deltas = self.sum_deltas(deltas)
-        if grad_query is not None:
-            partials = self.pass_over_keys("query_gradients", self.tables.blocks, weights, deltas, None)
-            self.sum_query_gradient(partials, grad_query)
-        if grad_key is not None:
-            self.pass_over_keys("key_gradients", self.tables.sequences, weights, deltas, grad_key)
-
-    def delta_partials(self) -> tuple[Tensor, Tensor]:
-        """δ partials and the weights of the keys."""
-        num_heads, num_columns = self.query.shape[1], self.tables.key_sets.shape[1]
-        num_splits, tiles = _splits(num_columns, self.tile("delta_partials").block_keys, most=32)
-        deltas = self.lse.new_empty(num_splits, self.num_rows, num_heads)
-        weights = self.lse.new_empty(self.num_rows, num_columns)
-        tables = self.tables
-        self.launch(
-            "delta_partials",
-            (num_splits, self.key.shape[1], len(tables.read_blocks)),
-            (self.query, self.key, self.lse, self.grad_maps, tables.entries, tables.read_blocks, tables.key_sets)
-            + (tables.next_column, tables.repeats, deltas, weights),
-            (self.scale, self.num_rows, num_heads, self.group, num_columns, tiles),
-            (*self.query.stride(), *self.key.stride(), *self.grad_maps.stride()),
-        )
+    def delta_partials(self, grad_maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return δ partials [splits, R, Hq] and the weights [R, N] of the keys that are read out, fp32."""
+        num_splits, tiles = _splits(self.num_columns, self.tile("delta_partials").block_keys, most=32)
+        deltas = grad_maps.new_empty(num_splits, self.num_rows, self.num_heads, dtype=torch.float32)
+        weights = deltas.new_empty(self.num_rows, self.num_columns)
+        blocks = self.plan.read_blocks
+        grid = (num_splits, self.num_key_heads, len(blocks))
+        inputs = {"grad_maps": grad_maps, "grad_maps_strides": grad_maps.stride(), "blocks": blocks}
+        self.launch("delta_partials", grid, **inputs, deltas=deltas, weights=weights, tiles_per_split=tiles)
         return deltas, weights
 
     def sum_deltas(self, partials: Tensor) -> Tensor:
         deltas = partials.new_empty(1, *partials.shape[1:])
-        grid = (triton.cdiv(deltas.numel(), _BLOCK_ITEMS),)
-        launch(kernels.delta_sum_kernel, grid, partials, deltas, deltas.numel(), len(partials), BLOCK=_BLOCK_ITEMS)
+        _combine(kernels.delta_sum_kernel, len(partials), partials=partials, deltas=deltas)
         return deltas
 
+    def write_gradients(
+        self, grad_query: Tensor | None, grad_key: Tensor | None, deltas: Tensor, weights: Tensor, add: bool
+    ) -> None:
+        """Write ∂q, of the rows' tokens alone, and ∂k, where they are given."""
+        tile = self.tile("gradients")
+        if grad_query is not None and grad_key is not None and self.num_rows <= tile.block_rows:
+            partials = self.pass_over_keys("gradients", self.plan.sequences, deltas, weights, grad_key, add)
+            self.sum_query_gradient(partials, grad_query, add)
+            return
+        if len(deltas) > 1:
+            deltas = self.sum_deltas(deltas)
+        if grad_query is not None:
+            partials = self.pass_over_keys("query_gradients", self.plan.blocks, deltas, weights, None, add)
+            self.sum_query_gradient(partials, grad_query, add)
+        if grad_key is not None:
+            self.pass_over_keys("key_gradients", self.plan.sequences, deltas, weights, grad_key, add)
+
     def pass_over_keys(
-        self, kernel: str, blocks: Tensor, weights: Tensor, deltas: Tensor, grad_key: Tensor | None
-    ) -> Tensor:
-        """Fills ∂k if it is given; returns the partials of ∂q [splits, R, Hq, D], empty for "key_gradients"."""
+        self, kernel: str, blocks: Tensor, deltas: Tensor, weights: Tensor, grad_key: Tensor | None, add: bool
+    ) -> Tensor | None:
+        """Write ∂k if it is given; return the partials of ∂q [splits, R, Hq, D], None for "key_gradients"."""
         tile = self.tile(kernel)
-        _, num_key_heads, length, _ = self.key.shape
-        if kernel == "key_gradients":
-            num_splits, tiles = _splits(length, tile.block_keys, most=length)
-            partials = self.lse.new_empty(0)
-        else:
+        most = self.length
+        if kernel != "key_gradients":
             row_blocks = triton.cdiv(self.num_rows, tile.block_rows)
-            most = max(1, _GRADIENT_PROGRAMS // (num_key_heads * row_blocks))
-            num_splits, tiles = _splits(length, tile.block_keys, most)
-            partials = self.lse.new_empty(num_splits, self.num_rows, *self.query.shape[1::2])
-        tables = self.tables
-        grad_strides = (0, 0, 0, 1) if grad_key is None else grad_key.stride()
-        self.launch(
-            kernel,
-            (num_splits, num_key_heads, len(blocks)),
-            (self.query, self.key, self.lse, weights, deltas, tables.entries, blocks, tables.inverse)
-            + (partials, self.key if grad_key is None else grad_key),
-            (self.scale, length, self.num_rows, self.query.shape[1], self.group, tables.key_sets.shape[1])
-            + (len(deltas), tiles),
-            (*self.query.stride(), *self.key.stride(), *grad_strides),
-        )
+            most = max(1, _GRADIENT_PROGRAMS // (self.num_key_heads * row_blocks))
+        num_splits, tiles = _splits(self.length, tile.block_keys, most)
+        arguments = {"blocks": blocks, "deltas": deltas, "delta_splits": len(deltas), "weights": weights}
+        arguments |= {"grad_key": grad_key, "grad_key_strides": None if grad_key is None else grad_key.stride()}
+        partials = None
+        if kernel != "key_gradients":
+            partials = deltas.new_empty(num_splits, self.num_rows, self.num_heads, self.head_dim)
+            arguments["grad_query_partials"] = partials
+        self.launch(kernel, (num_splits, self.num_key_heads, len(blocks)), add, **arguments, tiles_per_split=tiles)
         return partials
 
-    def sum_query_gradient(self, partials: Tensor, grad_query: Tensor) -> None:
-        num_splits, num_rows, num_heads, head_dim = partials.shape
+    def sum_query_gradient(self, partials: Tensor, grad_query: Tensor, add: bool) -> None:
         launch(
             kernels.query_gradient_kernel,
-            (num_rows, num_heads),
-            partials,
-            self.tables.entries,
-            grad_query,
-            num_rows,
-            num_heads,
-            num_splits,
-            *grad_query.stride(),
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=triton.next_power_of_2(head_dim),
+            (self.num_rows, self.num_heads),
+            partials=partials,
+            entries=self.plan.entries,
+            grad_query=grad_query,
+            num_rows=self.num_rows,
+            num_heads=self.num_heads,
+            num_splits=len(partials),
+            grad_query_strides=grad_query.stride(),
+            HEAD_DIM=self.head_dim,
+            BLOCK_DIM=triton.next_power_of_2(self.head_dim),
             BLOCK_SPLITS=8,
-            ADD=self.add,
+            ADD=add,
         )
+
+
+def _combine(kernel, num_splits: int, **tensors: Tensor) -> None:
+    """Launch a kernel that adds up partials [splits, …] into the last of the tensors."""
+    num_items = list(tensors.values())[-1].numel()
+    grid = (triton.cdiv(num_items, _BLOCK_ITEMS),)
+    launch(kernel, grid, **tensors, num_items=num_items, num_splits=num_splits, BLOCK=_BLOCK_ITEMS)
 
 
 def _splits(length: int, block_keys: int, most: int) -> tuple[int, int]:
-    """How many splits, from shapes only, and how many tiles has each."""
+    """Return the number of splits, from shapes only, and of tiles in each."""
     tiles = triton.cdiv(length, block_keys)
     per_split = triton.cdiv(tiles, max(1, min(triton.cdiv(length, _LEAST_KEYS), most)))
     return triton.cdiv(tiles, per_split), per_split
-
-
-def _block_heads(group: int) -> int:
-    return triton.next_power_of_2(group)
-
-
-def _anything(tables: Plan) -> bool:
-    return tables.entries.shape[0] > 0 and tables.key_sets.shape[1] > 0

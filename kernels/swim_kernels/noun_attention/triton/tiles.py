@@ -8,17 +8,11 @@ does not compile anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 
-ARCHITECTURES = (80, 90, 100)
-DTYPES = ("bf16", "fp16", "fp32")
-HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # those that are built in the tests; any up to 256 is served
-BLOCK_HEADS = (1, 2, 4, 8, 16)
 MAX_GROUP, MAX_HEAD_DIM = 16, 256
 
-# kernels with a tile of keys; "gradients" does ∂q and ∂k in one pass over K, the other two one of them
+# with a tile of keys; "gradients" does ∂q and ∂k in one pass over K, "query_gradients" and "key_gradients" one of them
 KERNELS = ("lse_partials", "maps", "delta_partials", "gradients", "query_gradients", "key_gradients")
 
 
@@ -65,8 +59,8 @@ def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
     """The tile of one of `KERNELS`.
 
     Args:
-        block_heads: one of `BLOCK_HEADS`.
-        dtype: one of `DTYPES`.
+        block_heads: heads of a group, filled up to a power of two.
+        dtype: "bf16", "fp16" or "fp32".
         architecture: compute capability, as in 80; 12x and other 8x get the tiles of sm_80, 11x those of sm_100.
     """
     columns = columns_for(kernel, num_rows, block_heads, head_dim, dtype)
@@ -89,85 +83,17 @@ def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
     return Tile(columns // block_heads, block_heads, block_keys, num_warps, num_stages)
 
 
+def pad_group(group: int) -> int:
+    """Return the heads of a group in a tile: filled up to a power of two."""
+    return 1 << (group - 1).bit_length()
+
+
 def _block_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _nearest(architecture: int) -> int:
     return {9: 90, 10: 100, 11: 100}.get(architecture // 10, 80)
-
-
-def fits_one_block(num_rows: int, block_heads: int, head_dim: int, dtype: str, architecture: int) -> bool:
-    """Whether all rows share one tile of the kernel "gradients", which then does ∂q and ∂k in one pass over K."""
-    return num_rows <= choose_tile("gradients", num_rows, block_heads, head_dim, dtype, architecture).block_rows
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One build of one kernel: what `triton.compile` needs besides the target.
-
-    Attributes:
-        kernel: one of `KERNELS`.
-        architecture, dtype, head_dim: what it is for.
-        tile: its tile.
-        add: of the kernels that write ∂k, whether it is added to what is there (behind a flash attention's backward).
-    """
-
-    kernel: str
-    architecture: int
-    dtype: str
-    head_dim: int
-    tile: Tile
-    add: bool = False
-
-    @property
-    def name(self) -> str:
-        tile = self.tile
-        return (
-            f"{self.kernel}-sm{self.architecture}-{self.dtype}-d{self.head_dim}-"
-            f"rows{tile.block_rows}x{tile.block_heads}-keys{tile.block_keys}{'-add' if self.add else ''}"
-        )
-
-    def function(self):
-        """The `triton.jit` function."""
-        from swim_kernels.noun_attention.triton import kernels as triton_kernels
-
-        name = "gradients" if self.kernel.endswith("gradients") else self.kernel
-        return getattr(triton_kernels, f"{name}_kernel")
-
-    def signature(self) -> dict[str, str]:
-        """Type of every argument by name in the order of the function; "constexpr" for compile-time ones.
-
-        Strides of the head dimension are compile-time ones (1) as at a launch with unit stride.
-        """
-        element = f"*{self.dtype}"
-        types = {}
-        for name in self.function().arg_names:
-            if name in self.constexprs():
-                types[name] = "constexpr"
-            elif name in ("query", "key", "grad_key", "grad_query"):
-                types[name] = element
-            elif name in ("entries", "blocks", "key_sets", "inverse", "next_column", "repeats"):
-                types[name] = "*i32"
-            elif name in _FP32_POINTERS:
-                types[name] = "*fp32"
-            else:
-                types[name] = "fp32" if name == "scale" else "i32"
-        return types
-
-    def constexprs(self) -> dict[str, int | bool]:
-        """Compile-time arguments, and those that a launch specialises on because they are 1."""
-        ones = [name for name in self.function().arg_names if name.endswith(("stride_d", "stride_n"))]
-        return tile_constexprs(self.kernel, self.head_dim, self.tile, self.add) | dict.fromkeys(ones, 1)
-
-    def aligned(self) -> frozenset[str]:
-        """Arguments that are multiples of 16 at a launch: pointers, and strides of the inputs and of ∂k."""
-        types = self.signature()
-        strides = (name for name in types if "_stride_" in name and types[name] != "constexpr" and "maps" not in name)
-        return frozenset([*(name for name in types if types[name].startswith("*")), *strides])
-
-
-_FP32_POINTERS = ("lse", "maps", "grad_maps", "deltas", "weights", "maxima", "sums", "grad_query_partials")
 
 
 def tile_constexprs(kernel: str, head_dim: int, tile: Tile, add: bool = False) -> dict[str, int | bool]:
@@ -181,23 +107,10 @@ def tile_constexprs(kernel: str, head_dim: int, tile: Tile, add: bool = False) -
         "UPCAST": False,
     }
     if kernel.endswith("gradients"):
-        values["WANT_QUERY"] = kernel != "key_gradients"
-        values["WANT_KEY"] = kernel != "query_gradients"
         values["ADD"] = add and kernel != "query_gradients"
     return values
 
 
-def all_configurations(
-    architectures=ARCHITECTURES, dtypes=DTYPES, head_dims=HEAD_DIMS, block_heads=BLOCK_HEADS, kernels=KERNELS
-) -> Iterator[Configuration]:
-    """Every build that the table can choose for 1 to 512 rows, each once."""
-    seen = set()
-    for architecture, dtype, head_dim, heads, kernel in product(architectures, dtypes, head_dims, block_heads, kernels):
-        for num_rows, add in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (False, True)):
-            if add and kernel not in ("gradients", "key_gradients"):
-                continue
-            tile = choose_tile(kernel, num_rows, heads, head_dim, dtype, architecture)
-            configuration = Configuration(kernel, architecture, dtype, head_dim, tile, add)
-            if configuration not in seen:
-                seen.add(configuration)
-                yield configuration
+def kernel_function(kernel: str) -> str:
+    """Return the name of the function in `kernels.py`; "query_gradients" is "gradients" without ∂k."""
+    return f"{kernel.replace('query_gradients', 'gradients')}_kernel"

@@ -1,0 +1,96 @@
+"""Builds of the noun attention kernels with a tile of keys, as the table of tiles chooses them.
+
+Kernels that always run with the same tile are in `fixed_builds.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from swim_kernels.noun_attention.triton import kernels
+from swim_kernels.noun_attention.triton.tiles import KERNELS, Tile, choose_tile, kernel_function, tile_constexprs
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = ("bf16", "fp16", "fp32")
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # any up to 256 is served
+BLOCK_HEADS = (1, 2, 4, 8, 16)
+
+_TYPES = (
+    dict.fromkeys(("entries", "blocks", "key_sets", "inverse", "next_column", "repeats"), "*i32")
+    | dict.fromkeys(("lse", "maps", "grad_maps", "deltas", "weights", "maxima", "sums", "grad_query_partials"), "*fp32")
+    | {"scale": "fp32", "grad_maps_strides": ("i32", "constexpr")}
+    | dict.fromkeys(("query_strides", "key_strides", "grad_key_strides"), ("i32", "i32", "i32", "constexpr"))
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One build of one kernel: what `triton.compile` needs besides the target.
+
+    Attributes:
+        kernel: one of `KERNELS`.
+        architecture, dtype, head_dim: what it is for.
+        tile: its tile.
+        add: if a kernel that writes ∂k adds it to what is there (behind a flash attention's backward).
+    """
+
+    kernel: str
+    architecture: int
+    dtype: str
+    head_dim: int
+    tile: Tile
+    add: bool = False
+
+    @property
+    def name(self) -> str:
+        tile = self.tile
+        return (
+            f"{self.kernel}-sm{self.architecture}-{self.dtype}-d{self.head_dim}-"
+            f"rows{tile.block_rows}x{tile.block_heads}-keys{tile.block_keys}{'-add' if self.add else ''}"
+        )
+
+    def function(self):
+        """Return the `triton.jit` function."""
+        return getattr(kernels, kernel_function(self.kernel))
+
+    def signature(self) -> dict[str, str | tuple[str, ...]]:
+        """Return the type of every argument that is no compile-time one.
+
+        Strides of the head dimension are (1), as at a launch with unit stride.
+        """
+        types = _TYPES | dict.fromkeys(("query", "key", "grad_key", "grad_query"), f"*{self.dtype}")
+        constexprs = self.constexprs()
+        return {name: types.get(name, "i32") for name in self.function().arg_names if name not in constexprs}
+
+    def constexprs(self) -> dict[str | tuple[str, int], int | bool | None]:
+        """Return compile-time arguments, and those that a launch specialises on because they are 1 or None."""
+        names = self.function().arg_names
+        values = tile_constexprs(self.kernel, self.head_dim, self.tile, self.add)
+        if self.kernel == "query_gradients":
+            values |= {"grad_key": None, "grad_key_strides": None}
+        ones = {(n, len(_TYPES[n]) - 1): 1 for n in names if n.endswith("_strides") and n not in values}
+        return values | ones
+
+    def aligned(self) -> frozenset[str | tuple[str, int]]:
+        """Return arguments that are multiples of 16 at a launch: pointers, strides of the inputs and of ∂k."""
+        types = self.signature()
+        strides = ((name, i) for name in types if name.endswith("_strides") and "maps" not in name for i in range(3))
+        return frozenset([*(name for name, kind in types.items() if kind[0][0] == "*"), *strides])
+
+
+def all_configurations(
+    architectures=ARCHITECTURES, dtypes=DTYPES, head_dims=HEAD_DIMS, block_heads=BLOCK_HEADS, kernels=KERNELS
+) -> Iterator[Configuration]:
+    """Yield every build that the table can choose for 1 to 512 rows, each once."""
+    seen = set()
+    for architecture, dtype, head_dim, heads, kernel in product(architectures, dtypes, head_dims, block_heads, kernels):
+        for num_rows, add in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (False, True)):
+            if add and kernel not in ("gradients", "key_gradients"):
+                continue
+            tile = choose_tile(kernel, num_rows, heads, head_dim, dtype, architecture)
+            configuration = Configuration(kernel, architecture, dtype, head_dim, tile, add)
+            if configuration not in seen:
+                seen.add(configuration)
+                yield configuration
