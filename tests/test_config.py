@@ -9,7 +9,7 @@ import yaml
 
 from swim_fast.config import ConfigError, DataConfig, ModelConfig, RunConfig, load_config, reference, training_fields
 from swim_fast.options import AttentionLoss
-from swim_fast.training.arguments import training_arguments
+from swim_fast.training.arguments import build_arguments
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": [{"path": "train.jsonl"}]}}
 
@@ -37,9 +37,9 @@ def test_overrides_replace_values_and_make_sections(write):
 
 
 def test_yaml_1_1_does_not_turn_numbers_into_text_nor_no_into_false(write):
-    arguments = training_arguments(load_config(write(), ["training.learning_rate=2e-5", "training.max_steps=3"]))
+    arguments = build_arguments(load_config(write(), ["training.learning_rate=2e-5", "training.max_steps=3"]))
     assert arguments.learning_rate == 2e-5
-    assert training_arguments(load_config(write(), ["training.save_strategy=no"])).save_strategy == "no"
+    assert build_arguments(load_config(write(), ["training.save_strategy=no"])).save_strategy == "no"
     assert load_config(write(), ["attention_loss.text_weight=5e-2"]).attention_loss.text_weight == 0.05
 
 
@@ -101,7 +101,7 @@ def test_mistakes_are_named_with_their_remedy(write, override, message):
         ("remove_unused_columns", "training.remove_unused_columns must be False"),
     ],
 )
-def test_training_arguments_are_checked_by_name(write, key, message):
+def test_build_arguments_are_checked_by_name(write, key, message):
     with pytest.raises(ConfigError) as error:
         load_config(write(training={key: True}))
     assert message in str(error.value)
@@ -135,9 +135,9 @@ def test_early_stopping_says_what_it_needs(write, changed, message):
     training = {key: value for key, value in (BEST | changed).items() if value is not None}
     sections = {"data": MINIMAL["data"] | eval_, "optimization": {"early_stopping_patience": 3}}
     with pytest.raises(ConfigError) as error:
-        training_arguments(load_config(write(**sections, training=training)))
+        build_arguments(load_config(write(**sections, training=training)))
     assert message in str(error.value)
-    good = training_arguments(load_config(write(**sections, training=BEST)))
+    good = build_arguments(load_config(write(**sections, training=BEST)))
     assert good.greater_is_better and good.restore_callback_states_from_checkpoint
 
 
@@ -155,7 +155,7 @@ def test_learning_rates_and_an_optimizer_of_deepspeed_exclude_each_other(write, 
 
 def test_checkpointing_is_not_reentrant_unless_asked_for(write):
     def keywords(**training):
-        return training_arguments(load_config(write(training=training))).gradient_checkpointing_kwargs
+        return build_arguments(load_config(write(training=training))).gradient_checkpointing_kwargs
 
     assert keywords(gradient_checkpointing=True) == {"use_reentrant": False}
     for given in ({"every_n_layers": 2}, {"use_reentrant": True}):

@@ -9,7 +9,7 @@ import pytest
 import swim_fast
 from swim_fast.config import load_config
 from swim_fast.recipes import RECIPES, find_recipe
-from swim_fast.training.arguments import training_arguments
+from swim_fast.training.arguments import build_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +45,7 @@ def test_what_is_no_recipe_stays_as_it_is(elsewhere, name):
 def test_deepspeed_files_are_found_too(elsewhere):
     config = load_config("demo", ["training.deepspeed=configs/deepspeed/zero2.json"])
     assert config.deepspeed()["zero_optimization"]["stage"] == 2
-    assert training_arguments(config).deepspeed == str(RECIPES / "deepspeed" / "zero2.json")
+    assert build_arguments(config).deepspeed == str(RECIPES / "deepspeed" / "zero2.json")
     with pytest.raises(ValueError, match="training.deepspeed is 'configs/deepspeed/zero9.json', which cannot be read"):
         load_config("demo", ["training.deepspeed=configs/deepspeed/zero9.json"])
 

@@ -1,4 +1,4 @@
-"""The one file that loads a checkpoint to answer: processor, weights, and the run that made it."""
+"""The one file that loads a checkpoint: processor, weights, and the run that made it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_processor(path: str | Path) -> Any:
     """
     from transformers import AutoProcessor
 
-    with _in_one_line(path):
+    with explain_failure(path):
         processor = AutoProcessor.from_pretrained(path)
     if not hasattr(processor, "video_processor"):
         raise CheckpointError(f"model {str(path)!r} takes no video: it has no video processor")
@@ -75,7 +75,7 @@ def load_model(path: str | Path, options: Inference = DEFAULTS, device: str | No
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    with _in_one_line(path):
+    with explain_failure(path):
         model, found = AutoModelForImageTextToText.from_pretrained(
             path, dtype=options.dtype, attn_implementation=options.attention, output_loading_info=True
         )
@@ -116,7 +116,7 @@ def choose_sampling(options: Options, run: RunConfig | None) -> tuple[Sampling, 
 
 
 @contextmanager
-def _in_one_line(path: str | Path) -> Iterator[None]:
+def explain_failure(path: str | Path) -> Iterator[None]:
     """Say in a line what transformers cannot load; a damaged file may raise anything there."""
     try:
         yield

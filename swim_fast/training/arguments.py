@@ -6,7 +6,7 @@ from swim_fast.config import FIXED, ConfigError, RunConfig
 from swim_fast.recipes import find_recipe
 
 
-def training_arguments(config: RunConfig) -> TrainingArguments:
+def build_arguments(config: RunConfig) -> TrainingArguments:
     """Return `transformers.TrainingArguments` of the `training` section, with this project's defaults.
 
     Raises:
@@ -26,3 +26,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         return TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
+
+
+def get_data_seed(args: TrainingArguments) -> int:
+    """Return the seed of the order of the samples."""
+    return args.seed if args.data_seed is None else args.data_seed

@@ -26,7 +26,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from swim_fast.data.batch.dataset import MixtureSampler
@@ -34,17 +33,13 @@ from swim_fast.data.batch.workers import start_worker
 from swim_fast.modeling.adapters import has_adapters, load_adapters
 from swim_fast.modeling.freezing import get_part_parameters
 from swim_fast.modeling.text_loss import count_labels
+from swim_fast.training.arguments import get_data_seed
 from swim_fast.training.callbacks import EpochOfSampler
 from swim_fast.training.checkpoints import CheckpointingTrainer
 from swim_fast.training.parameter_groups import split_groups
 from swim_fast.training.sums import Sums
 
 logger = logging.getLogger(__name__)
-
-
-def get_data_seed(args: TrainingArguments) -> int:
-    """Return the seed of the order of the samples."""
-    return args.seed if args.data_seed is None else args.data_seed
 
 
 class HookedTrainer(CheckpointingTrainer):

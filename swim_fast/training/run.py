@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swim_fast.config import ConfigError, DataConfig, RunConfig
+from swim_fast.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -15,28 +16,26 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
     """Load model and processor of a run, the model prepared for training (`prepare_model`).
 
     Raises:
-        ConfigError: `model.path` is no checkpoint.
+        CheckpointError: `model.path` is no checkpoint that can be loaded.
+        OptionError: an option that does not fit the model, see `prepare_model`.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
+    from swim_fast.inference.loading import explain_failure, load_processor
     from swim_fast.modeling.adapters import build_quantization_config
     from swim_fast.modeling.prepare import prepare_model
 
     options, loss = config.model, config.attention_loss
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     quantized = {}
     if options.lora and options.lora.quantize:
-        compute = torch.bfloat16 if dtype == "auto" else dtype
+        compute = getattr(torch, "bfloat16" if options.dtype == "auto" else options.dtype)
         quantized = {"quantization_config": build_quantization_config(options.lora.quantize, compute)}
-    try:
+    processor = load_processor(options.path)
+    with explain_failure(options.path):
         model = AutoModelForImageTextToText.from_pretrained(
-            options.path, dtype=dtype, attn_implementation=options.attention, **quantized
+            options.path, dtype=options.dtype, attn_implementation=options.attention, **quantized
         )
-        processor = AutoProcessor.from_pretrained(options.path)
-    except OSError as error:
-        message = f"model.path {options.path!r} is neither a checkpoint folder nor to be had: {error}"
-        raise ConfigError(message) from error
     prepare_model(
         model,
         liger=options.liger,
@@ -55,13 +54,7 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run with everything that its configuration leaves to the machine and the model.
-
-    Attributes:
-        config: the configuration with this machine's settings and the supervised layers by index.
-        arguments: transformers' arguments.
-        model, processor: the model attached, frozen and adapted as the configuration says.
-    """
+    """Configuration, arguments and model of a run, with the machine's settings and the layers by index."""
 
     config: RunConfig
     arguments: Any
@@ -69,17 +62,13 @@ class ResolvedRun:
     processor: Any
 
 
-def resolve(config: RunConfig) -> ResolvedRun:
-    """Load the model of a configuration and find what the configuration leaves open.
-
-    Raises:
-        ConfigError: an unusable configuration.
-    """
+def resolve_run(config: RunConfig) -> ResolvedRun:
+    """Load the model of a configuration and fill in the values that it leaves open. Errors as for `load_model`."""
     from swim_fast.modeling.noun_attention import get_attached_layers
-    from swim_fast.training.arguments import training_arguments
+    from swim_fast.training.arguments import build_arguments
 
-    config = config.replace(training={**_machine_settings(config), **config.training})
-    args = training_arguments(config)  # before the model: DeepSpeed ZeRO-3 partitions it while it loads
+    config = config.replace(training={**_get_machine_settings(config), **config.training})
+    args = build_arguments(config)  # before the model: DeepSpeed ZeRO-3 partitions it while it loads
     if args.deepspeed and args.world_size > 1:
         import deepspeed
         import torch
@@ -94,12 +83,8 @@ def resolve(config: RunConfig) -> ResolvedRun:
 
 
 def build_trainer(config: RunConfig):
-    """Return the trainer of a configuration, ready to `train()` or `evaluate()`.
-
-    Raises:
-        ConfigError: an unusable configuration.
-    """
-    return _build_trainer(resolve(config))
+    """Return the trainer of a configuration, ready to `train()` or `evaluate()`. Errors as for `load_model`."""
+    return _build_trainer(resolve_run(config))
 
 
 def _build_trainer(run: ResolvedRun):
@@ -115,7 +100,7 @@ def _build_trainer(run: ResolvedRun):
     train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
     packing = {}
     if train_dataset is not None and config.data.max_tokens_per_batch is not None:
-        packing = _packing(config.data, train_dataset, model, processor, args)
+        packing = _build_packing(config.data, train_dataset, model, processor, args)
     patience = config.optimization.early_stopping_patience
     return SwimTrainer(
         model=model,
@@ -132,14 +117,14 @@ def _build_trainer(run: ResolvedRun):
     )
 
 
-def _packing(data: DataConfig, dataset, model, processor, args) -> dict[str, Any]:
-    """What the trainer needs to train on packed batches; finds out the lengths of all samples."""
+def _build_packing(data: DataConfig, dataset, model, processor, args) -> dict[str, Any]:
+    """Return the trainer's arguments for packed batches, after measuring the lengths of all samples."""
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.batch.dataset import MixtureSampler
     from swim_fast.data.batch.lengths import sample_lengths
     from swim_fast.data.batch.packing import PackingSampler
     from swim_fast.data.batch.positions import PositionIds
-    from swim_fast.training.hf_hooks import get_data_seed
+    from swim_fast.training.arguments import get_data_seed
 
     sampler = PackingSampler(
         MixtureSampler(dataset, get_data_seed(args)),
@@ -166,7 +151,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
 
     Raises:
         ConfigError: no training data, an output folder that holds another run's checkpoints while `resume` is off, or a
-            checkpoint that this number of ranks cannot resume from.
+            checkpoint that this number of ranks cannot resume from. Other errors as for `load_model`.
         SaveError: a checkpoint or the trained model could not be written.
         NonFiniteError: a loss or gradient was not finite, and `optimization.on_nan` says to stop.
     """
@@ -178,7 +163,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
 
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one file, e.g. data.train: [{path: train.jsonl}]")
-    run = resolve(config)
+    run = resolve_run(config)
     trainer, config, args = _build_trainer(run), run.config, run.arguments
     output = Path(args.output_dir)
     last = find_last_checkpoint(output)
@@ -193,8 +178,8 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     if trainer.is_world_process_zero():
         text = config.as_yaml()
         print(f"effective configuration ({output / 'config.yaml'}):\n\n{text}", flush=True)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(text, encoding="utf-8")
+        with atomic_write(output / "config.yaml") as file:
+            file.write(text)
         if checkpoint:
             print(f"resuming from {checkpoint}", flush=True)
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -205,19 +190,19 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     adapter = output / "adapter" if config.model.lora else None
     trainer.save_final_model(adapter or output)
     trainer.save_state()
-    metrics = result.metrics | _last_evaluation(trainer)
+    metrics = result.metrics | _get_last_evaluation(trainer)
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         if adapter:
             unset_hf_deepspeed_config()  # or ZeRO-3 would wait for the other ranks to load their parts
             merge_adapters(config.model.path, adapter, output, config.model.dtype)
-        card = render_model_card(config, trainer.state.global_step, metrics)
-        (output / "README.md").write_text(card, encoding="utf-8")
+        with atomic_write(output / "README.md") as file:
+            file.write(render_model_card(config, trainer.state.global_step, metrics))
     return metrics
 
 
-def _last_evaluation(trainer) -> dict[str, float]:
-    """Metrics of the final weights, which may be those of the best checkpoint; not computed again if the run did it."""
+def _get_last_evaluation(trainer) -> dict[str, float]:
+    """Return the metrics of the final weights (maybe the best checkpoint's), from the log if they are there."""
     if not trainer.eval_dataset:
         return {}
     best = trainer.args.load_best_model_at_end and trainer.state.best_global_step
@@ -227,7 +212,7 @@ def _last_evaluation(trainer) -> dict[str, float]:
     return found or trainer.evaluate()
 
 
-def _machine_settings(config: RunConfig) -> dict[str, Any]:
+def _get_machine_settings(config: RunConfig) -> dict[str, Any]:
     """Return defaults of `training` that let the same configuration run on a machine without a GPU."""
     import torch
 

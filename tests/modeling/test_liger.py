@@ -243,13 +243,11 @@ def test_where_it_cannot_run_nothing_is_replaced(model, inputs, caplog, monkeypa
 
 @pytest.mark.parametrize("use_liger", [True, False])
 def test_model_liger_switches_it(stock, tmp_path, monkeypatch, use_liger):
-    from transformers import AutoProcessor
-
     from swim_fast.training.run import load_model
 
     asked = []
     monkeypatch.setattr(liger, "get_refusal", asked.append)  # answers None: it can be used
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda path: None)
+    monkeypatch.setattr("swim_fast.inference.loading.load_processor", lambda path: None)
     stock.save_pretrained(tmp_path / "model")
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {{path: {tmp_path / 'model'}, liger: {str(use_liger).lower()}}}\ndata: {{}}\n")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from swim_fast.config import ConfigError, load_config
-from swim_fast.training.arguments import training_arguments
+from swim_fast.training.arguments import build_arguments
 from swim_kernels.flash_noun_attention.node import FlashNounAttention
 from tests.data.conftest import box
 from tests.training.conftest import history, record, run, run_here, square_clip, text_record, weights, write_records
@@ -196,4 +196,4 @@ def test_mistakes_are_named(write_config):
     packed = config({"max_tokens_per_batch": 50})
     assert packed.sampling.max_tokens == 50
     assert config({"max_tokens_per_batch": 50, "max_tokens": 40}).sampling.max_tokens == 40
-    assert training_arguments(packed.replace(training={})).per_device_train_batch_size == 1
+    assert build_arguments(packed.replace(training={})).per_device_train_batch_size == 1

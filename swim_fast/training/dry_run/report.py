@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from swim_fast.config import ConfigError, RunConfig
-from swim_fast.training.arguments import training_arguments
+from swim_fast.training.arguments import build_arguments
 from swim_fast.training.dry_run.memory import (
     GIB,
     INT8_BITS,
@@ -97,37 +96,28 @@ def dry_run(config: RunConfig, gpus: int | None = None, gpu_memory: float = 80.0
     return Report("\n".join(lines), estimates, not changes, changes)
 
 
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Hide the variables of a launcher, with which TrainingArguments would wait for the other ranks."""
-    kept = {name: os.environ.pop(name) for name in _RANK_VARIABLES if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
-
-
 def _build_arguments(config: RunConfig):
-    """Return the run's `TrainingArguments` on a machine without its GPUs and without DeepSpeed."""
+    """Return the run's `TrainingArguments` on a machine without its GPUs, its other ranks and DeepSpeed."""
     training = {key: value for key, value in config.training.items() if key != "deepspeed"}
-    with _one_process():
-        return training_arguments(config.replace(training={**training, "use_cpu": True}))
+    hidden = {name: os.environ.pop(name) for name in _RANK_VARIABLES if name in os.environ}  # it would wait for ranks
+    try:
+        return build_arguments(config.replace(training={**training, "use_cpu": True}))
+    finally:
+        os.environ.update(hidden)
 
 
 def _build_meta_model(config: RunConfig):
     """Return the prepared model without weights, and the processor."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
+    from swim_fast.inference.loading import explain_failure, load_processor
     from swim_fast.modeling.prepare import prepare_model
 
     options, loss = config.model, config.attention_loss
-    try:
+    processor = load_processor(options.path)
+    with explain_failure(options.path):
         described = AutoConfig.from_pretrained(options.path)
-        processor = AutoProcessor.from_pretrained(options.path)
-    except OSError as error:
-        message = f"model.path {options.path!r} is neither a checkpoint folder nor to be had: {error}"
-        raise ConfigError(message) from error
     saved = described.dtype or described.get_text_config().dtype or torch.float32
     dtype = saved if options.dtype == "auto" else getattr(torch, options.dtype)
     with torch.device("meta"):

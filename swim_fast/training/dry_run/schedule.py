@@ -72,7 +72,7 @@ def plan_schedule(config: RunConfig, arguments, dataset, lengths: Sequence[Lengt
     """Return batches and steps. Lengths of records that were not measured are drawn from those that were."""
     from swim_fast.data.batch.dataset import MixtureSampler
     from swim_fast.data.batch.packing import PackingSampler
-    from swim_fast.training.hf_hooks import get_data_seed
+    from swim_fast.training.arguments import get_data_seed
 
     random = np.random.default_rng(0)
     drawn = [

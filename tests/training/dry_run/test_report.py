@@ -144,7 +144,7 @@ def test_adapters(write_config, checkpoint):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("model.path=nowhere/at/all", "neither a checkpoint folder"),
+        ("model.path=nowhere/at/all", "is no checkpoint that can be loaded"),
         ("attention_loss.layers=[7]", "out of range"),
         ("training.deepspeed=nowhere.json", "is 'nowhere.json', which cannot be read"),
         ("data.train=[]", "data.train is empty"),
