@@ -9,7 +9,6 @@ With `quantize`, bitsandbytes keeps the frozen linear layers of the decoder in 4
 Adapters cannot be merged into such a base: `merge_adapters` always loads the base from disk without quantisation.
 """
 
-import difflib
 import re
 from os import PathLike
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from swim_fast.errors import OptionError, UserError
+from swim_fast.errors import OptionError, UserError, nearest
 from swim_fast.modeling.families import FAMILIES, get_family
 from swim_fast.modeling.freezing import get_part_parameters
 
@@ -82,8 +81,7 @@ def build_target_pattern(model: nn.Module, targets: list[str] | None) -> str:
         chosen = next((c for c in choices if any(re.fullmatch(c, name) for name in linear)), None)
         if chosen is None:
             known = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-            near = difflib.get_close_matches(target.rpartition(".")[2], known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the model has {', '.join(known)}"
+            hint = nearest(target.rpartition(".")[2], known)
             raise OptionError(f"model.lora.targets names {target!r}, but no linear layer is called that; {hint}")
         patterns.append(chosen)
     pattern = "|".join(patterns)

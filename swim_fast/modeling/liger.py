@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import logging
 import types
+from collections import Counter
 
 import torch
 from packaging.version import Version
@@ -65,7 +66,7 @@ def apply_liger(model: nn.Module, device: torch.device | str) -> list[str]:
     if reason:
         logger.info("Liger is not used: %s", reason)
         return []
-    found: dict[str, int] = {}
+    found: Counter[str] = Counter()
     for part, path in (("language model", family.language_model), ("vision tower", family.visual)):
         for module in model.get_submodule(path).modules():
             if _is_rms_norm(module):
@@ -74,12 +75,12 @@ def apply_liger(model: nn.Module, device: torch.device | str) -> list[str]:
                 name, module.forward = "SwiGLU", types.MethodType(_swiglu, module)
             else:
                 continue
-            found[f"{part}: {name}"] = found.get(f"{part}: {name}", 0) + 1
+            found[f"{part}: {name}"] += 1
     for module in get_attentions(model):
         forward = _with_rotary(type(module).forward)
         if forward is not None:
             module.forward = types.MethodType(forward, module)
-            found["language model: rotary embedding"] = found.get("language model: rotary embedding", 0) + 1
+            found["language model: rotary embedding"] += 1
     if "language model: rotary embedding" not in found:
         logger.warning("Liger's rotary embedding is not used: the attention calls no %s of its own file", _ROTARY)
     replaced = [f"{what} × {count}" for what, count in found.items()]

@@ -113,8 +113,7 @@ class HookedTrainer(CheckpointingTrainer):
         return sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return transformers' loader, or one of packed batches, which accelerate leaves alone: the sampler has dealt
-        them to the ranks already."""
+        """Return transformers' loader, or one of packed batches, which the sampler has dealt to the ranks already."""
         if self.batch_sampler is None:
             loader = super().get_train_dataloader()
             loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
