@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swim_fast.modeling.text_loss import count_labels
 from swim_fast.options import METRICS
 
 
@@ -29,6 +30,21 @@ class Sums:
     token_slots: Tensor | float = 0.0  # tokens and padding
     skipped: Tensor | float = 0.0  # samples
     flops: Tensor | float = 0.0
+
+    @classmethod
+    def from_batch(cls, batch: dict, text: Tensor, mask: Tensor, metrics: Tensor) -> Sums:
+        """Return the sums of a batch with these losses and the `sum_metrics` of its maps."""
+        slots = batch["input_ids"].numel()
+        return cls(
+            **dict(zip((*METRICS, "grounded_pairs"), metrics.double(), strict=True)),
+            text_loss=text.detach().double(),
+            mask_loss=mask.detach().double(),
+            labels=count_labels(batch["labels"]),
+            pairs=len(batch["mask_targets"]),
+            tokens=batch["attention_mask"].sum() if "attention_mask" in batch else slots,  # packed: no padding
+            token_slots=slots,
+            skipped=len(batch["problems"]),
+        )
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))

@@ -4,9 +4,8 @@ from torch import Tensor
 
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.batch.packing import PackingSampler
-from swim_fast.loss.mask_loss import GridPredictions, compute_pair_losses
+from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, compute_pair_losses
 from swim_fast.loss.metrics import METRICS, sum_metrics
-from swim_fast.modeling.text_loss import count_labels
 from swim_fast.options import AttentionLoss
 from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, StopOnSignal
 from swim_fast.training.flops import StepFlops, get_peak_flops
@@ -85,37 +84,30 @@ class SwimTrainer(HookedTrainer):
 
     def _forward(self, model, batch) -> tuple[Tensor, Tensor, Sums, object]:
         """Return text loss and mask loss of a batch, summed, with graph; all its sums; and the model's outputs."""
-        labels, targets, loss = batch["labels"], batch["mask_targets"], self.loss_options
-        queries = {} if loss is None else {"noun_queries": batch["noun_queries"]}
-        outputs = model(**model_inputs(batch), **queries, labels=labels, num_items_in_batch=1, use_cache=False)
+        queries = {} if self.loss_options is None else {"noun_queries": batch["noun_queries"]}
+        inputs = {**model_inputs(batch), **queries, "labels": batch["labels"], "num_items_in_batch": 1}
+        outputs = model(**inputs, use_cache=False)
         if outputs.logits.ndim:
             raise RuntimeError("the model answered all logits: call attach_text_loss(model) before training")
         text = outputs.loss  # the sum over the labels, divided by the number of items
-        mask, metrics = text.new_zeros(()), text.new_zeros(len(METRICS) + 1)
-        if outputs.attentions:
-            maps = outputs.attentions if loss.mask_weight > 0 else [layer.detach() for layer in outputs.attentions]
-            predictions = GridPredictions.from_maps(
-                maps, targets, fusion=loss.fusion, numerics=loss.numerics, backend=loss.backend
-            )
-            mask = compute_pair_losses(predictions, loss.criterion, loss.resolution).sum()
-            metrics = sum_metrics(predictions)
-        elif loss is not None and len(targets) and loss.mask_weight > 0:
-            raise RuntimeError(
-                f"the mask loss is on (mask_weight {loss.mask_weight}) and this batch has {len(targets)} targets, "
-                "but the model answered no map: call attach_noun_attention(model) before training"
-            )
-        slots = batch["input_ids"].numel()
-        sums = Sums(
-            text.detach().double(),
-            mask.detach().double(),
-            *metrics,
-            labels=count_labels(labels),
-            pairs=len(targets),
-            tokens=batch["attention_mask"].sum() if "attention_mask" in batch else slots,  # packed: no padding
-            token_slots=slots,
-            skipped=len(batch["problems"]),
-        )
-        return text, mask, sums, outputs
+        mask, metrics = self._compare_maps(outputs.attentions or (), batch["mask_targets"], text)
+        return text, mask, Sums.from_batch(batch, text, mask, metrics), outputs
+
+    def _compare_maps(self, maps, targets: MaskTargets, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed mask loss, and the sums of the metrics [4]; zeros without maps."""
+        loss = self.loss_options
+        if not maps:
+            if loss is not None and len(targets) and loss.mask_weight > 0:
+                raise RuntimeError(
+                    f"the mask loss is on (mask_weight {loss.mask_weight}) and this batch has {len(targets)} targets, "
+                    "but the model answered no map: call attach_noun_attention(model) before training"
+                )
+            return like.new_zeros(()), like.new_zeros(len(METRICS) + 1)
+        if loss.mask_weight == 0:
+            maps = [layer.detach() for layer in maps]
+        choices = {"fusion": loss.fusion, "numerics": loss.numerics, "backend": loss.backend}
+        predictions = GridPredictions.from_maps(maps, targets, **choices)
+        return compute_pair_losses(predictions, loss.criterion, loss.resolution).sum(), sum_metrics(predictions)
 
     def _weigh(self, text, mask):
         if self.loss_options is None:
