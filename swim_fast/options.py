@@ -7,12 +7,17 @@ and the line that reads it. Nothing heavy is imported: a mistake is told before 
 
 import os
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from swim_fast.errors import OptionError, explain, nearest
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou")  # of an evaluation, beside the losses
 
@@ -21,7 +26,7 @@ File = Annotated[str, BeforeValidator(lambda path: os.fspath(path) if isinstance
 Positive = Field(gt=0)
 
 
-class _OptionsClass(type(BaseModel)):
+class _OptionsClass(ModelMetaclass):
     """Lets constructors raise `OptionError`; validation of nested options does not come through here."""
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
