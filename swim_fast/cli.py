@@ -1,164 +1,202 @@
-"""`swim-fast`: one command, a sub-command per job."""
+"""`swim-fast`: the tree of jobs, each with its options (`swim_fast.jobs`) and the function that does it.
+
+A function imports what it needs when it is called, so that help and mistakes come at once.
+"""
 
 import argparse
 import logging
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from swim_fast.evaluation.commands import add_jobs as add_evaluation
-from swim_fast.nl_refer.commands import add_jobs as add_nl_refer
+from swim_fast import jobs
+from swim_fast.command_line import add_options, flag, read_options
+from swim_fast.errors import UserError, nearest
+from swim_fast.options import Options
 
 
-def _train(args) -> int:
+def _train(options: jobs.Train) -> int:
     from swim_fast.config import load_config
 
-    config = load_config(args.config, args.overrides)
-    if args.dry_run:
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
         from swim_fast.training.dry_run.report import dry_run
 
-        report = dry_run(config, args.gpus, args.gpu_memory, args.limit)
+        report = dry_run(config, options.gpus, options.gpu_memory, options.limit)
         print(report)
         return 0 if report.fits else 1
     from swim_fast.training.run import train
 
-    train(config, resume=args.resume)
+    train(config, resume=options.resume)
     return 0
 
 
-def _data_check(args) -> int:
-    from swim_fast.data.check import check_file
-    from swim_fast.jobs import Check
-
-    options = Check(
-        file=args.file,
-        media=args.media,
-        reader=args.reader,
-        decode_timeout=args.timeout,
-        decode=not args.no_decode,
-        workers=args.workers,
-    )
-    report = check_file(options, _processor(args.model))
-    print(report)
-    return 1 if report.problems else 0
-
-
-def _data_show(args) -> int:
-    from swim_fast.data.show import show_record
-    from swim_fast.options import Decoding, Sampling
-
-    decoding = Decoding(reader=args.reader)
-    show_record(args.file, args.index, args.out, _processor(args.model), Sampling(), decoding, media=args.media)
-    print(args.out)
-    return 0
-
-
-def _demo(args) -> int:
+def _demo(options: jobs.Demo) -> int:
     from swim_fast.demo.run import run_demo
 
-    if "=" in args.config:  # no file is named: this is the first override
-        args.config, args.overrides = "demo", [args.config, *args.overrides]
-    run_demo(args.config, args.overrides, train_clips=args.train_clips, heldout_clips=args.heldout_clips)
+    config, overrides = options.config, options.overrides
+    if "=" in config:  # no file is named: this is the first override
+        config, overrides = "demo", [config, *overrides]
+    run_demo(config, overrides, options.train_clips, options.heldout_clips)
     return 0
 
 
-def _describe(args) -> int:
-    from swim_fast.evaluation.commands import read_options
+def _describe(options: jobs.Describe) -> int:
     from swim_fast.inference.describe import describe
-    from swim_fast.jobs import Describe
 
-    for file in describe(read_options(Describe, args)).files:
+    for file in describe(options).files:
         print(file)
     return 0
 
 
-def _processor(path):
-    if path is None:
-        return None
-    from transformers import AutoProcessor
+def _check(options: jobs.Check) -> int:
+    from swim_fast.data.check import check_file
+    from swim_fast.inference.loading import load_processor
 
-    return AutoProcessor.from_pretrained(path)
+    report = check_file(options, load_processor(options.model) if options.model else None)
+    print(report)
+    return 1 if report.problems else 0
+
+
+def _show(options: jobs.Show) -> int:
+    from swim_fast.data.show import show_record
+    from swim_fast.inference.loading import load_processor
+
+    print(show_record(options, load_processor(options.model)))
+    return 0
+
+
+def _build(options: jobs.Build) -> int:
+    from swim_fast.nl_refer.build import build
+
+    print(build(options))
+    return 0
+
+
+def _synonyms(options: jobs.Synonyms) -> int:
+    from swim_fast.nl_refer.synonyms import write_variant
+
+    print(write_variant(options))
+    return 0
+
+
+def _stats(options: jobs.Stats) -> int:
+    from swim_fast.nl_refer.stats import collect
+
+    stats = collect(options)
+    print(stats.table(top=options.top))
+    if options.plot:
+        stats.draw(options.plot, top=options.top)
+        print(options.plot)
+    return 0
+
+
+def _evaluate(options: jobs.Evaluation, evaluate: Callable, report: Callable) -> dict | None:
+    """Run an evaluation; the first rank returns, writes and prints the results."""
+    from swim_fast.evaluation.report import write_report
+    from swim_fast.evaluation.run import running_ranks
+
+    with running_ranks() as ranks:
+        results = evaluate(options, ranks)
+        if results is not None:
+            text, folder = report(results), Path(options.out)
+            write_report(folder, results, text)
+            print(f"{text}\n\n{folder / 'results.md'}  {folder / 'results.json'}")
+        return results
+
+
+def _questions(options: jobs.Questions) -> int:
+    from swim_fast.evaluation.questions import evaluate_questions
+    from swim_fast.evaluation.report import questions_report
+
+    _evaluate(options, evaluate_questions, questions_report)
+    return 0
+
+
+def _descriptions(options: jobs.Descriptions) -> int:
+    from swim_fast.evaluation.descriptions import evaluate_descriptions
+    from swim_fast.evaluation.report import descriptions_report
+
+    _evaluate(options, evaluate_descriptions, descriptions_report)
+    return 0
+
+
+def _grounding(options: jobs.Grounding) -> int:
+    from swim_fast.evaluation.grounding import evaluate_grounding
+    from swim_fast.evaluation.report import grounding_report
+    from swim_fast.viz.charts import draw_layers
+
+    results = _evaluate(options, evaluate_grounding, grounding_report)
+    if results is not None and results["layers"]:
+        path = Path(options.out) / "layers.png"
+        layers = {int(layer): values for layer, values in results["layers"].items()}
+        draw_layers(path, layers, results["fused"], results["fused_layers"])
+        print(path)
+    return 0
+
+
+JOBS = {
+    "train": (jobs.Train, _train),
+    "demo": (jobs.Demo, _demo),
+    "describe": (jobs.Describe, _describe),
+    "data check": (jobs.Check, _check),
+    "data show": (jobs.Show, _show),
+    "nl-refer build": (jobs.Build, _build),
+    "nl-refer synonyms": (jobs.Synonyms, _synonyms),
+    "nl-refer stats": (jobs.Stats, _stats),
+    "evaluate questions": (jobs.Questions, _questions),
+    "evaluate descriptions": (jobs.Descriptions, _descriptions),
+    "evaluate grounding": (jobs.Grounding, _grounding),
+}
+GROUPS = {
+    "data": "check or show a data file",
+    "nl-refer": "VideoRefer to NL-Refer; variants and counts of such sets",
+    "evaluate": "VideoRefer-Bench Q and D, and grounding, of a checkpoint",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="swim-fast", description=__doc__)
+    """Return the parser of the whole tree."""
+    parser = argparse.ArgumentParser(prog="swim-fast", description="Teach video language models where to look.")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # comes from the deepspeed launcher
-    jobs = parser.add_subparsers(required=True, metavar="JOB")
-
-    job = jobs.add_parser("train", help="fine-tune a model as a YAML file says")
-    job.add_argument("config", help="YAML file; see configs/")
-    job.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-5")
-    job.add_argument("--resume", action="store_true", help="go on from the last checkpoint in training.output_dir")
-    job.add_argument("--dry-run", action="store_true", help="say what a step will hold, without weights or GPU")
-    job.add_argument("--gpus", type=int, help="of the dry run: how many GPUs (default: $WORLD_SIZE or 1)")
-    job.add_argument("--gpu-memory", type=float, default=80.0, help="of the dry run: GiB of each GPU")
-    job.add_argument("--limit", type=int, default=2000, help="of the dry run: records whose lengths are measured")
-    job.set_defaults(run=_train)
-
-    job = jobs.add_parser("demo", help="render clips, train a tiny model with and without the mask loss, draw pictures")
-    job.add_argument("config", nargs="?", default="demo")
-    job.add_argument("--train-clips", type=int, default=1000)
-    job.add_argument("--heldout-clips", type=int, default=60)
-    job.add_argument("overrides", nargs="*", metavar="key=value")
-    job.set_defaults(run=_demo)
-
-    job = jobs.add_parser(
-        "describe",
-        argument_default=argparse.SUPPRESS,
-        help="ask a checkpoint about a video or image, and draw where it looks",
-    )
-    job.add_argument("media", help="video, folder of frames, or image")
-    job.add_argument("question", help="plain text")
-    job.add_argument("--model", required=True, help="checkpoint; options left out are those it was trained with")
-    job.add_argument("--max-frames", type=int, help="most frames taken from the video")
-    job.add_argument("--fps", type=float, help="frames taken per second of the video, up to --max-frames")
-    job.add_argument("--reader", choices=("decord", "torchcodec", "pyav"))
-    job.add_argument("--max-new-tokens", type=int, help="longest answer (default: 256)")
-    job.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    job.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
-    job.add_argument("--show", action="append", metavar="NOUN", help="draw its attention; may be repeated")
-    job.add_argument("--occurrence", type=int, metavar="N", help="which NOUN of several, from 1 (default: the last)")
-    job.add_argument("--layers", type=int, nargs="+", help="layers that are fused (default: those of training)")
-    job.add_argument("--out", help="PNG of the attention (default: attention.png)")
-    job.add_argument("--video", help="mp4 of the attention over all frames of the video")
-    job.set_defaults(run=_describe)
-
-    file = argparse.ArgumentParser(add_help=False)
-    file.add_argument("file", help="JSON list or JSONL of VideoRefer / NL-Refer / LLaVA-Video records")
-    file.add_argument("--media", help="folder that media paths are relative to (default: the file's own)")
-    file.add_argument("--reader", default="decord", choices=("decord", "torchcodec", "pyav"))
-    data = jobs.add_parser("data", help="check or show a data file").add_subparsers(required=True, metavar="JOB")
-    job = data.add_parser("check", parents=[file], help="read every record of a file and report every problem")
-    job.add_argument("--model", help="checkpoint whose processor is to be checked too (tokens, lengths)")
-    job.add_argument("--no-decode", action="store_true", help="do not open the videos")
-    job.add_argument("--workers", type=int, default=2)
-    job.add_argument("--timeout", type=float, default=60.0, help="seconds for one clip")
-    job.set_defaults(run=_data_check)
-    job = data.add_parser("show", parents=[file], help="draw one record: frames, masks, tagged nouns, tokens")
-    job.add_argument("index", type=int, help="record number in the file, counted from 0")
-    job.add_argument("--model", required=True, help="checkpoint whose processor and tokenizer are used")
-    job.add_argument("--out", default="record.html", help="page, or .png of the frames alone (default: %(default)s)")
-    job.set_defaults(run=_data_show)
-
-    add_nl_refer(jobs)
-    add_evaluation(jobs)
+    tree = {"": parser.add_subparsers(required=True, metavar="JOB")}
+    for words, (options, function) in JOBS.items():
+        group, _, name = words.rpartition(" ")
+        if group not in tree:
+            parent = tree[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            tree[group] = parent.add_subparsers(required=True, metavar="JOB")
+        text = options.__doc__.strip()
+        job = tree[group].add_parser(name, help=text.partition("\n")[0].rstrip("."), description=text)
+        add_options(job, options)
+        job.set_defaults(job=(options, function))
     return parser
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run a job; return 0, or what it found: 1 for problems, 2 for what a user can mend, 130 for Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if any("=" not in word or word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options, function = args.job
+    if any("=" not in word or word.startswith("-") for word in rest) or (rest and "overrides" not in options.words):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_hint(options, rest)}")
     if rest:  # argparse takes positional words from one place only: these came after an option
-        args.overrides += rest
+        args.overrides = [*getattr(args, "overrides", []), *rest]
     try:
-        return args.run(args)
-    except (ValueError, OSError, ImportError) as error:  # what a user can mend; anything else shows its traceback
+        return function(read_options(options, args))
+    except UserError as error:
         print(f"swim-fast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("swim-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def _hint(options: type[Options], words: list[str]) -> str:
+    flags = [flag(options, name) for name in options.model_fields if name not in options.words]
+    unknown = next((word.partition("=")[0] for word in words if word.startswith("--")), None)
+    hint = nearest(unknown, flags) if unknown else ""
+    return f"; {hint}" if hint.startswith("did") else ""
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
 def error_path(error: dict[str, Any]) -> tuple[int | str, ...]:
     """Return the keys that lead to the option which one of pydantic's `ValidationError.errors()` is about."""
     if error["type"] == "mistake":  # one of `swim_fast.options.mistake`
-        return *error["loc"], *error["ctx"]["key"].split(".")
+        return *error["loc"], *filter(None, error["ctx"]["key"].split("."))
     return tuple(key for key in error["loc"] if key != "[key]")
 
 

@@ -1,8 +1,8 @@
 """The options of each job of the command line."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from swim_fast.options import (
     Asking,
@@ -18,6 +18,8 @@ from swim_fast.options import (
     Sampling,
     mistake,
 )
+
+AS_TRAINED = frozenset({*Sampling.model_fields, *Decoding.model_fields})
 
 
 class Train(Options):
@@ -55,12 +57,10 @@ class Demo(Options):
 
 
 class Describe(Inference, Sampling, Decoding):
-    """Ask a checkpoint about a video or image, and draw where it looks.
-
-    Frames that are not asked for are taken as in the checkpoint's training.
-    """
+    """Ask a checkpoint about a video or image, and draw where it looks."""
 
     words = ("media", "question")
+    trained = AS_TRAINED
     media: File
     """Video, folder of frames, or image."""
     question: str
@@ -95,7 +95,7 @@ class Check(InputFile, Media, Limited, Sampling, Decoding):
     model: File | None = None
     """Checkpoint whose processor is checked too (tokens, lengths)."""
     decode: bool = True
-    """Open the videos."""
+    """Open the videos; without, only what shows in the file is checked."""
     workers: int = Field(2, ge=0)
     """Processes that read; 0 reads in this one."""
 
@@ -110,6 +110,12 @@ class Show(InputFile, Media, Sampling, Decoding):
     """Checkpoint whose processor and tokenizer are used."""
     out: File = "record.html"
     """Page to write, or PNG of the frames alone."""
+
+    @model_validator(mode="after")
+    def _check_out(self):
+        if not self.out.lower().endswith((".html", ".png")):
+            raise mistake("out", f"is {self.out!r}; it must end in .html (the whole record) or .png (its frames)")
+        return self
 
 
 class Build(InputFile, Limited, Asking):
@@ -169,9 +175,10 @@ class Stats(InputFile, Media, Limited, Decoding):
 
 
 class Evaluation(InputFile, Media, Limited, Inference, Sampling, Decoding):
-    """How a checkpoint is run over a file."""
+    """A checkpoint run over a file."""
 
     words = ("model", "file")
+    trained = AS_TRAINED
     model: File
     """Checkpoint: folder or name on the Hugging Face hub."""
     out: File
@@ -217,7 +224,18 @@ class Descriptions(Evaluation, Asking):
 class Grounding(Evaluation, Maps):
     """Where the attention of tagged nouns lies, by layer."""
 
+    trained = AS_TRAINED | {"fusion", "query_position", "softmax"}
     layers: str | list[int] = "all"
     """Layers to look at: all, supervised, or indices such as 2,7,12."""
     fusion: Literal["product", "mean"] = "product"
     """How the maps of the supervised layers become one."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _read_layers(cls, layers: Any) -> Any:
+        if not isinstance(layers, str) or layers in ("all", "supervised"):
+            return layers
+        try:
+            return [int(part) for part in layers.split(",")]
+        except ValueError:
+            raise mistake("", f"is {layers!r}; give all, supervised or indices such as 2,7,12") from None

@@ -47,6 +47,7 @@ class Options(BaseModel, metaclass=_OptionsClass):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     words: ClassVar[tuple[str, ...]] = ()  # on a command line, the options without dashes, in order
+    trained: ClassVar[frozenset[str]] = frozenset()  # options that default to those of the checkpoint's training
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +76,7 @@ def mistake(key: str, text: str) -> PydanticCustomError:
     """Return the error that a validator raises about an option: what is said behind its name.
 
     Args:
-        key: name of the option.
+        key: name of the option; "" in a validator of that option.
         text: other options of the same class stand in braces, so that they are spelled as the user knows them.
     """
     return PydanticCustomError("mistake", "{key} {text}", {"key": key, "text": text})
@@ -281,7 +282,7 @@ class Endpoint(Requests):
 
 
 class Asking(Requests):
-    """Requests to a language model, through an OpenAI-compatible API; the key is read from OPENAI_API_KEY."""
+    """Answers of a language model."""
 
     attempts: int = Field(3, gt=0)
     """Answers per record until one is valid."""

@@ -1,11 +1,15 @@
 """The command line: exit codes and messages; what the jobs do is tested beside their code."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from swim_fast.cli import main
+from swim_fast.cli import JOBS, main
 from swim_fast.demo.tiny_model import build_checkpoint
+from swim_fast.jobs import Train
+from swim_fast.options import Endpoint
 from tests.training.conftest import TEXTS, record, square_clip, write_records
 
 
@@ -50,3 +54,97 @@ def test_unknown_arguments_are_refused(arguments, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert "swim-fast" in capsys.readouterr().err
+
+
+def test_unknown_flags_are_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        main(["describe", "clip.mp4", "What?", "--model", "m", "--max-framse", "3"])
+    assert "unrecognized arguments: --max-framse 3; did you mean '--max-frames'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "check", "a.json", "--max-frames", "1"], "--max-frames is 1; it must be at least 2"),
+        (
+            ["data", "check", "a.json", "--min-pixels", "9", "--max-pixels", "8"],
+            "--min-pixels 9 is above --max-pixels 8",
+        ),
+        (["data", "show", "a.json", "0", "--model", "m", "--out", "a.gif"], "--out is 'a.gif'; it must end in .html"),
+        (["describe", "a.mp4", "What?", "--model", "m", "--layers", "2"], "name one with --show NOUN"),
+        (["nl-refer", "build", "a", "b", "--rewriter", "openai"], "--rewriter openai needs a --model"),
+        (
+            ["evaluate", "grounding", "m", "a", "--out", "o", "--layers", "2,x"],
+            "--layers is '2,x'; give all, supervised",
+        ),
+        (["evaluate", "descriptions", "m", "a", "--out", "o", "--judge-only"], "--judge-only needs a --judge-model"),
+        (["demo", "--train-clips", "0", "--heldout-clips", "-1"], "--heldout-clips is -1; it must be positive"),
+    ],
+)
+def test_mistakes_are_spelled_as_on_the_command_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_what_a_user_can_mend_loses_its_traceback(monkeypatch, capsys):
+    def broken(*_):
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr("swim_fast.config.load_config", broken)
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        main(["train", "run.yaml"])
+
+
+@pytest.mark.parametrize("words", ["", *JOBS])
+def test_help_comes_at_once(words):
+    code = (
+        "import sys, time; begin = time.perf_counter(); from swim_fast.cli import main\n"
+        f"try: main({words.split()!r} + ['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(time.perf_counter() - begin, *{'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *text, last = done.stdout.splitlines()
+    (seconds,) = last.split()  # and no module
+    assert float(seconds) < 1
+    if words:
+        options, _ = JOBS[words]
+        for name, field in options.model_fields.items():
+            assert field.description, f"{words}: {name} has no docstring"
+            assert name in options.words or "--" + name.replace("_", "-") in done.stdout
+
+
+def test_command_lines_give_the_options_of_a_job(monkeypatch):
+    seen = []
+    for words, (options, _) in JOBS.items():
+        monkeypatch.setitem(JOBS, words, (options, lambda given: seen.append(given) or 0))
+    main("train run.yaml training.max_steps=3 --dry-run --gpus 2 data.max_frames=4".split())
+    main(
+        [
+            "describe",
+            "a.mp4",
+            "What?",
+            "--model",
+            "m",
+            "--show",
+            "dog",
+            "--show",
+            "cat",
+            "--layers",
+            "1",
+            "-2",
+            "--fps",
+            "2",
+        ]
+    )
+    main("evaluate descriptions m a --out o --judge-model j --retries 3".split())
+    main("data check a --no-decode --workers 0".split())
+    train, describe, descriptions, check = seen
+    assert train == Train(
+        config="run.yaml", overrides=["training.max_steps=3", "data.max_frames=4"], dry_run=True, gpus=2
+    )
+    assert (describe.show, describe.layers, describe.fps) == (["dog", "cat"], [1, -2], 2.0)
+    assert describe.given().keys() == {"media", "question", "model", "show", "layers", "fps"}
+    endpoint = descriptions.endpoint(descriptions.judge_model)
+    assert endpoint == Endpoint(model="j", retries=3, temperature=0.0)
+    assert (check.decode, check.workers, check.max_frames) == (False, 0, 32)

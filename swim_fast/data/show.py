@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,45 +14,32 @@ from swim_fast.data.sample.encoding import IGNORED_LABEL
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.errors import OptionError
+from swim_fast.jobs import Show
 from swim_fast.options import Decoding, Sampling
 from swim_fast.viz.record import Frame, Patch, Piece, RecordView, draw_frames, write_record_page
 
 
-def show_record(
-    path: str | os.PathLike[str],
-    index: int,
-    out: str | os.PathLike[str],
-    processor: Any,
-    sampling: Sampling = Sampling(),
-    decoding: Decoding = Decoding(),
-    media: str | os.PathLike[str] | None = None,
-) -> Path:
+def show_record(options: Show, processor: Any) -> Path:
     """Draw one record as training would see it, as an HTML page, or its frames alone as a PNG.
 
     Args:
-        path: JSON list or JSONL of records.
-        index: of the record, from 0.
-        out: file to write, .html or .png; its folder is made.
-        processor: of the model.
-        sampling, decoding: as for training.
-        media: folder that relative media paths start from; None: the folder of `path`.
+        options: the record, and the file to write, whose folder is made.
+        processor: processor of the model.
 
     Raises:
         DataError: a record that cannot be used, or that the file does not have.
-        OptionError: another ending of `out`, or a PNG of a record without frames.
+        OptionError: a PNG of a record without frames.
     """
-    out = Path(out)
-    if out.suffix.lower() not in (".html", ".png"):
-        raise OptionError(f"out is {str(out)!r}; it must end in .html (the whole record) or .png (its frames)")
-    records, builder = RecordFile(path, media), SampleBuilder(processor, sampling, decoding)
+    out, index, records = Path(options.out), options.index, RecordFile(options.file, options.media)
+    builder = SampleBuilder(processor, options.part(Sampling), options.part(Decoding))
     if not 0 <= index < len(records):
-        raise DataError(f"there is no record {index}: the file has {len(records)}, counted from 0", source=str(path))
+        raise DataError(f"there is no record {index}: the file has {len(records)}, counted from 0", source=options.file)
     with contextlib.closing(builder.reader):
         view = view_record(records[index], builder)
     if out.suffix.lower() == ".html":
         return write_record_page(out, view)
     if not view.patches:
-        raise OptionError(f"out is {str(out)!r}, but the record has no frames to draw: let it end in .html")
+        raise OptionError(f"out is {options.out!r}, but the record has no frames to draw: let it end in .html")
     return draw_frames(out, view)
 
 

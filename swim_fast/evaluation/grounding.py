@@ -11,7 +11,6 @@ import torch
 from swim_fast.config import RunConfig
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.sample.builder import Sample
-from swim_fast.errors import OptionError
 from swim_fast.evaluation.run import Batch, Ranks, Run, Work
 from swim_fast.jobs import Grounding
 from swim_fast.loss.mask_loss import GridPredictions
@@ -19,20 +18,6 @@ from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
 from swim_fast.modeling import attach_noun_attention
 from swim_fast.modeling.families import get_attentions, get_default_layers
 from swim_fast.options import AttentionLoss
-
-
-def read_layers(layers: str | list[int]) -> list[int] | str:
-    """Return the layers that an option names: "all", "supervised", or their indices.
-
-    Raises:
-        OptionError: something else.
-    """
-    if layers in ("all", "supervised") or isinstance(layers, list):
-        return layers
-    try:
-        return [int(part) for part in layers.split(",")]
-    except ValueError:
-        raise OptionError(f"--layers is {layers!r}; give all, supervised or indices such as 2,7,12") from None
 
 
 def supervised_layers(trained: RunConfig | None, num_layers: int) -> list[int]:
@@ -56,7 +41,7 @@ def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | Non
         ValueError: a layer that it does not have.
         PredictionsError: the folder holds predictions of another run.
     """
-    run, layers = Run(options, ranks), read_layers(options.layers)
+    run, layers = Run(options, ranks), options.layers
     how = _choose_maps(options, run.trained)
     fusion, rows = how["fusion"], {name: how[name] for name in ("query_position", "softmax")}
     settings = run.settings("grounding", layers=layers, **how)

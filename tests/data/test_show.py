@@ -13,7 +13,7 @@ from swim_fast.data.show import show_record, view_record
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
 from swim_fast.errors import UserError
-from swim_fast.options import Sampling
+from swim_fast.jobs import Show
 from swim_fast.viz.record import COLOURS
 from tests.data.conftest import box, builder_of, rle
 
@@ -55,10 +55,14 @@ def view(file, processor, index, **options):
     return found
 
 
+def show(file, index, out, processor, **options):
+    return show_record(Show(file=file, index=index, model="", out=out, **options), processor)
+
+
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_a_page_is_written_without_matplotlib(file, processor, tmp_path, index, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it would fail
-    out = show_record(file, index, tmp_path / "new" / "record.html", processor, Sampling(max_frames=6))
+    out = show(file, index, tmp_path / "new" / "record.html", processor, max_frames=6)
     assert out == tmp_path / "new" / "record.html"
     page = out.read_text("utf-8")
     assert not re.search(r"(src|href|url|import)\W{0,3}(https?:|//|file:)", page)
@@ -69,7 +73,7 @@ def test_a_page_is_written_without_matplotlib(file, processor, tmp_path, index, 
 @pytest.mark.parametrize("index", [0, 2])
 def test_frames_are_drawn_into_a_png_without_pyplot(file, processor, tmp_path, index, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with Image.open(show_record(file, index, tmp_path / "record.PNG", processor)) as picture:
+    with Image.open(show(file, index, tmp_path / "record.PNG", processor)) as picture:
         assert picture.format == "PNG" and picture.width > 256
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     assert np.abs(pixels - COLOURS[0]).max(-1).min() < 30, "an outline in the noun's colour, scaled to the panel"
@@ -85,7 +89,7 @@ def test_frames_are_drawn_into_a_png_without_pyplot(file, processor, tmp_path, i
 )
 def test_other_files_are_refused(file, processor, tmp_path, index, out, message):
     with pytest.raises(UserError, match=message):
-        show_record(file, index, tmp_path / out, processor)
+        show(file, index, tmp_path / out, processor)
     assert not (tmp_path / out).exists()
 
 
@@ -180,12 +184,12 @@ def test_a_damaged_mask_in_a_frame_that_is_not_taken_is_a_problem(file, processo
 @pytest.mark.parametrize("index", [7, -1])
 def test_no_such_record(file, processor, tmp_path, index):
     with pytest.raises(DataError, match=f"data.json: there is no record {index}: the file has 7, counted from 0"):
-        show_record(file, index, tmp_path / "a.html", processor)
+        show(file, index, tmp_path / "a.html", processor)
 
 
 def test_a_bad_record_is_named(file, processor, tmp_path):
     with pytest.raises(DataError, match=r"data.json, record 4 \(bad\), conversations\[0\]: <ins> is never closed"):
-        show_record(file, 4, tmp_path / "record.html", processor)
+        show(file, 4, tmp_path / "record.html", processor)
     assert not (tmp_path / "record.html").exists()
 
 
