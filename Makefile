@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-all lint bench bench-train kernel-report clean
+.PHONY: install demo test test-all lint bench bench-quick bench-check bench-train kernel-report clean
 
 install: $(STAMP)
 
@@ -29,14 +29,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Time and memory of the attention loss beside flash attention, by three methods: twenty minutes on two cores. A process
-# for each part, since the largest take all of 24 GiB.
+# Time and memory of the attention loss beside flash attention, by three methods: twenty minutes on two cores.
 bench: $(STAMP)
-	rm -rf benchmarks/attention_loss/attention_loss.csv runs/bench
-	for length in 4096 8192 16384 32768; do for rows in 8 64; do \
-		$(BIN)/pytest benchmarks --lengths $$length --rows $$rows --attention runs/bench $(ARGS) || exit 1; \
-	done; done
-	rm -r runs/bench
+	rm -f benchmarks/attention_loss/attention_loss.csv
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.attention_loss $(ARGS)
+
+# The same at 4,096 tokens and 8 rows, into runs/bench-quick: three minutes on two cores that do nothing else.
+bench-quick: $(STAMP)
+	rm -rf runs/bench-quick
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.attention_loss --quick $(ARGS)
+
+# Ratios of bench-quick, or those of `make bench-check CSV=…`, against the committed ones; fails if one grew by over 20 %.
+bench-check: $(if $(CSV),$(STAMP),bench-quick)
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.attention_loss --check $(or $(CSV),runs/bench-quick/attention_loss.csv)
 
 # Share of the attention loss in a training step, padding, loading: a quarter of an hour on two cores.
 bench-train: $(STAMP)

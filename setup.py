@@ -78,8 +78,7 @@ setup(
         "demo": ["av>=14"],  # writes the demo's H.264 clips
         "nl-refer": NL_REFER,
         "test": TEST,
-        "bench": ["pytest-benchmark>=5"],
-        "dev": [*TEST, "ruff>=0.12", "mypy>=1.18,<3", "pytest-benchmark>=5"],
+        "dev": [*TEST, "ruff>=0.12", "mypy>=1.18,<3"],
     },
     entry_points={"console_scripts": ["swim-fast = swim_fast.cli:main"]},
 )

@@ -193,7 +193,7 @@ def measure_collation(folder: Path, clip: Clip = LONG, rounds: int = 5) -> Colla
     dataset = SwimDataset([Source(path=str(path))], builder)
     record = dataset.files[0][0]
     sample = dataset[0]
-    plan = builder._plan(record)
+    plan = builder.plan(record)
     pixels = builder.reader.frames(record, plan.frames)
     collators = {
         "padded": Collator(processor),

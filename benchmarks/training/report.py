@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.attention_loss.measure import cpu_model
+from benchmarks.core import read_cpu_model
 from benchmarks.training.input import BATCH, PACK_TOKENS, RANKS, WORKERS, Collation, Loading, Padding
 from benchmarks.training.steps import DTYPES, Steps
 
@@ -52,7 +52,7 @@ def record(part: str, case: str, measure: str, values: Sequence[float], unit: st
     ordered = sorted(values)
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    where = {"cpu": cpu_model(), "torch": torch.__version__, "python": platform.python_version()}
+    where = {"cpu": read_cpu_model(), "torch": torch.__version__, "python": platform.python_version()}
     where["threads"] = threads or torch.get_num_threads()
     return Record(part, case, measure, median, unit, ordered[0], ordered[-1], len(ordered), about, **where)
 

@@ -1,39 +1,27 @@
 """The attention loss benchmark on small shapes: its methods, what it measures, what it writes."""
 
 from dataclasses import fields, replace
-from functools import partial
 
 import pytest
 import torch
 
+from benchmarks.attention_loss import __main__ as driver
 from benchmarks.attention_loss import report
-from benchmarks.attention_loss.agreement import SMALL, assert_methods_agree, cast, results
-from benchmarks.attention_loss.cases import (
-    METHODS,
-    Geometry,
-    Replayed,
-    all_text_rows,
-    gathered_rows,
-    make_step,
-    our_mask_loss,
-    plain_mask_loss,
-    this_project,
-)
+from benchmarks.attention_loss.agreement import SMALL, assert_methods_agree, compute_results
+from benchmarks.attention_loss.inputs import Geometry, Replayed, make_step
 from benchmarks.attention_loss.measure import (
     ATTENTION,
-    LOSS_OURS,
-    LOSS_PLAIN,
+    AttentionRun,
     LossRun,
     Record,
     Run,
-    Setting,
-    attention_record,
-    cpu_model,
-    full_size,
-    make_record,
-    measure_memory,
-    measured_layers,
+    count_layers,
+    find_full_size,
+    measure,
+    measure_length,
+    open_records,
 )
+from benchmarks.attention_loss.methods import LOSS_OURS, LOSS_PLAIN, METHODS
 from swim_kernels.flash_noun_attention.providers.torch import TorchCpu
 
 
@@ -60,17 +48,18 @@ def test_a_wrong_gradient_is_noticed(monkeypatch):
         right(grad_query, grad_key, grad_maps * 1.0001, *arguments, **options)
 
     monkeypatch.setattr(torch_backend, "add_gradients", wrong)
-    with pytest.raises(AssertionError, match="this_project, torch.float64: ∂query"):
+    with pytest.raises(AssertionError, match="swim_fast, torch.float64: ∂query"):
         assert_methods_agree()
 
 
-@pytest.mark.parametrize("method", [this_project, gathered_rows, all_text_rows])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_replayed_attention_changes_nothing(method):
     """One layer, the first run: what comes later finds gradients that have been added to."""
     one = replace(SMALL, supervised=1, num_layers=1)
     step = make_step(271, 5, one, dtype=torch.float32)
-    replayed = replace(step, attention=Replayed(TorchCpu(), step))
-    expected, actual = (results(s, method) for s in (step, replayed))
+    replayed = replace(step, attention=Replayed(TorchCpu()))
+    replayed.attention.compute(step)
+    expected, actual = (compute_results(s, METHODS[method].forward) for s in (step, replayed))
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
@@ -97,21 +86,19 @@ def test_inputs():
 
 
 def small_run(method, layers=None, length=271):
-    case = METHODS[method]
-    step = Setting(length, SMALL).step(5)
-    return Run(step, case, layers or case.num_layers(SMALL))
-
-
-def measured(run):
-    with measure_memory(run) as memory:
-        run(*run.set_up()[0])
-    return memory
+    """A run of a method whose memory has been counted."""
+    attention = AttentionRun(make_step(length, 5, SMALL))
+    attention.time()
+    step = replace(attention.step, attention=attention.replayed)
+    run = Run(method, step, METHODS[method], layers or METHODS[method].num_layers(SMALL))
+    run.count()
+    return run
 
 
 @pytest.mark.parametrize("layers", [3, 4])
 def test_layers_left_out_are_added_exactly(layers):
     """Bytes of 3 and of 4 layers, the rest added, are those of all 5."""
-    part, whole = (make_record("", run, 1, 1.0, measured(run)) for run in map(small_published, (layers, 5)))
+    part, whole = (small_run("all text rows", number).record(1.0) for number in (layers, 5))
     assert (part.layers, part.layers_measured, whole.layers_measured) == (5, layers, 5)
     assert part.measured_peak_bytes < whole.measured_peak_bytes == whole.peak_bytes
     assert part.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-3)
@@ -120,25 +107,21 @@ def test_layers_left_out_are_added_exactly(layers):
     assert part.seconds > part.measured_seconds == 1.0
 
 
-def small_published(layers):
-    return small_run("all text rows", layers)
-
-
 def test_saved_memory_of_the_published_way_is_what_it_must_be():
     """Per layer: the fp32 probabilities, the repeated keys, and the query rows where they are no view."""
-    memory = measured(small_published(5))
+    memory = small_run("all text rows", 5).memory
     probabilities, repeated = 6 * 20 * 271 * 4, 6 * 271 * 16 * 2
     assert memory.saved_by_layer == pytest.approx(probabilities + repeated, rel=0.05)
     assert memory.kept_by_layer == pytest.approx(1.5 * probabilities + repeated, rel=0.05)  # and rounded to bf16
     assert memory.shapes[0] == ((1, 6, 20, 271), torch.float32)
 
 
-def test_gathered_rows_keep_their_probabilities_and_this_project_does_not():
-    step = small_run("gathered rows").step
-    large = measured(small_run("gathered rows"))
+def test_gathered_rows_keep_their_probabilities_and_swim_fast_does_not():
+    run = small_run("gathered rows")
+    large = run.memory
     assert ((6, 5, 268), torch.float32) in large.shapes
-    assert full_size(large.shapes, step)
-    ours = measured(small_run("this project"))
+    assert find_full_size(large.shapes, run.step)
+    ours = small_run("swim_fast").memory
     assert ours.saved < large.saved
     assert ours.saved_by_layer < 5 * 6 * 251 * 4  # not the probabilities of the rows
 
@@ -146,9 +129,9 @@ def test_gathered_rows_keep_their_probabilities_and_this_project_does_not():
 def test_full_size():
     step = make_step(271, 5, SMALL)
     video = step.queries.key_sets.shape[1]
-    assert full_size([((6, 5, video), torch.float32), ((5,), torch.float32)], step) == f"6 x 5 x {video} float32"
-    assert full_size([((6, 271, 16), torch.bfloat16)], step)
-    assert not full_size([((6, 5, video - 1), torch.float32), ((1000, 1000), torch.bool)], step)
+    assert find_full_size([((6, 5, video), torch.float32), ((5,), torch.float32)], step) == f"6 x 5 x {video} float32"
+    assert find_full_size([((6, 271, 16), torch.bfloat16)], step)
+    assert not find_full_size([((6, 5, video - 1), torch.float32), ((1000, 1000), torch.bool)], step)
 
 
 def test_a_small_budget_means_fewer_layers():
@@ -156,32 +139,32 @@ def test_a_small_budget_means_fewer_layers():
     published = METHODS["all text rows"]
     layer = 300 * 28 * 1024 * 6 + 28 * 1024 * 128 * 2
     loss = 720 * 1280 * 4 * (128 + 32)
-    assert measured_layers(step, published, 28 * layer + loss) == 28
-    assert measured_layers(step, published, 28 * layer + loss - 1) == 7
-    assert measured_layers(step, published, 7 * layer + loss - 1) == 6
-    assert measured_layers(step, METHODS["this project"], 0) == 6
+    assert count_layers(step, published, 28 * layer + loss) == 28
+    assert count_layers(step, published, 28 * layer + loss - 1) == 7
+    assert count_layers(step, published, 7 * layer + loss - 1) == 6
+    assert count_layers(step, METHODS["swim_fast"], 0) == 6
 
 
 def test_mask_loss_alone():
-    step = cast(make_step(271, 5, SMALL), torch.float32)
-    ours, plain = (LossRun(step, loss) for loss in (our_mask_loss, partial(plain_mask_loss, numerics="stable")))
+    step = make_step(271, 5, SMALL).cast(torch.float32)
+    ours, plain = (LossRun(name, step) for name in (LOSS_OURS, LOSS_PLAIN))
     assert all(torch.equal(a, b) for a, b in zip(ours.maps, plain.maps, strict=True))
     found, expected = (run.loss(run.maps, step) for run in (ours, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
-    memory = measured(plain)
+    plain.count()
+    memory = plain.memory
     assert memory.saved >= 20 * 45 * 80 * 4  # 5 rows x 4 patches, the upsampled predictions
     assert memory.peak > memory.kept >= memory.saved
 
 
 def some_records():
-    """Of every method at every length: `this project` costs 1, the others more."""
+    """Of every method at every length: swim_fast costs 1, the others more."""
     records = []
     for length in (8192, 16384, 32768):
-        records.append(
-            replace(attention_record(make_step(271, 1, SMALL), 1.0), length=length, grid="", seconds=length / 10)
-        )
+        attention = AttentionRun(make_step(271, 1, SMALL)).record(1.0)
+        records.append(replace(attention, length=length, grid="", seconds=length / 10))
         for rows in (8, 64):
-            for method, factor in (("this project", 1), ("gathered rows", 5), ("all text rows", 1000)):
+            for method, factor in (("swim_fast", 1), ("gathered rows", 5), ("all text rows", 1000)):
                 size = {name: factor * length for name in ("seconds", "measured_seconds", "peak_bytes", "saved_bytes")}
                 more = {"kept_bytes": 7, "grid": "3 x 4", "cpu": "a CPU", "largest_saved": "3 x 4 float32"}
                 records.append(Record(length, rows, method, layers=6, layers_measured=6, rounds=3, **size, **more))
@@ -193,12 +176,12 @@ def some_records():
 
 def test_files(tmp_path):
     records = some_records()
-    report.write(records[:2], tmp_path)
-    report.write([replace(records[0], seconds=1e3), *records[2:]], tmp_path)
-    report.write(records[:1], tmp_path)  # in the place of what was measured before
+    file = open_records(tmp_path / "attention_loss.csv")
+    file.put(*records[:2])
+    file.put(replace(records[0], seconds=1e3), *records[2:])
+    open_records(tmp_path / "attention_loss.csv").put(records[0])  # in the place of what was measured before
     report.draw(tmp_path)
-    ordered = sorted(records, key=lambda record: (record.length, record.rows, record.method))
-    assert report.read(tmp_path / "attention_loss.csv") == ordered
+    assert list(open_records(tmp_path / "attention_loss.csv").records.values()) == records
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".md", ".png"}
     text = (tmp_path / "attention_loss.md").read_text()
     assert "| 16,384 | 3 x 4 | 8 | all text rows | 16,384,000 s |" in text
@@ -210,23 +193,69 @@ def test_files(tmp_path):
 
 def test_targets_are_printed_met_or_not():
     records = some_records()
-    found = {target.what: target for target in report.targets(report.Figures(records))}
+    found = {target.name: target for target in report.compute_targets(report.Figures(records))}
     assert found["time, of all text rows"].met  # 1/1000
     assert found["peak, of all text rows"].met
-    assert found["linear growth: 32,768 over 16,384 tokens, 8 rows: time"].ratio == 2
+    assert found["linear growth: 32,768 over 16,384 tokens, 8 rows: time"].value == 2
     assert not found["mask loss alone: peak, of a plain one"].met  # 1/10
     assert found["mask loss alone: time, of a plain one"].met
     assert not found["time, of the flash attention of six layers"].met  # 1 / 0.6
     text = report.draw_text(records)
     assert "| mask loss alone: peak, of a plain one | at most 1/20 | 0.10 | **not met** |" in text
     assert text.count("**not met**") == sum(not target.met for target in found.values())
-    large = [replace(r, full_size_saved="9 x 9 float32") if r.method == "this project" else r for r in records]
+    large = [replace(r, full_size_saved="9 x 9 float32") if r.method == "swim_fast" else r for r in records]
     assert "9 x 9 float32 at 16,384" in report.draw_text(large)
     assert "Not measured" in report.draw_text([r for r in records if r.length == 8192])
 
 
-def test_cpu_model(tmp_path):
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU 9\n\nmodel name\t: Some CPU 9\n")
-    assert cpu_model(tmp_path / "cpuinfo") == "Some CPU 9"
-    assert cpu_model(tmp_path / "missing")
-    assert ATTENTION not in METHODS
+def test_committed_report_is_drawn_from_the_committed_records():
+    records = open_records(report.HERE / report.CSV).records.values()
+    assert report.draw_text(records) == (report.HERE / report.REPORT).read_text(encoding="utf-8")
+
+
+def test_rounds_alternate_and_the_rest_is_counted():
+    called = []
+
+    class Watched(AttentionRun):
+        def time(self):
+            called.append(self.name)
+            return float(len(called))
+
+    runs = [Watched(make_step(271, 1, SMALL), rounds) for rounds in (3, 1)]
+    for run, name in zip(runs, "ab", strict=True):
+        run.name = name
+    found = {record.rounds: record.seconds for record in measure(runs)}
+    assert called == ["a", "b", "a", "a", "a"]  # the last one is counted, not timed
+    assert found == {1: 2.0, 3: 3.0}  # the medians of 1, 3, 4 and of 2
+
+
+def test_measure_length():
+    records = list(measure_length(271, [5, 3], None, 10**9, SMALL))
+    measured = {(record.rows, record.method): record for record in records}
+    assert set(measured) == {(0, ATTENTION), *((rows, method) for rows in (5, 3) for method in METHODS)}
+    assert len(records) == 7 and all(record.seconds > 0 for record in records)
+    assert {record.rounds for record in records if record.method == "all text rows"} == {1}
+    ours, published = measured[5, "swim_fast"], measured[5, "all text rows"]
+    assert ours.peak_bytes < published.peak_bytes and not ours.full_size_saved and published.full_size_saved
+    assert measured[0, ATTENTION].peak_bytes is None
+
+
+def test_nothing_is_measured_unless_the_methods_agree(monkeypatch, tmp_path):
+    def disagree():
+        raise AssertionError("swim_fast, torch.float64: ∂query")
+
+    monkeypatch.setattr(driver, "assert_methods_agree", disagree)
+    monkeypatch.setattr("sys.argv", ["attention_loss", "--lengths", "271", "--output", str(tmp_path)])
+    with pytest.raises(AssertionError, match="∂query"):
+        driver.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_quick_changes_the_defaults_only(monkeypatch, tmp_path):
+    measured = []
+    monkeypatch.setattr(driver, "assert_methods_agree", lambda: None)
+    monkeypatch.setattr(driver, "measure_all", lambda *arguments: measured.append(arguments))
+    monkeypatch.setattr(driver, "draw", lambda folder: (folder / report.REPORT).write_text("report"))
+    monkeypatch.setattr("sys.argv", ["attention_loss", "--quick", "--rounds", "2", "--output", str(tmp_path)])
+    driver.main()
+    assert measured == [([4096], [8], 2, 8 * 2**30, tmp_path / "attention_loss.csv")]
