@@ -11,6 +11,8 @@ RULES = {
     "kernels/swim_kernels": "not swim_fast",
     "swim_fast/options.py": "",
     "swim_fast/jobs.py": "options",
+    "swim_fast/command_line.py": "options",
+    "swim_fast/config.py": "options recipes",
     "swim_fast/files.py": "",
     "swim_fast/loss": "options swim_kernels",
     "swim_fast/modeling": "options swim_kernels",
