@@ -1,6 +1,7 @@
 """The direction of the imports between rooms."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,22 @@ def test_imports_go_one_way(room):
     found = imported(ROOT / room)
     assert found or room in ("swim_fast/options.py", "swim_fast/nl_refer/english")
     assert sorted(name for name in found if below(name, modules) == unwanted) == []
+
+
+def test_no_circle():
+    """No module imports itself by way of others, not even in a function."""
+    files = {}
+    for folder, package in ((ROOT, "swim_fast"), (ROOT / "kernels", "swim_kernels")):
+        for file in (folder / package).rglob("*.py"):
+            files[".".join(file.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")] = file
+    imports = {}
+    for name, file in files.items():
+        imports[name] = found = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {part if part in files else node.module for part in parts}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        found &= files.keys() - {name}
+    assert len(list(TopologicalSorter(imports).static_order())) == len(files) > 100  # raises CycleError
