@@ -1,4 +1,4 @@
-"""The direction of the imports between rooms."""
+"""The direction of the imports between rooms; every import counts, one in a function too."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -6,40 +6,67 @@ from pathlib import Path
 
 import pytest
 
+import swim_kernels
+
 ROOT = Path(__file__).parents[1]
-# Room -> the rooms that it may import, itself and `errors` understood, or (after "not") those that it may not.
+
+# Room -> what it may import of the project, itself and `errors` understood, or (after "not") what it may not import.
 RULES = {
-    "kernels/swim_kernels": "not swim_fast",
-    "swim_fast/options.py": "",
-    "swim_fast/jobs.py": "options",
-    "swim_fast/command_line.py": "options",
-    "swim_fast/config.py": "options recipes",
-    "swim_fast/files.py": "",
-    "swim_fast/loss": "options swim_kernels",
-    "swim_fast/modeling": "options swim_kernels",
-    "swim_fast/data": "not modeling training inference evaluation config",
-    "swim_fast/llm": "files options",
-    "swim_fast/nl_refer/english": "options",
-    "swim_fast/viz": "files",
-    "swim_fast/evaluation": "not nl_refer",
+    "swim_kernels": "",
+    "swim_fast.options": "",
+    "swim_fast.jobs": "options",
+    "swim_fast.command_line": "options",
+    "swim_fast.config": "options recipes",
+    "swim_fast.files": "",
+    "swim_fast.loss": "options swim_kernels",
+    "swim_fast.modeling": "options swim_kernels",
+    "swim_fast.data": "options jobs files loss.targets viz.record swim_kernels",
+    "swim_fast.llm": "files options",
+    "swim_fast.nl_refer.english": "options",
+    "swim_fast.viz": "files",
+    "swim_fast.evaluation": "not nl_refer",
 }
-
-
-def imported(path: Path) -> set[str]:
-    """The modules of the project that the files below a path import, at the top or in a function."""
-    names = set()
-    for file in path.rglob("*.py") if path.is_dir() else [path]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{file}: a relative import"
-                names |= {node.module}
-            elif isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-    return {name for name in names if name.split(".")[0] in ("swim_fast", "swim_kernels")}
+# Room -> libraries that it does without.
+LIGHT = {
+    "swim_kernels": "transformers",
+    "swim_fast.options": "torch transformers numpy",
+    "swim_fast.jobs": "torch transformers numpy",
+    "swim_fast.command_line": "torch transformers numpy",
+    "swim_fast.config": "torch",
+    "swim_fast.llm": "torch numpy",
+    "swim_fast.nl_refer.english": "torch numpy",
+    "swim_fast.viz": "transformers",
+}
 
 
 def below(name: str, modules: list[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def imports_of(file: Path) -> set[str]:
+    """Return the dotted names that a file imports: `from a import b` gives `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+FILES = {}
+for folder, package in ((ROOT, "swim_fast"), (ROOT / "kernels", "swim_kernels")):
+    for path in (folder / package).rglob("*.py"):
+        FILES[".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")] = path
+IMPORTS = {module: imports_of(file) for module, file in FILES.items()}
+
+
+def imported(room: str) -> set[tuple[str, str]]:
+    """Return (module, imported name) of every module of a room."""
+    found = {(module, name) for module in FILES if below(module, [room]) for name in IMPORTS[module]}
+    assert found, f"there is no {room}"
+    return found
 
 
 @pytest.mark.parametrize("room", RULES)
@@ -47,26 +74,48 @@ def test_imports_go_one_way(room):
     unwanted, words = RULES[room].startswith("not "), RULES[room].removeprefix("not ").split()
     modules = [word if word.startswith("swim_") else f"swim_fast.{word}" for word in words]
     if not unwanted:
-        modules += ["swim_fast.errors", room.removesuffix(".py").replace("/", ".")]
-    found = imported(ROOT / room)
-    assert found or room in ("swim_fast/options.py", "swim_fast/nl_refer/english")
-    assert sorted(name for name in found if below(name, modules) == unwanted) == []
+        modules += ["swim_fast.errors", room]
+    ours = {pair for pair in imported(room) if below(pair[1], ["swim_fast", "swim_kernels"])}
+    assert sorted(pair for pair in ours if below(pair[1], modules) == unwanted) == []
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_room_does_without(room):
+    assert sorted(pair for pair in imported(room) if below(pair[1], LIGHT[room].split())) == []
+
+
+def test_only_public_names_of_the_kernels_are_used():
+    public = {f"swim_kernels.{name}" for name in swim_kernels.__all__}
+    used = {pair for pair in imported("swim_fast") if below(pair[1], ["swim_kernels"])}
+    assert sorted(pair for pair in used if pair[1] not in public) == []
+
+
+def test_an_op_is_entered_by_its_package():
+    ops = {f"swim_kernels.{file.parent.name}" for file in FILES.values() if file.name in ("api.py", "node.py")}
+    assert len(ops) == 4
+    inner = {module for module in FILES for op in ops if below(module, [op]) and module not in (op, f"{op}.api")}
+    wrong = {
+        (module, name)
+        for module, name in imported("swim_kernels")
+        for op in ops
+        if below(name, [op]) and not below(module, [op]) and below(name, [*inner])
+    }
+    assert sorted(wrong) == []
 
 
 def test_no_circle():
     """No module imports itself by way of others, not even in a function."""
-    files = {}
-    for folder, package in ((ROOT, "swim_fast"), (ROOT / "kernels", "swim_kernels")):
-        for file in (folder / package).rglob("*.py"):
-            files[".".join(file.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")] = file
-    imports = {}
-    for name, file in files.items():
-        imports[name] = found = set()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom):
-                parts = {f"{node.module}.{alias.name}" for alias in node.names}
-                found |= {part if part in files else node.module for part in parts}
-            elif isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-        found &= files.keys() - {name}
-    assert len(list(TopologicalSorter(imports).static_order())) == len(files) > 100  # raises CycleError
+    edges = {}
+    for module, names in IMPORTS.items():
+        edges[module] = {name if name in FILES else name.rpartition(".")[0] for name in names} & FILES.keys() - {module}
+    assert len(list(TopologicalSorter(edges).static_order())) == len(FILES) > 100  # raises CycleError
+
+
+def test_one_file_loads_models_and_one_replaces_files():
+    def using(*texts: str) -> set[str]:
+        return {name for name, file in FILES.items() if any(text in file.read_text() for text in texts)}
+
+    assert using("ImageTextToText.from_pretrained(") - {"swim_fast.training.model_card"} == {
+        "swim_fast.inference.loading"
+    }
+    assert using("os.replace(") == {"swim_fast.files"}
