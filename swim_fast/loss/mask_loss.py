@@ -30,11 +30,10 @@ from torch import Tensor
 from swim_fast.errors import OptionError
 from swim_fast.loss import paper
 from swim_fast.loss.targets import MaskTargets, PairGroup
-from swim_kernels import grid_prediction as grid_prediction
-from swim_kernels import mask_bce
-from swim_kernels.grid_prediction.reference import FUSIONS, floor_of, log_fused
-from swim_kernels.mask_bce.reference import MARGIN
-from swim_kernels.runtime.numerics import exact_product, interpolation, no_autocast
+from swim_kernels import grid_prediction, mask_bce
+from swim_kernels.grid_prediction import FUSIONS, floor_of, log_fused
+from swim_kernels.mask_bce import MARGIN
+from swim_kernels.runtime import exact_product, interpolation, no_autocast
 
 CRITERIA = ("bce", "iou", "dice", "kl")
 RESOLUTIONS = ("mask", "grid")

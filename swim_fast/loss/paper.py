@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from swim_fast.loss.targets import MaskTargets, PairGroup
-from swim_kernels.runtime.numerics import exact_product, interpolation
+from swim_kernels.runtime import exact_product, interpolation
 
 EPSILON = 1e-6
 

@@ -12,8 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swim_kernels.structs.grid_pairs import GridPairs
-from swim_kernels.structs.packed_masks import PackedMasks
+from swim_kernels import GridPairs, PackedMasks
 
 # Pixels of masks unpacked at a time; an accelerator wants fewer, longer launches.
 _CHUNK_PIXELS_CPU = 2**21

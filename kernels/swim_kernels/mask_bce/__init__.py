@@ -1,5 +1,6 @@
 """Mask BCE: predictions on coarse grids against masks of many pixels, without the upsampled prediction."""
 
 from swim_kernels.mask_bce.api import mask_bce
+from swim_kernels.mask_bce.reference import MARGIN
 
-__all__ = ["mask_bce"]
+__all__ = ["MARGIN", "mask_bce"]

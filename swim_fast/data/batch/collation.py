@@ -14,7 +14,7 @@ from swim_fast.data.batch.positions import PositionIds
 from swim_fast.data.sample.builder import Sample
 from swim_fast.data.sample.encoding import IGNORED_LABEL
 from swim_fast.data.source.errors import DataError
-from swim_fast.loss.mask_loss import MaskTargets
+from swim_fast.loss.targets import MaskTargets
 from swim_kernels import NounQueries, PackedMasks
 
 # What a batch holds beside the arguments of the model's forward.
