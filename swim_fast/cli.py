@@ -37,7 +37,7 @@ def _demo(options: jobs.Demo) -> int:
     config, overrides = options.config, options.overrides
     if "=" in config:  # no file is named: this is the first override
         config, overrides = "demo", [config, *overrides]
-    run_demo(config, overrides, options.train_clips, options.heldout_clips)
+    run_demo(config, overrides, train_clips=options.train_clips, heldout_clips=options.heldout_clips)
     return 0
 
 
