@@ -5,6 +5,7 @@ A function imports what it needs when it is called, so that help and mistakes co
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -186,10 +187,24 @@ def main(argv: list[str] | None = None) -> int:
         return function(read_options(options, args))
     except UserError as error:
         print(f"swim-fast: {error}", file=sys.stderr)
+        _end_rank(2)
         return 2
     except KeyboardInterrupt:
         print("swim-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def _end_rank(code: int) -> None:
+    """End a process that is one of several ranks at once, without the destructors of its process group.
+
+    gloo's threads, ended in no order while a peer leaves as well, at times abort the process, and the launcher would
+    tell of a signal instead of the code.
+    """
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _hint(options: type[Options], words: list[str]) -> str:
