@@ -38,8 +38,8 @@ def read_description(records: RecordFile, entry: dict[str, Any], index: int) -> 
     """
     if entry.get("caption") is None and entry.get("conversations") is not None:
         answers = [turn.text for turn in read_turns(entry) if turn.role == "assistant"]
-        entry = {**entry, "caption": strip_tags(answers[0])[0] if answers else None}
-    caption = read_text(entry, "caption").strip()
+        entry = {**entry, "caption": answers[0] if answers else None}
+    caption = strip_tags(read_text(entry, "caption"))[0].strip()
     return Description(make_record(records, entry, index, read_question_text(entry)), caption)
 
 
@@ -56,7 +56,7 @@ def evaluate_descriptions(options: Descriptions, ranks: Ranks) -> dict[str, Any]
         EndpointError: the judge cannot be asked.
     """
     run = Run(options, ranks)
-    items, problems = read_items(run.records, run.indices, read_description)
+    items, problems, kind = read_items(run.records, run.indices, read_description)
     settings = run.settings("descriptions", max_new_tokens=options.max_new_tokens, frame_mode=options.frame_mode)
     if options.judge_only:  # whatever the predictions were made with, as long as it is this model on this file
         named = ("evaluation", "model", "file", "contents")
@@ -90,7 +90,7 @@ def evaluate_descriptions(options: Descriptions, ranks: Ranks) -> dict[str, Any]
             "judge_temperature": options.temperature,
             "judge_prompt": PROMPT_VERSION,
         }
-    return {"settings": settings, **score_descriptions(items, entries, problems, outcomes)}
+    return {"settings": settings, "kind": kind, **score_descriptions(items, entries, problems, outcomes)}
 
 
 def score_descriptions(

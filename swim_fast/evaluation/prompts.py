@@ -1,17 +1,20 @@
 """The records of VideoRefer-Bench Q and D as prompts of a plain model.
 
-The published form (https://huggingface.co/datasets/DAMO-NLP-SG/VideoRefer-Bench) names the clip under `video`, a file
-or a folder of frames. Its questions point at objects by placeholders such as `<object3><region>`, which only models
-that take masks can read: here they must be written out in words, as NL-Refer has them, and a record that still holds a
-placeholder is refused. `<ins>` tags are removed. `annotation` and `frame_idx`, the masks, are not used.
+Two forms of the files are about. The *raw* one (https://huggingface.co/datasets/DAMO-NLP-SG/VideoRefer-Bench) points at
+objects by placeholders such as `<object3><region>`, or asks nothing at all (Bench-D): only models that take masks can
+read it, and its records are refused. The *refined* one (`bench/refined-VideoRefer-Bench-*.json` of
+https://huggingface.co/datasets/BBBBCHAN/NL-Refer) names them in words, the noun tagged: its tags are removed, wherever
+they stand. Both name the clip under `video`, a file or a folder of frames; `annotation` and `frame_idx`, the masks, are
+not used.
 
-Also understood: keys in any case (`Question` and `question`); a conversation in place of `Question`, whose first human
-turn then is the question, as in the other files of VideoRefer and NL-Refer; `image` in place of `video`; JSON lists and
-JSONL.
+Also understood: questions in words without tags; keys in any case (`Question` and `question`); a conversation in place
+of `Question`, whose first human turn then is the question, as in refined Bench-D; `image` in place of `video`; JSON
+lists and JSONL.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,19 +26,29 @@ from swim_fast.inference.generation import split_answer
 
 Item = TypeVar("Item")
 
+# The remedy for records of the raw benchmark; `nl-refer build` cannot read them.
+_TAKE_REFINED = (
+    "this is the raw benchmark, for models that take masks; take the refined file that NL-Refer ships "
+    "(bench/refined-VideoRefer-Bench-Q.json and -D.json), or name the object in words"
+)
+
 # A sample needs an answer, before which it is then cut.
 _STAND_IN_ANSWER = "."
 
 
 def read_items(
     records: RecordFile, indices: Sequence[int], read: Callable[[RecordFile, dict[str, Any], int], Item]
-) -> tuple[dict[int, Item], dict[int, str]]:
-    """Read records of a benchmark file: items by record index, and what is wrong with those that cannot be used.
+) -> tuple[dict[int, Item], dict[int, str], str]:
+    """Read records of a benchmark file.
 
     Args:
         records: the file.
         indices: the records that are meant.
         read: makes the item of a record's entry, whose keys are in lower case; raises DataError.
+
+    Returns:
+        Items by record index; record index -> what is wrong with those that cannot be used; the kind of file, in words:
+        refined, raw or plain, whichever most of its records are, and how many are which.
 
     Raises:
         DataError: no record can be used; the first one's problem.
@@ -43,11 +56,14 @@ def read_items(
     items: dict[int, Item] = {}
     problems: dict[int, str] = {}
     first: DataError | None = None
+    kinds: Counter[str] = Counter()
     for index in indices:
         try:
             entry = records.raw(index)
+            lower = {key.lower(): value for key, value in entry.items()}
+            kinds[_kind(lower)] += 1
             try:
-                items[index] = read(records, {key.lower(): value for key, value in entry.items()}, index)
+                items[index] = read(records, lower, index)
             except DataError as error:
                 raise error.within(source=str(records.path), record=index, name=record_name(entry)) from None
         except DataError as error:
@@ -55,7 +71,21 @@ def read_items(
             first = first or error
     if not items and first is not None:
         raise first.within(key="no record of the file can be used, the first because of")
-    return items, problems
+    return items, problems, _describe_kinds(kinds)
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    """Tell a record of the refined benchmark from one of the raw benchmark, and both from words without tags."""
+    asked = str(entry.get("question") or entry.get("conversations") or "")
+    if "<ins>" in asked:
+        return "refined"
+    return "plain" if asked and not OBJECT_PLACEHOLDER.search(asked) else "raw"
+
+
+def _describe_kinds(kinds: Counter[str]) -> str:
+    what = {"refined": "tagged nouns", "raw": "placeholders or no question", "plain": "words without tags"}
+    counts = ", ".join(f"{kinds[kind]} with {text}" for kind, text in what.items() if kinds[kind])
+    return f"{kinds.most_common(1)[0][0]} benchmark file: {counts}"
 
 
 def read_question_text(entry: dict[str, Any]) -> str:
@@ -71,25 +101,22 @@ def read_question_text(entry: dict[str, Any]) -> str:
         text = next((turn.text for turn in turns if turn.role == "user"), "")
     else:
         raise DataError(
-            "there is no question, neither under Question nor in conversations; ask about the object in words, as "
-            "NL-Refer does: masks are not shown to the model",
-            key="Question",
+            f"there is no question, neither under Question nor in conversations: {_TAKE_REFINED}", key="Question"
         )
     text = strip_tags(text)[0].replace("<video>", "").replace("<image>", "").strip()
     if not text:
         raise DataError("the question is empty", key=key)
     if found := OBJECT_PLACEHOLDER.search(text):
         raise DataError(
-            f"the question points at its object by the placeholder {found.group()}, which a plain model cannot read; "
-            "name the object in words instead, as NL-Refer does: `swim-fast nl-refer build` writes such names into "
-            "records with conversations",
+            f"the question points at its object by the placeholder {found.group()}, which a plain model cannot read: "
+            f"{_TAKE_REFINED}",
             key=key,
         )
     return text
 
 
 def read_text(entry: dict[str, Any], key: str) -> str:
-    """Return a text of a record.
+    """Return a text of a record as the file has it.
 
     Raises:
         DataError: it is missing, empty or something else.

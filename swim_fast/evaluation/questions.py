@@ -2,7 +2,7 @@
 
 A record: `Question`, `options` (["(A) A helmet", …]), `Answer` ("(A) A helmet", "(A)" or "A"), `type`, and the clip, as
 in `swim_fast.evaluation.prompts`. Options without letters get them in their order. An object {"A": "A helmet", …} in
-place of the list, and `choices` in place of `options`, do as well.
+place of the list, and `choices` in place of `options`, do as well. Tags are removed from options and answers too.
 
 The prompt is that of the published evaluation: question, options, and "Answer with the option's letter from the given
 choices directly.", separated by spaces.
@@ -18,6 +18,7 @@ from typing import Any
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
+from swim_fast.data.source.tags import strip_tags
 from swim_fast.evaluation.prompts import make_prompt, make_record, read_items, read_question_text, read_text
 from swim_fast.evaluation.published import QUESTION_TYPES
 from swim_fast.evaluation.run import Batch, Ranks, Run, Work
@@ -71,6 +72,7 @@ def _read_options(entry: dict[str, Any]) -> tuple[str, ...]:
         or not all(isinstance(text, str) and text.strip() for text in given)
     ):
         raise DataError('is no list of two or more texts such as "(A) A helmet"', key="options")
+    given = [strip_tags(text)[0] for text in given]
     found = [_OPTION.fullmatch(text) for text in given]
     if not all(found):
         found = [None] * len(given)
@@ -86,7 +88,7 @@ def _read_options(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _read_right_letter(entry: dict[str, Any], options: Sequence[str]) -> str:
-    text = read_text(entry, "answer").strip()
+    text = strip_tags(read_text(entry, "answer"))[0].strip()
     letters = {option[1]: option for option in options}
     match = _OPTION.fullmatch(text)
     if len(text) == 1 and text.upper() in letters:
@@ -148,7 +150,7 @@ def evaluate_questions(options: Questions, ranks: Ranks) -> dict[str, Any] | Non
         PredictionsError: the folder holds predictions of another run.
     """
     run, by = Run(options, ranks), options.by
-    items, problems = read_items(run.records, run.indices, read_question)
+    items, problems, kind = read_items(run.records, run.indices, read_question)
     settings = run.settings("questions", by=by, max_new_tokens=options.max_new_tokens if by == "generation" else None)
 
     def prepare() -> Work:
@@ -168,7 +170,9 @@ def evaluate_questions(options: Questions, ranks: Ranks) -> dict[str, Any] | Non
         return Work(lambda index: make_prompt(builder, items[index].record), predict)
 
     entries = run.predict(list(items), settings, prepare, "answering")
-    return None if entries is None else {"settings": settings, **score_questions(items, entries, problems, by)}
+    if entries is None:
+        return None
+    return {"settings": settings, "kind": kind, **score_questions(items, entries, problems, by)}
 
 
 def read_letters(question: Question, entry: Mapping[str, Any], by: str) -> dict[str, str | None]:

@@ -47,13 +47,10 @@ def questions_report(results: Mapping[str, Any]) -> str:
         counts = [found["types"].get(kind, {}) for kind in kinds]
         where = f"{_READINGS[reading]}; object named in words; up to {settings['max_frames']} frames"
         values = [_number(count.get("accuracy"), 1) for count in (*counts, found["all"])]
-        rows.append([settings["model"], *values, where])
-    more = [""] * (len(kinds) - len(published.QUESTION_TYPES))
-    for row in published.QUESTIONS:
-        rows.append([f"{row.model} (published)", *(f"{value:.1f}" for value in row.values), *more])
-        rows[-1] += [f"{row.average:.1f}", row.conditions]
-    lines = ["# VideoRefer-Bench-Q: accuracy, per cent", ""]
-    lines += [table(["model", *(kind.removesuffix(" Questions") for kind in kinds), "all", "conditions"], rows), ""]
+        rows.append([settings["model"], "text", *values, where])
+    rows += _published_rows(published.QUESTIONS, len(kinds), 1)
+    head = ["model", "prompt", *(kind.removesuffix(" Questions") for kind in kinds), "all", "conditions"]
+    lines = ["# VideoRefer-Bench-Q: accuracy, per cent", "", table(head, rows), "", _file_line(results)]
     for reading in READINGS[by]:
         count = results["readings"][reading]["all"]
         unparsable = f", {count['unparsable']} unparsable, which count as wrong" if by == "generation" else ""
@@ -64,21 +61,20 @@ def questions_report(results: Mapping[str, Any]) -> str:
 def descriptions_report(results: Mapping[str, Any]) -> str:
     """Return the table of `score_descriptions` with published numbers beside one's own."""
     settings, means = results["settings"], results["means"]
-    head = ["model", *DIMENSIONS, "mean", "conditions"]
+    head = ["model", "prompt", *DIMENSIONS, "mean", "conditions"]
     lines = ["# VideoRefer-Bench-D: scores from 0 to 5", ""]
     if means:
-        own = [settings["model"], *(_number(means[name], 2) for name in DIMENSIONS), _number(results["average"], 2)]
+        prompt = "text" if settings["frame_mode"] == "text" else "drawn"
+        own = [settings["model"], prompt, *(_number(means[name], 2) for name in DIMENSIONS)]
+        own.append(_number(results["average"], 2))
         temperature = settings["judge_temperature"]
         temperature = "its default" if temperature is None else format(temperature, "g")
         own.append(
             f"{_POINTED_OUT[settings['frame_mode']]}; up to {settings['max_frames']} frames; "
             f"judge {settings['judge']}, temperature {temperature}, prompt {settings['judge_prompt']}"
         )
-        rows = [own]
-        for row in published.DESCRIPTIONS:
-            numbers = [f"{value:.2f}" for value in (*row.values, row.average)]
-            rows.append([f"{row.model} (published)", *numbers, row.conditions])
-        lines += [table(head, rows), ""]
+        lines += [table(head, [own, *_published_rows(published.DESCRIPTIONS, len(DIMENSIONS), 2)]), ""]
+    lines.append(_file_line(results))
     lines.append(f"{results['described']} descriptions, {len(results['scores'])} of them judged")
     if results["failed"]:
         lines += _listed(results["failed"], "descriptions without scores, which count nowhere")
@@ -116,6 +112,19 @@ def write_report(folder: Path, results: Mapping[str, Any], report: str) -> None:
     for name, text in texts.items():
         with atomic_write(folder / name) as file:
             file.write(text)
+
+
+def _file_line(results: Mapping[str, Any]) -> str:
+    return f"{results['settings']['file']}, a {results['kind']}"
+
+
+def _published_rows(rows: Sequence[published.Published], columns: int, digits: int) -> list[list[str]]:
+    """Return rows of `table`: model, prompt, values, average, conditions; "-" where a value is not known."""
+    found = []
+    for row in rows:
+        values = [f"{value:.{digits}f}" for value in row.values] + ["-"] * (columns - len(row.values))
+        found.append([f"{row.model} (published)", row.prompt, *values, f"{row.average:.{digits}f}", row.conditions])
+    return found
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -5,8 +5,12 @@ import json
 import pytest
 
 from swim_fast.cli import main
+from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.records import RecordFile
+from swim_fast.evaluation.descriptions import read_description
 from swim_fast.evaluation.judge import DIMENSIONS
-from tests.evaluation.conftest import arguments, lines, results
+from swim_fast.evaluation.prompts import read_items
+from tests.evaluation.conftest import arguments, description, lines, results
 from tests.helpers.fake_openai import FakeOpenAI, serving
 
 
@@ -93,6 +97,29 @@ def test_predictions_then_judge(checkpoint, descriptions, tmp_path, capsys, monk
     assert "object named in words; up to 4 frames; judge fake-judge, temperature 0.5, prompt swim-fast 1" in printed
     assert f"{found['average']:.2f}" in printed and "multi; mask as input; judge GPT-4o" in printed
     assert "1 descriptions without scores, which count nowhere" in printed
+    assert "VideoRefer-Bench-D.json, a plain benchmark file: 6 with words without tags\n" in printed
+    text, mask = (printed.index(f"{model} (published)") for model in ("SWIM-7B", "DAM-8B"))
+    assert text < mask and "| 3.78 | object named in words; judge GPT-4o" in printed[text:mask]
+
+
+def read(tmp_path, *records):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(records))
+    return read_items(RecordFile(path), range(len(records)), read_description)
+
+
+def test_the_refined_file_asks_in_its_conversations(tmp_path):
+    said = [
+        {"from": "human", "value": "<video>\nDescribe the <ins>cub</ins> lying on the left."},
+        {"from": "gpt", "value": "The <ins>cub</ins> is lying down."},
+    ]
+    conversation = description(0, "a.mp4", Question=None, caption=None, conversations=said, annotation=[{}, {}])
+    items, problems, kind = read(tmp_path, conversation, {**conversation, "caption": "A <ins>cub</ins>."})
+    assert not problems and kind == "refined benchmark file: 2 with tagged nouns"
+    assert items[0].record.turns[0].text == "Describe the cub lying on the left."
+    assert [item.caption for item in items.values()] == ["The cub is lying down.", "A cub."]
+    with pytest.raises(DataError, match="there is no question.*raw benchmark.*-D.json"):
+        read(tmp_path, description(0, "a.mp4", Question=None))
 
 
 def test_judge_only_wants_predictions_of_this_model(checkpoint, descriptions, tmp_path, capsys):

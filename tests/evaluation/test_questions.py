@@ -93,11 +93,15 @@ def test_answers_and_table(checkpoint, questions, videos, one_by_one, tmp_path, 
     assert (count["answers"], count["right"]) == (5, len(right))
     assert count["unparsable"] == sum(published_letter(text, "ABCD") is None for text in expected.values())
     assert set(found["problems"]) == {"5", "6"}
-    assert "nl-refer build" in found["problems"]["6"] and "<object3><region>" in found["problems"]["6"]
+    assert "refined-VideoRefer-Bench-Q" in found["problems"]["6"] and "<object3><region>" in found["problems"]["6"]
     printed = capsys.readouterr().out
     assert (tmp_path / "results.md").read_text() in printed + "\n"
     for row in ("VideoRefer-7B (published)", "71.9", "80.1", "2 records with no answer, which count nowhere"):
         assert row in printed
+    assert "a refined benchmark file: 6 with tagged nouns, 1 with placeholders or no question\n" in printed
+    assert found["kind"].startswith("refined")
+    text, mask = (printed.index(f"{model} (published)") for model in ("SWIM-7B", "VideoRefer-7B"))
+    assert text < mask and "| 78.3 | object named in words" in printed[text:mask]
 
     # Everything is there: nothing is asked, and what was broken is tried again.
     assert main(arguments("questions", checkpoint, questions, tmp_path)) == 0
@@ -125,7 +129,7 @@ def test_likelihoods(checkpoint, questions, videos, one_by_one, tmp_path, capsys
 
 def test_the_rate_of_folders(checkpoint, questions, tmp_path):
     processor = AutoProcessor.from_pretrained(checkpoint)
-    items, _ = read_items(RecordFile(questions), range(6), read_question)
+    items, _, _ = read_items(RecordFile(questions), range(6), read_question)
     for rate in (1.0, 24.0):
         options = Questions(model="m", file=questions, out=tmp_path, max_frames=4, folder_fps=rate)
         builder = Run(options, Ranks(0, 1, "cpu")).sample_builder(processor)
@@ -145,7 +149,7 @@ def read(tmp_path, *records):
 def test_variants_of_the_format(tmp_path):
     conversations = [{"from": "human", "value": "<video>\nWhat does the <ins>square</ins> do?"}]
     lower = {key.lower(): value for key, value in question(0, "a.mp4").items()}
-    items, problems = read(
+    items, problems, kind = read(
         tmp_path,
         {**lower, "options": ["right", "left"], "answer": "left"},
         {**lower, "question": None, "conversations": conversations, "options": {"a": "x", "B": "y"}, "answer": "b"},
@@ -159,6 +163,33 @@ def test_variants_of_the_format(tmp_path):
     text = items[1].record.turns[0].text
     assert text == f"What does the square do? (A) x (B) y. {DIRECTLY}"
     assert items[0].record.kind == "video" and items[3].record.kind == "image"
+    assert kind == "refined benchmark file: 3 with tagged nouns, 1 with words without tags"
+
+
+def test_a_refined_record_asks_what_its_words_without_tags_ask(tmp_path):
+    tagged = {
+        "Question": "What do the <ins>man</ins> and the <ins>dog</ins> do?",
+        "options": ["(A) The <ins>man</ins> runs", "(B) The <ins>dog</ins> runs"],
+        "Answer": "(B) The <ins>dog</ins> runs",
+    }
+    plain = {
+        key: json.loads(json.dumps(value).replace("<ins>", "").replace("</ins>", "")) for key, value in tagged.items()
+    }
+    items, problems, kind = read(tmp_path, question(0, "a.mp4", **tagged), question(0, "a.mp4", **plain))
+    assert not problems and items[0].record.turns == items[1].record.turns
+    assert items[0].options == items[1].options == ("(A) The man runs", "(B) The dog runs")
+    assert items[0].answer == items[1].answer == "B"
+    assert kind == "refined benchmark file: 1 with tagged nouns, 1 with words without tags"
+
+
+def test_a_raw_file_is_named_with_the_one_to_take(tmp_path):
+    """Not `nl-refer build`, which cannot read it."""
+    raw = [question(n, "a.mp4", Question=f"What is <object{n}><region> not wearing?") for n in range(2)]
+    with pytest.raises(DataError, match="raw benchmark.*bench/refined-VideoRefer-Bench-Q.json") as error:
+        read(tmp_path, *raw)
+    assert "nl-refer build" not in str(error.value)
+    _, problems, kind = read(tmp_path, *raw, question(2, "a.mp4"))
+    assert len(problems) == 2 and kind == "raw benchmark file: 1 with tagged nouns, 2 with placeholders or no question"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +199,7 @@ def test_variants_of_the_format(tmp_path):
         ({"options": ["(A) x", "(A) y"]}, "two options have one letter"),
         ({"Answer": "(F) z"}, "none of the options"),
         ({"Answer": None}, "is missing or empty"),
-        ({"Question": "What is [<region>] doing?"}, "placeholder <region>.*nl-refer build"),
+        ({"Question": "What is [<region>] doing?"}, "placeholder <region>.*raw benchmark"),
         ({"Question": " "}, "is missing or empty"),
         ({"Question": None}, "there is no question"),
         ({"video": None}, "names no clip"),
@@ -179,5 +210,5 @@ def test_records_that_cannot_be_used(tmp_path, change, reason):
     with pytest.raises(DataError, match=reason) as error:
         read(tmp_path, {**question(0, "a.mp4"), **change})
     assert "q.json, record 0" in str(error.value)
-    items, problems = read(tmp_path, {**question(0, "a.mp4"), **change}, question(1, "a.mp4"))
+    items, problems, _ = read(tmp_path, {**question(0, "a.mp4"), **change}, question(1, "a.mp4"))
     assert list(items) == [1] and list(problems) == [0]
