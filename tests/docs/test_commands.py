@@ -41,10 +41,10 @@ def folder(tmp_path_factory):
         "Question": "Is the box big or small?",
         "options": ["(A) big", "(B) small"],
     }
-    write(folder / "VideoRefer-Bench-Q.json", [question | {"Answer": "(A) big", "type": "Basic Questions"}])
+    write(folder / "refined-VideoRefer-Bench-Q.json", [question | {"Answer": "(A) big", "type": "Basic Questions"}])
     described = {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nDescribe the box."}]}
     described["conversations"].append({"from": "gpt", "value": "It is big."})
-    write(folder / "VideoRefer-Bench-D.json", [described])
+    write(folder / "refined-VideoRefer-Bench-D.json", [described])
     heldout = [json.loads(line) for line in (folder / "runs/demo/data/heldout.jsonl").read_text().splitlines()]
     raw = json.loads(json.dumps(heldout[0]))
     raw["conversations"] = [
