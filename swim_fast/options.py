@@ -19,7 +19,20 @@ if TYPE_CHECKING:
 else:
     ModelMetaclass = type(BaseModel)
 
-METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou")  # of an evaluation, beside the losses
+# Grounding metrics, in the order in which their sums travel; behind each set comes the number of its pairs.
+METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou")  # of every evaluation, beside the losses
+RANKING_METRICS = {  # name -> heading of a column; of `evaluate grounding`, as they cost a sort of every mask's pixels
+    "gamepoint_top_1pct": "GP@1%",
+    "gamepoint_top_5pct": "GP@5%",
+    "gamepoint_top_10pct": "GP@10%",
+    "gamepoint_top_1": "GP@1",
+    "gamepoint_top_10": "GP@10",
+    "gamepoint_top_100": "GP@100",
+    "average_precision": "AP",
+    "auc": "AUC",
+    "nss": "NSS",
+    "precision_at_75": "P@0.75",
+}
 
 Base = TypeVar("Base", bound="Options")
 File = Annotated[str, BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,14 @@ from swim_fast.evaluation.run import Batch, Ranks, Run, Work
 from swim_fast.jobs import Grounding
 from swim_fast.loss.mask_loss import GridPredictions
 from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
+from swim_fast.loss.ranking_metrics import sum_ranking_metrics
 from swim_fast.modeling import attach_noun_attention
 from swim_fast.modeling.families import get_attentions, get_default_layers
-from swim_fast.options import AttentionLoss
+from swim_fast.options import RANKING_METRICS, AttentionLoss
+
+# Sums of a prediction by the layer's name, or "fused" -> the metrics that they are sums of. Ranking pixels costs a sort
+# per map and mask, so that only the fused layers are ranked, each and together.
+_SUMS = {"sums": METRICS, "ranking": RANKING_METRICS}
 
 
 def supervised_layers(trained: RunConfig | None, num_layers: int) -> list[int]:
@@ -27,7 +33,7 @@ def supervised_layers(trained: RunConfig | None, num_layers: int) -> list[int]:
 
 
 def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | None:
-    """Measure pointing accuracy, mass in mask and soft IoU over the pairs of noun token and temporal patch of a file.
+    """Measure the `METRICS` and `RANKING_METRICS` over the pairs of noun token and temporal patch of a file.
 
     Rows, softmax and fusion that the options do not name are those of the run that made the model. With layers "all"
     the supervised ones alone are fused.
@@ -44,7 +50,7 @@ def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | Non
     run, layers = Run(options, ranks), options.layers
     how = _choose_maps(options, run.trained)
     fusion, rows = how["fusion"], {name: how[name] for name in ("query_position", "softmax")}
-    settings = run.settings("grounding", layers=layers, **how)
+    settings = run.settings("grounding", layers=layers, **how, metrics=[*METRICS, *RANKING_METRICS])
 
     def prepare() -> Work:
         model, processor = run.load()
@@ -87,7 +93,7 @@ def _choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str
 def _compute_sums(
     model, collate: Collator, samples: Sequence[Sample], layers: list[int], fused: list[int], fusion: str
 ) -> list[dict[str, Any]]:
-    """Return the `sum_metrics` of each sample: by layer, and of the fused layers."""
+    """Return the sums of each sample: by layer, and of the fused layers together."""
     batch = collate(samples)
     queries = batch["noun_queries"].to(model.device)
     outputs = model(**model_inputs(batch, model.device), noun_queries=queries, use_cache=False, logits_to_keep=1)
@@ -101,9 +107,17 @@ def _compute_sums(
         targets = dataclasses.replace(targets, row=targets.row[pairs] - rows.start, **own).to(model.device)
         by_layer = sum_metrics(GridPredictions.from_maps(maps, targets, fusion="none")).tolist()
         fused_maps = [maps[layers.index(layer)] for layer in fused]
-        together = sum_metrics(GridPredictions.from_maps(fused_maps, targets, fusion=fusion)).tolist()
+        together = GridPredictions.from_maps(fused_maps, targets, fusion=fusion)
         sums = {str(layer): values for layer, values in zip(layers, by_layer, strict=True)}
-        found.append({"sums": {**sums, "fused": together}, "fused_layers": fused})
+        ranked = sum_ranking_metrics(GridPredictions.from_maps(fused_maps, targets, fusion="none")).tolist()
+        ranking = {str(layer): values for layer, values in zip(fused, ranked, strict=True)}
+        found.append(
+            {
+                "sums": sums | {"fused": sum_metrics(together).tolist()},
+                "ranking": ranking | {"fused": sum_ranking_metrics(together).tolist()},
+                "fused_layers": fused,
+            }
+        )
     return found
 
 
@@ -111,28 +125,34 @@ def score_grounding(entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Average over all pairs.
 
     Args:
-        entries: predictions by record index; `sums`: layer (or "fused") -> `sum_metrics`, or `problem`.
+        entries: predictions by record index; `sums`: layer (or "fused") -> `sum_metrics`; `ranking`: fused layer (or
+            "fused") -> `sum_ranking_metrics`; or `problem`.
 
     Returns:
         `layers`: layer -> the `METRICS`; `fused`: the same of the fused layers, which are `fused_layers`; `records`:
-        number of those with pairs; `pairs`: their number; `without`: number of records without tagged noun; `problems`:
-        record index -> why nothing is known of it.
+        number of those with pairs; `pairs`: their number; `ranking`: `layers`, `fused` and `pairs` of the
+        `RANKING_METRICS`; `without`: number of records without tagged noun; `problems`: record index -> why nothing is
+        known of it.
     """
     problems = {index: entry["problem"] for index, entry in entries.items() if "problem" in entry}
     looked = [entry for entry in entries.values() if entry.get("sums")]
-    totals: dict[str, torch.Tensor] = {}
-    for entry in looked:
-        for name, values in entry["sums"].items():
-            totals[name] = totals.get(name, torch.zeros(len(METRICS) + 1, dtype=torch.float64)) + torch.tensor(
-                values, dtype=torch.float64
-            )
-    fused = totals.pop("fused", torch.zeros(len(METRICS) + 1, dtype=torch.float64))
+    averages = {kind: _average([entry[kind] for entry in looked], names) for kind, names in _SUMS.items()}
     return {
-        "layers": {name: average_metrics(totals[name]) for name in sorted(totals, key=int)},
-        "fused": average_metrics(fused),
+        **averages["sums"],
+        "ranking": averages["ranking"],
         "fused_layers": looked[0]["fused_layers"] if looked else [],
         "records": len(looked),
-        "pairs": int(fused[-1]),
         "without": len(entries) - len(looked) - len(problems),
         "problems": problems,
     }
+
+
+def _average(sums: Sequence[Mapping[str, Sequence[float]]], names: Collection[str]) -> dict[str, Any]:
+    """Average metrics over records: by layer, of the fused layers, and the number of pairs."""
+    totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(len(names) + 1, dtype=torch.float64))
+    for one in sums:
+        for name, values in one.items():
+            totals[name] += torch.tensor(values, dtype=torch.float64)
+    fused = totals["fused"]
+    layers = {name: average_metrics(totals[name], names) for name in sorted(totals.keys() - {"fused"}, key=int)}
+    return {"layers": layers, "fused": average_metrics(fused, names), "pairs": int(fused[-1])}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from swim_fast.evaluation import published
 from swim_fast.evaluation.judge import DIMENSIONS
 from swim_fast.evaluation.questions import READINGS
 from swim_fast.files import atomic_write
-from swim_fast.loss.metrics import METRICS
+from swim_fast.options import METRICS, RANKING_METRICS
 
 _READINGS = {
     "published": "letter in the answer, published rule",
@@ -83,21 +83,33 @@ def descriptions_report(results: Mapping[str, Any]) -> str:
 
 
 def grounding_report(results: Mapping[str, Any]) -> str:
-    """Return the table of `score_grounding`; fused layers carry an asterisk."""
-    fused = results["fused_layers"]
-    rows = [
-        [f"{layer}{' *' if int(layer) in fused else ''}", *(_number(values[name], 3) for name in METRICS), ""]
-        for layer, values in results["layers"].items()
-    ]
+    """Return the tables of `score_grounding`, published rows below the second; fused layers carry an asterisk."""
+    fused, ranking = results["fused_layers"], results["ranking"]
     how = f"{results['settings']['fusion']} of {', '.join(map(str, fused))}"
-    rows.append(["fused", *(_number(results["fused"][name], 3) for name in METRICS), how])
-    lines = ["# Attention of the tagged nouns", ""]
-    lines += [table(["layer", *(name.replace("_", " ") for name in METRICS), ""], rows), ""]
+    head = ["layer", *(name.replace("_", " ") for name in METRICS), ""]
+    lines = ["# Attention of the tagged nouns", "", table(head, _layer_rows(results, METRICS, fused, how)), ""]
     lines.append(f"{results['pairs']} pairs of noun token and temporal patch, in {results['records']} records")
     if results["without"]:
         lines.append(f"{results['without']} records have no tagged noun with a mask")
     lines.append("definitions: swim_fast/loss/metrics.py")
-    return "\n".join([*lines, *_problem_lines(results["problems"], "no result")])
+    rows = _layer_rows(ranking, RANKING_METRICS, fused, how)
+    for model, values in published.ATTENTION.items():
+        rows.append([f"{model} (published)", *(_number(values.get(name), 3) for name in RANKING_METRICS), ""])
+    lines += ["", "## Pixels of the masks, ranked by the maps", ""]
+    lines += [table(["layer", *RANKING_METRICS.values(), ""], rows), ""]
+    lines.append(f"{ranking['pairs']} pairs whose mask is neither empty nor full")
+    lines.append("GP@N%, GP@N: GamePoint@P and @K; definitions: swim_fast/loss/ranking_metrics.py")
+    return "\n".join([*lines, *_problem_lines(results["problems"], "no result"), "", published.ATTENTION_NOTE])
+
+
+def _layer_rows(averages: Mapping[str, Any], names: Iterable[str], fused: Collection[int], how: str) -> list[list[str]]:
+    """Return one row per layer and one of the fused layers."""
+    found = {f"{layer}{' *' if int(layer) in fused else ''}": values for layer, values in averages["layers"].items()}
+    found["fused"] = averages["fused"]
+    return [
+        [layer, *(_number(values[name], 3) for name in names), how if layer == "fused" else ""]
+        for layer, values in found.items()
+    ]
 
 
 def write_report(folder: Path, results: Mapping[str, Any], report: str) -> None:

@@ -20,6 +20,7 @@ left out, also of the number of pairs. All is in stable numerics, whatever the l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -57,10 +58,15 @@ def sum_metrics(predictions: GridPredictions) -> Tensor:
     return sums if per_layer else sums[0]
 
 
-def average_metrics(sums: Tensor) -> dict[str, float]:
-    """Return the mean of each metric over the pairs of `sum_metrics` [4]; NaN without pairs. Waits for the device."""
+def average_metrics(sums: Tensor, names: Iterable[str] = METRICS) -> dict[str, float]:
+    """Return the mean of each metric over the pairs, which the last of the sums counts; NaN without pairs.
+
+    Args:
+        sums: [len(names) + 1], as `sum_metrics` and `sum_ranking_metrics` have them. Waits for their device.
+        names: the metrics in order, `METRICS` or `RANKING_METRICS`.
+    """
     *totals, pairs = sums.tolist()
-    return {name: total / pairs if pairs else float("nan") for name, total in zip(METRICS, totals, strict=True)}
+    return {name: total / pairs if pairs else float("nan") for name, total in zip(names, totals, strict=True)}
 
 
 def _at_cell_centres(masks: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -13,12 +13,13 @@ from swim_fast.evaluation.grounding import supervised_layers
 from swim_fast.inference.loading import trained_as
 from swim_fast.loss.mask_loss import GridPredictions
 from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
-from swim_fast.options import Sampling
+from swim_fast.loss.ranking_metrics import sum_ranking_metrics
+from swim_fast.options import RANKING_METRICS, Sampling
 from tests.evaluation.conftest import CLIPS, arguments, lines, results
 
 
 def sums_one_by_one(folder, path, fused):
-    """By layer [2, 4] and of the fused layers [4], over all records."""
+    """By layer [2, 4] and of the fused layers [4], over all records; and the same of the ranking metrics."""
     model = attach_noun_attention(AutoModelForImageTextToText.from_pretrained(folder).eval(), [0, 1])
     processor = AutoProcessor.from_pretrained(folder)
     builder, collate, records = (
@@ -26,24 +27,24 @@ def sums_one_by_one(folder, path, fused):
         Collator(processor),
         RecordFile(path),
     )
-    by_layer, together = 0, 0
+    by_layer, together, ranked, ranked_together = 0, 0, 0, 0
     for number in range(CLIPS):
         batch = collate([builder(records[number])])
         about = ("labels", "mask_targets", "samples", "problems", "notes")
         with torch.no_grad():
             maps = model(**{key: value for key, value in batch.items() if key not in about}).attentions
-        by_layer = by_layer + sum_metrics(GridPredictions.from_maps(maps, batch["mask_targets"], fusion="none"))
-        together = together + sum_metrics(
-            GridPredictions.from_maps([maps[layer] for layer in fused], batch["mask_targets"])
-        )
-    return by_layer, together
+        each = GridPredictions.from_maps(maps, batch["mask_targets"], fusion="none")
+        by_layer, ranked = by_layer + sum_metrics(each), ranked + sum_ranking_metrics(each)
+        one = GridPredictions.from_maps([maps[layer] for layer in fused], batch["mask_targets"])
+        together, ranked_together = together + sum_metrics(one), ranked_together + sum_ranking_metrics(one)
+    return by_layer, together, ranked, ranked_together
 
 
 @pytest.mark.parametrize("layers, fused", [("all", [1]), ("0,-1", [0, 1])])
 def test_layers_and_fused(checkpoint, annotated, tmp_path, capsys, layers, fused):
     assert supervised_layers(trained_as(checkpoint), 2) == [1]
     assert main(arguments("grounding", checkpoint, annotated, tmp_path, f"--layers={layers}", "--batch-size", 3)) == 0
-    by_layer, together = sums_one_by_one(checkpoint, annotated, fused)
+    by_layer, together, ranked, ranked_together = sums_one_by_one(checkpoint, annotated, fused)
     found = results(tmp_path)
     assert found["pairs"] == together[3] and found["records"] == CLIPS and found["without"] == 1
     assert list(found["problems"]) == ["5"] and "broken.mp4" in found["problems"]["5"]
@@ -53,6 +54,14 @@ def test_layers_and_fused(checkpoint, annotated, tmp_path, capsys, layers, fused
         assert found["layers"][str(layer)] == pytest.approx(expected, rel=1e-4)
     assert found["fused"] == pytest.approx(average_metrics(together), rel=1e-4)
     assert found["fused"] != found["layers"]["0"]
+    ranking = found["ranking"]
+    assert ranking["pairs"] == ranked_together[-1] <= found["pairs"] and list(ranking["layers"]) == list(
+        map(str, fused)
+    )
+    for layer in fused:
+        expected = average_metrics(ranked[layer], RANKING_METRICS)
+        assert ranking["layers"][str(layer)] == pytest.approx(expected, rel=1e-4)
+    assert ranking["fused"] == pytest.approx(average_metrics(ranked_together, RANKING_METRICS), rel=1e-4)
     printed = capsys.readouterr().out
     values = [f"{found['layers']['1'][name]:.3f}" for name in METRICS]
     assert (
@@ -61,6 +70,10 @@ def test_layers_and_fused(checkpoint, annotated, tmp_path, capsys, layers, fused
     )
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
     assert "1 records have no tagged noun" in printed
+    second = printed[printed.index("| layer", printed.index("## Pixels")) :]
+    assert " | ".join(RANKING_METRICS.values()) in " ".join(second.splitlines()[0].split())
+    assert f"{ranking['fused']['auc']:.3f}" in second and "SWIM-7B (published)" in second
+    assert f"{ranking['pairs']} pairs whose mask is neither empty nor full" in second
 
 
 def test_a_second_run_looks_at_the_rest(checkpoint, annotated, tmp_path, capsys):
