@@ -202,8 +202,6 @@ def measure_all(lengths: Sequence[int], all_rows: Sequence[int], rounds: int | N
 
     Arguments are those of `measure_length`; records are written to `path` at once.
     """
-    # A thread that spins while it waits makes short operations ten times as slow where something else is running.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"other work is running (load average {load:.1f}): times, and so ratios of times, may be off", flush=True)

@@ -16,12 +16,17 @@ reference = importlib.import_module("swim_kernels.noun_attention.reference")
 BACKENDS = ("eager", "torch")
 
 
-def make_queries(rows, key_sets, dtype=torch.int64):
+def make_queries(rows, key_sets, dtype=torch.int64, over="range"):
     """rows: (sequence, position, key_start, key_end, key_set); key_sets: lists, padded here."""
     columns = torch.tensor(rows, dtype=dtype).reshape(-1, 5).unbind(1)
     width = max((len(keys) for keys in key_sets), default=0)
     padded = [[*keys, *[-1] * (width - len(keys))] for keys in key_sets]
-    return NounQueries(*columns, torch.tensor(padded, dtype=dtype).reshape(len(key_sets), width))
+    return NounQueries(*columns, torch.tensor(padded, dtype=dtype).reshape(len(key_sets), width), over)
+
+
+def over_sets(rows, key_sets, dtype=torch.int64):
+    """rows: (sequence, position, key_set), each with a softmax over its key set."""
+    return make_queries([(b, t, 0, 0, g) for b, t, g in rows], key_sets, dtype, over="set")
 
 
 # name: (batch, query heads, key heads, length, head_dim, queries)
@@ -137,6 +142,45 @@ CASES = {
             [range(9, 391), [0, 127, 128, 129, 255, 256, 300, 399]],
         ),
     ),
+    "softmax over blocks, one a patch": (
+        2,
+        14,
+        2,
+        75,
+        8,
+        over_sets(
+            [(b, t, 4 * b + patch) for b in (1, 0) for t in (70, 74) for patch in range(4)],
+            [range(first, first + 9) for b in (0, 1) for first in range(3 + b, 39, 9)],
+        ),
+    ),
+    "softmax over scattered sets, keys after the row too": (
+        2,
+        4,
+        2,
+        45,
+        8,
+        over_sets(
+            [(0, 20, 0), (1, 3, 1), (0, 21, 1), (1, 44, 2), (0, 20, 2)],
+            [[40, 3, 17, 18, 9], [5, 6, 7, 8, 30, 31, 1], [44, 2, 1]],
+        ),
+    ),
+    "softmax over sets, keys named several times, one empty": (
+        1,
+        4,
+        2,
+        29,
+        8,
+        over_sets([(0, 28, 0), (0, 20, 1), (0, 21, 2), (0, 25, 3)], [[3, 3, 8, 3, 4], [0, 0, 1, 2, 8], [], [7, 8, 9]]),
+    ),
+    "softmax over one key": (1, 2, 1, 9, 8, over_sets([(0, 8, 0), (0, 7, 1)], [[4], [2, 3]], torch.int32)),
+    "softmax over sets of several chunks": (
+        1,
+        4,
+        2,
+        431,
+        8,
+        over_sets([(0, 430, 0), (0, 400, 1), (0, 401, 1)], [range(9, 391), [*range(0, 200), *range(250, 300)]]),
+    ),
 }
 
 
@@ -175,12 +219,19 @@ def run(query, key, queries, grad, **options):
     return maps.detach(), *torch.autograd.grad(maps, (query, key), grad.to(maps.dtype))
 
 
+def softmax_keys(queries):
+    """The keys of the softmax of each row, a list."""
+    if queries.over == "set":
+        return [sorted(set(queries.key_sets[g].tolist()) - {-1}) for g in queries.key_set.tolist()]
+    return [list(range(lo, hi)) for lo, hi in zip(queries.key_start.tolist(), queries.key_end.tolist(), strict=True)]
+
+
 def log_sum_exp(query, key, queries, scale):
     """[R, Hq] in float64, by the formula."""
     group = query.shape[1] // key.shape[1]
-    rows = []
-    for b, t, lo, hi in zip(*(x.tolist() for x in queries.tensors()[:4]), strict=True):
-        k = key[b, :, lo:hi].double().repeat_interleave(group, dim=0)  # [Hq, keys, D]
+    rows, tokens = [], zip(queries.sequence.tolist(), queries.position.tolist(), strict=True)
+    for (b, t), keys in zip(tokens, softmax_keys(queries), strict=True):
+        k = key[b, :, keys].double().repeat_interleave(group, dim=0)  # [Hq, keys, D]
         rows.append((scale * (k @ query[b, :, t].double()[..., None])).squeeze(-1).logsumexp(-1))
     return torch.stack(rows).detach()
 
@@ -190,11 +241,12 @@ def formulas(query, key, queries, grad, scale):
     num_heads, group = query.shape[1], query.shape[1] // key.shape[1]
     query, key = query.detach().double(), key.detach().double()
     maps, grad_query, grad_key = grad.new_zeros(grad.shape), torch.zeros_like(query), torch.zeros_like(key)
-    for r, (b, t, lo, hi, g) in enumerate(zip(*(x.tolist() for x in queries.tensors()[:5]), strict=True)):
+    rows = zip(queries.sequence.tolist(), queries.position.tolist(), queries.key_set.tolist(), strict=True)
+    for r, ((b, t, g), keys) in enumerate(zip(rows, softmax_keys(queries), strict=True)):
         columns = queries.key_sets[g].tolist()
         for h in range(num_heads):
             q, k = query[b, h, t], key[b, h // group]
-            exponentials = {j: torch.exp(scale * q.dot(k[j])) for j in range(lo, hi)}
+            exponentials = {j: torch.exp(scale * q.dot(k[j])) for j in keys}
             total = sum(exponentials.values())
             p = {j: e / total for j, e in exponentials.items()}
             upstream = dict.fromkeys(p, 0.0)

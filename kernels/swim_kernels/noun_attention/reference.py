@@ -1,10 +1,11 @@
 """Noun attention, eager: the specification. Plain operations, everything materialised, differentiated by autograd.
 
-For row r (sequence b, position t), query head h, key j in [key_start, key_end), g = Hq / Hkv:
+For row r (sequence b, position t), query head h, key j of the row's softmax, g = Hq / Hkv; the keys of the softmax are
+[key_start, key_end), or with over="set" those of the row's key set, each once:
 
     s[r,h,j] = scale · q[b,h,t] · k[b,h//g,j]
     lse[r,h] = log Σ_j exp s[r,h,j]
-    p[r,h,j] = exp(s[r,h,j] − lse[r,h])                     0 outside [key_start, key_end)
+    p[r,h,j] = exp(s[r,h,j] − lse[r,h])                     0 for all other keys
     a[r,n]   = (1/Hq) Σ_h p[r,h,key_sets[key_set[r],n]]     0 where key_sets is −1
 """
 
@@ -23,7 +24,7 @@ def noun_attention_eager(
     """Head-averaged attention maps [R, N]; arguments as `noun_attention`, already checked.
 
     Computed and returned in float64 for float64 inputs, in float32 for all others. Takes memory for R × Hkv × L × D
-    keys and several times R × Hq × L scores. A row with an empty softmax range gives zeros.
+    keys and several times R × Hq × L scores. A row without a key in its softmax gives zeros.
     """
     dtype = compute_dtype(query.dtype)
     num_heads, length = query.shape[1:3]
@@ -35,9 +36,12 @@ def noun_attention_eager(
     q = q.unflatten(1, (num_key_heads, num_heads // num_key_heads))  # [R, Hkv, g, D]
     k = key.index_select(0, queries.sequence).to(dtype)  # [R, Hkv, L, D]
 
-    positions = torch.arange(length, device=query.device)
-    outside = (positions < queries.key_start[:, None]) | (positions >= queries.key_end[:, None])  # [R, L]
-    outside = outside[:, None]  # [R, 1, L]
+    if queries.over == "set":
+        inside = queries.members(length)  # [R, L]
+    else:
+        positions = torch.arange(length, device=query.device)
+        inside = (positions >= queries.key_start[:, None]) & (positions < queries.key_end[:, None])
+    outside = ~inside[:, None]  # [R, 1, L]
     s = scale * torch.einsum("rkgd,rkjd->rkgj", q, k).flatten(1, 2)  # [R, Hq, L]
     s = s.masked_fill(outside, float("-inf"))
 

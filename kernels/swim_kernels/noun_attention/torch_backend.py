@@ -34,8 +34,8 @@ def noun_attention_torch(
 ) -> Tensor:
     """Head-averaged attention maps [R, N]; arguments as `noun_attention`, already checked.
 
-    Computed and returned in float64 for float64 inputs, in float32 for all others. No double backward. A row with an
-    empty softmax range gives zeros.
+    Computed and returned in float64 for float64 inputs, in float32 for all others. No double backward. A row without a
+    key in its softmax gives zeros.
     """
     return _NounAttention.apply(query, key, queries, scale, lse)
 
@@ -46,7 +46,7 @@ class _NounAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         query_rows = _query_rows(query, queries)
         maps, lse = _forward(query_rows, key, queries, scale, lse)
-        ctx.scale = scale
+        ctx.scale, ctx.queries = scale, queries
         ctx.query_like = torch.empty_like(query, device="meta")  # shape, strides and dtype of ∂q, but no memory
         ctx.save_for_backward(query_rows, key, lse, *queries.tensors())
         return maps
@@ -56,32 +56,33 @@ class _NounAttention(torch.autograd.Function):
     def backward(ctx, grad_maps):
         if grad_maps is None:
             return None, None, None, None, None
-        query_rows, key, lse, *metadata = ctx.saved_tensors
-        queries = NounQueries(*metadata)
+        query_rows, key, lse, *_ = ctx.saved_tensors  # those of the queries too, so that a change to them is noticed
         want_query, want_key = ctx.needs_input_grad[:2]
         grad_query = torch.zeros_like(ctx.query_like, device=key.device) if want_query else None
         grad_key = torch.zeros_like(key) if want_key else None
         with no_autocast(key.device.type):
-            _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, queries, ctx.scale, lse)
+            _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, ctx.queries, ctx.scale, lse)
         return grad_query, grad_key, None, None, None
 
 
-def maps_given_lse(query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor) -> Tensor:
-    """Maps [R, N] from lse [R, Hq], without a graph."""
-    return _forward(_query_rows(query, queries), key, queries, scale, lse)[0]
+def maps_and_lse(
+    query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return maps [R, N] and lse [R, Hq], which is computed unless it is handed over, without a graph."""
+    return _forward(_query_rows(query, queries), key, queries, scale, lse)
 
 
 def deltas(
     grad_maps: Tensor, query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """δ [R, Hq] of the gradient of the maps [R, N], and the weights of the keys, for `add_gradients`."""
+    """Return δ [R, Hq] of the gradient of the maps [R, N], and what `add_gradients` takes as weights."""
     delta = torch.zeros_like(lse)
     query_rows = _query_rows(query, queries)
-    weights = _weights(grad_maps, query.shape[1], queries, key.shape[2], lse.dtype)
     for rows in _group_rows(queries, key.shape[0], key.shape[2]):
         q = _stack_heads(rows.take(query_rows).to(lse.dtype), key.shape[1])
-        rows.put(delta, _deltas(q, key, rows, rows.take(lse).t(), rows.take(weights), scale).t())
-    return delta, weights
+        w = _weights(grad_maps, query.shape[1], queries, rows, lse.dtype)
+        rows.put(delta, _deltas(q, key, rows, rows.take(lse).t(), w, scale).t())
+    return delta, grad_maps
 
 
 def add_gradients(
@@ -95,7 +96,7 @@ def add_gradients(
     lse: Tensor,
     weights: Tensor | None = None,
 ) -> None:
-    """Adds ∂q and ∂k of the maps to tensors like query and key, in place; None where it is not wanted.
+    """Add ∂q and ∂k of the maps to tensors like query and key, in place; None where it is not wanted.
 
     With the weights that `deltas` returned only the part p · w of ds = p · (w − δ) is added, for an attention that has
     been given δ as the gradient of its lse. It concerns only keys that are read out.
@@ -108,22 +109,22 @@ def _forward(query_rows, key, queries, scale, lse):
     """Maps [R, N] and lse [R, Hq], both in the dtype of the computation."""
     dtype = compute_dtype(key.dtype)
     num_rows, num_heads, _ = query_rows.shape
-    length = key.shape[2]
     given = lse is not None
     lse = lse.detach() if given else query_rows.new_zeros(num_rows, num_heads, dtype=dtype)
-    means = query_rows.new_zeros(num_rows, length, dtype=dtype)  # head mean of p, per key position
-    for rows in _group_rows(queries, key.shape[0], length):
+    maps = query_rows.new_zeros(num_rows, queries.key_sets.shape[1], dtype=dtype)
+    for rows in _group_rows(queries, key.shape[0], key.shape[2]):
         q = _stack_heads(rows.take(query_rows).to(dtype), key.shape[1])
         if not given:
             rows.put(lse, _log_sum_exp(q, key, rows, num_heads, scale).t())
         row_lse = rows.take(lse).t()
-        row_means = means.new_zeros(len(rows.start), length)
+        first, end = rows.range
+        means = maps.new_zeros(len(rows.start), end - first)  # head mean of p, per key of the range
         for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.read, dtype):
             p = _probabilities(q, k, scale, row_lse, outside)
-            torch.mean(p, dim=0, out=row_means[:, lo:hi])
-        rows.put(means, row_means)
-    keys = _keys_of_rows(queries)
-    return means.gather(1, keys.clamp(min=0)).masked_fill_(keys < 0, 0.0), lse
+            torch.mean(p, dim=0, out=means[:, lo - first : hi - first])
+        columns, absent = _columns(queries, rows)
+        rows.put(maps, means.gather(1, columns).masked_fill_(absent, 0.0))
+    return maps, lse
 
 
 def _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, queries, scale, lse, weights=None):
@@ -134,19 +135,17 @@ def _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, queries, sc
         return
     grad_rows = None if grad_query is None else torch.zeros_like(query_rows, dtype=dtype)
     with_delta = weights is None
-    if with_delta:
-        weights = _weights(grad_maps, num_heads, queries, key.shape[2], dtype)
-    weights = weights * scale  # so that ds is scaled
     for rows in _group_rows(queries, key.shape[0], key.shape[2]):
         q = _stack_heads(rows.take(query_rows).to(dtype), key.shape[1])
         row_lse = rows.take(lse).t()
-        w = rows.take(weights)
+        w = _weights(grad_maps, num_heads, queries, rows, dtype).mul_(scale)  # so that ds is scaled
         delta = _deltas(q, key, rows, row_lse, w, scale) if with_delta else torch.zeros_like(row_lse)  # [Hq, rows]
         grad_q = None if grad_query is None else torch.zeros_like(q)
+        first = rows.range[0]
         for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.range if with_delta else rows.read, dtype):
             ds = _probabilities(q, k, scale, row_lse, outside)  # [Hq, rows, keys]
-            ds = ds.mul_(w[:, lo:hi] - delta[..., None]).view(len(k), -1, hi - lo)  # [Hkv, g·rows, keys]
-            if grad_q is not None:
+            ds = ds.mul_(w[:, lo - first : hi - first] - delta[..., None]).view(len(k), -1, hi - lo)
+            if grad_q is not None:  # ds is [Hkv, g·rows, keys]
                 grad_q.baddbmm_(ds, k)
             if grad_key is not None:
                 grad_key[rows.sequence, :, lo:hi].add_(torch.bmm(ds.transpose(1, 2), q))
@@ -158,15 +157,11 @@ def _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, queries, sc
 
 def _deltas(q, key, rows, row_lse, w, scale):
     """Σ_j p · w [Hq, n] of the rows of a group, over the keys that are read out."""
-    delta = torch.zeros_like(row_lse)
+    delta, first = torch.zeros_like(row_lse), rows.range[0]
     for lo, hi, k, outside in _key_chunks(key, rows, len(row_lse), rows.read, q.dtype):
-        delta += _probabilities(q, k, scale, row_lse, outside).mul_(w[:, lo:hi]).sum(dim=-1)
+        p = _probabilities(q, k, scale, row_lse, outside)
+        delta += p.mul_(w[:, lo - first : hi - first]).sum(dim=-1)
     return delta
-
-
-def _weights(grad_maps, num_heads, queries, length, dtype):
-    """w [R, L]: ∂a / Hq on the positions of the keys that are read out, 0 elsewhere."""
-    return _scatter_columns(grad_maps.to(dtype) / num_heads, queries, length)
 
 
 def _query_rows(query: Tensor, queries: NounQueries) -> Tensor:
@@ -180,18 +175,19 @@ class _RowGroup:
 
     sequence: int
     index: Tensor | None  # [n] which rows; None: all
-    start: Tensor  # [n] softmax range
+    start: Tensor  # [n] reach of the softmax
     end: Tensor  # [n]
-    range: tuple[int, int]  # keys in the softmax of any of the rows
-    common: tuple[int, int]  # keys in the softmax of every row: need no mask
+    range: tuple[int, int]  # keys in the reach of any of the rows
+    common: tuple[int, int]  # keys in the reach of every row: need no mask
     read: tuple[int, int]  # keys that are read out
+    members: Tensor | None = None  # [n, L] keys of the softmax, where that is over a key set with gaps
 
     def take(self, tensor: Tensor) -> Tensor:
         """Of a tensor [R, …] the part [n, …] of these rows."""
         return tensor if self.index is None else tensor.index_select(0, self.index)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Stores the values [n, …] of these rows in a tensor [R, …] of zeros."""
+        """Store the values [n, …] of these rows in a tensor [R, …] of zeros."""
         if self.index is None:
             tensor.add_(values)  # a row of another sequence adds 0
         else:
@@ -207,7 +203,7 @@ def _group_rows(queries: NounQueries, batch: int, length: int) -> list[_RowGroup
 
 
 def _can_look(queries: NounQueries) -> bool:
-    """Whether reading the metadata is free; elsewhere it would wait for the device."""
+    """Reading the metadata is free; elsewhere it would wait for the device."""
     return queries.device.type == "cpu"
 
 
@@ -217,27 +213,29 @@ def _group_by_sequence(queries: NounQueries, batch: int, length: int) -> list[_R
     So which rows are its own is not known: a group has *all* rows, those of other sequences with an empty range.
     """
     everything, nothing = (0, length), (0, 0)
+    members = queries.members(length) if queries.over == "set" else None
     groups = []
     for b in range(batch):
-        start = torch.where(queries.sequence == b, queries.key_start, 0)
-        end = torch.where(queries.sequence == b, queries.key_end, 0)
-        groups.append(_RowGroup(b, None, start, end, range=everything, common=nothing, read=everything))
+        start, end = (torch.where(queries.sequence == b, bound, 0) for bound in queries.reach())
+        groups.append(_RowGroup(b, None, start, end, everything, common=nothing, read=everything, members=members))
     return groups
 
 
 def _group_by_range(queries: NounQueries, length: int) -> list[_RowGroup]:
-    """Rows of one sequence whose ranges overlap are a group: nothing is computed in vain."""
-    sequence, start, end = queries.sequence.tolist(), queries.key_start.tolist(), queries.key_end.tolist()
-    members: list[list[int]] = []
+    """Rows of one sequence whose softmax ranges, or spans of key sets, overlap are a group: nothing is computed in
+    vain."""
+    starts, ends = queries.reach()
+    sequence, start, end = queries.sequence.tolist(), starts.tolist(), ends.tolist()
+    found: list[list[int]] = []
     last = (-1, 0)  # sequence and end of the latest group
     for row in sorted(range(len(queries)), key=lambda row: (sequence[row], start[row])):
         if start[row] >= end[row]:
             continue
         if sequence[row] == last[0] and start[row] < last[1]:
-            members[-1].append(row)
+            found[-1].append(row)
             last = (last[0], max(last[1], end[row]))
         else:
-            members.append([row])
+            found.append([row])
             last = (sequence[row], end[row])
 
     key_set, keys = queries.key_set.tolist(), queries.key_sets
@@ -245,23 +243,25 @@ def _group_by_range(queries: NounQueries, length: int) -> list[_RowGroup]:
     if keys.numel():
         set_start = keys.masked_fill(keys < 0, length).amin(dim=1).tolist()
         set_end = (keys.amax(dim=1) + 1).tolist()
+    members = queries.members(length) if queries.over == "set" and queries.has_gaps else None
 
     groups = []
-    for rows in members:
+    for rows in found:
         index = None if len(rows) == len(queries) else torch.tensor(rows)
         lo, hi = min(start[row] for row in rows), max(end[row] for row in rows)
         groups.append(
             _RowGroup(
                 sequence[rows[0]],
                 index,
-                queries.key_start if index is None else queries.key_start[index],
-                queries.key_end if index is None else queries.key_end[index],
+                starts if index is None else starts[index],
+                ends if index is None else ends[index],
                 range=(lo, hi),
                 common=(max(start[row] for row in rows), min(end[row] for row in rows)),
                 read=(
                     max(lo, min(set_start[key_set[row]] for row in rows)),
                     min(hi, max(set_end[key_set[row]] for row in rows)),
                 ),
+                members=members if members is None or index is None else members[index],
             )
         )
     return groups
@@ -271,7 +271,7 @@ def _key_chunks(
     key: Tensor, rows: _RowGroup, num_heads: int, span: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
     """The rows' keys piece by piece, as far as they meet `span`: first, end, keys [Hkv, C, D], and [n, C] True outside
-    the rows' ranges, or None.
+    the rows' softmax, or None.
 
     The pieces are the same for every span, so that every pass sees the same bits of a score: if lse and p came from
     differently rounded scores, p would not sum to one and ds = p·(w − δ) would be off where p is near one.
@@ -286,6 +286,9 @@ def _key_chunks(
         if lo < rows.common[0] or hi > rows.common[1]:
             positions = torch.arange(lo, hi, device=key.device)
             outside = (positions < rows.start[:, None]) | (positions >= rows.end[:, None])
+        if rows.members is not None:
+            absent = ~rows.members[:, lo:hi]
+            outside = absent if outside is None else outside | absent
         yield lo, hi, key[rows.sequence, :, lo:hi].to(dtype), outside
 
 
@@ -306,7 +309,7 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, lse: Tensor, outside: Ten
 
 
 def _log_sum_exp(q: Tensor, key: Tensor, rows: _RowGroup, num_heads: int, scale: float) -> Tensor:
-    """lse [Hq, n] over each row's range; 0 for an empty range."""
+    """lse [Hq, n] over each row's range; 0 where there is no key."""
     num_rows = len(rows.start)
     lowest = torch.finfo(q.dtype).min
     maxima, sums = [], []  # of the chunks
@@ -322,26 +325,30 @@ def _log_sum_exp(q: Tensor, key: Tensor, rows: _RowGroup, num_heads: int, scale:
     return (maximum + total.log()).masked_fill_(total == 0, 0.0)
 
 
-def _keys_of_rows(queries: NounQueries) -> Tensor:
-    """[R, N] int64 key positions, −1 where there is none."""
-    return queries.key_sets.index_select(0, queries.key_set).long()
+def _columns(queries: NounQueries, rows: _RowGroup) -> tuple[Tensor, Tensor]:
+    """Of the rows' columns [n, N]: the key within the group's range, int64, and True where there is none.
+
+    Such a column points somewhere, but not everywhere in the same place: equal indices are added one after the other.
+    """
+    keys = queries.key_sets.index_select(0, rows.take(queries.key_set)).long()
+    first, end = rows.range
+    absent = (keys < first) | (keys >= end)
+    somewhere = torch.arange(keys.shape[1], device=keys.device) % (end - first)
+    return torch.where(absent, somewhere, keys - first), absent
 
 
-def _scatter_columns(values: Tensor, queries: NounQueries, length: int) -> Tensor:
-    """[R, N] on the rows' key sets → [R, L] on key positions; 0 elsewhere, sums where a set names a key twice."""
-    keys = _keys_of_rows(queries)
-    num_rows, num_columns = keys.shape
-    values = values.masked_fill(keys < 0, 0.0)
-    # Padding adds 0 somewhere, and not everywhere in the same place: equal indices are added one after the other.
-    somewhere = torch.arange(num_columns, device=keys.device) % length
-    keys = torch.where(keys < 0, somewhere, keys) + length * torch.arange(num_rows, device=keys.device)[:, None]
-    dense = values.new_zeros(num_rows * length)
-    add_at(dense, keys.flatten(), values.flatten())
-    return dense.view(num_rows, length)
+def _weights(grad_maps: Tensor, num_heads: int, queries: NounQueries, rows: _RowGroup, dtype: torch.dtype) -> Tensor:
+    """w [n, keys of the group's range]: Σ ∂a / Hq over the columns that name the key."""
+    columns, absent = _columns(queries, rows)
+    values = (rows.take(grad_maps).to(dtype) / num_heads).masked_fill_(absent, 0.0)
+    weights = values.new_zeros(len(columns), rows.range[1] - rows.range[0])
+    places = columns + weights.shape[1] * torch.arange(len(columns), device=columns.device)[:, None]
+    add_at(weights.view(-1), places.flatten(), values.flatten())
+    return weights
 
 
 def _add_rows(grad_query: Tensor, queries: NounQueries, grad_rows: Tensor) -> None:
-    """Adds ∂ of the rows [R, Hq, D] to their tokens in ∂q [B, Hq, L, D]; rows of one token are summed first."""
+    """Add ∂ of the rows [R, Hq, D] to their tokens in ∂q [B, Hq, L, D]; rows of one token are summed first."""
     if not len(queries):
         return
     sequence, position = queries.sequence, queries.position

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+OVER = ("range", "set")
 _INTEGERS = (torch.int32, torch.int64)
 
 
@@ -27,10 +28,12 @@ class NounQueries:
         key_sets: [G, N] key positions in [0, L), padded at the end with −1. A key may be named more than once: every
             column is a read-out of its own, and their gradients add up. Keys outside [key_start, key_end) of a row
             have probability 0 there, and no gradient.
+        over: keys of a row's softmax: "range", [key_start, key_end), or "set", its key set, each key once, however often
+            it is named; key_start and key_end do not matter then.
 
     Raises:
         TypeError: a field is no tensor, or neither int32 nor int64.
-        ValueError: shapes or devices do not go together.
+        ValueError: shapes or devices do not go together, or an unknown `over`.
     """
 
     sequence: Tensor
@@ -39,8 +42,11 @@ class NounQueries:
     key_end: Tensor
     key_set: Tensor
     key_sets: Tensor
+    over: str = "range"
 
     def __post_init__(self) -> None:
+        if self.over not in OVER:
+            raise ValueError(f"NounQueries.over is {self.over!r}: choose one of {', '.join(OVER)}")
         for name, tensor in self._named():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"NounQueries.{name} must be a tensor, got {type(tensor).__name__}")
@@ -72,11 +78,11 @@ class NounQueries:
     @cached_property
     def ranges(self) -> str:
         """What all softmax ranges have in common: "prefix", the row's own token and all before it; "causal", they end
-        at the row's own token; "any".
+        at the row's own token; "any", of key sets too.
 
         Looks at the values, once; on an accelerator it waits for the device, unless the rows came there by `to`.
         """
-        if bool((self.key_end != self.position + 1).any()):
+        if self.over == "set" or bool((self.key_end != self.position + 1).any()):
             return "any"
         return "causal" if bool(self.key_start.any()) else "prefix"
 
@@ -91,8 +97,11 @@ class NounQueries:
     def within_window(self, window: int) -> NounQueries:
         """The same rows, each with its own token and at most `window` − 1 keys before it; `ranges` stays.
 
-        Remembered, since the layers of a model share it and backends remember what they prepared for an object.
+        Remembered, since the layers of a model share it and backends remember what they prepared for an object. A
+        softmax over a key set is not the model's own and stays.
         """
+        if self.over == "set":
+            return self
         if window not in self._narrowed:
             start = torch.maximum(self.key_start, self.position + 1 - window)
             self._narrowed[window] = replace(self, key_start=start)
@@ -105,27 +114,56 @@ class NounQueries:
         No softmax any more: for what concerns these keys only, given lse. A row without a key gets an empty range.
         """
         if "key sets" not in self._narrowed:
-            keys = self.key_sets
-            far = torch.iinfo(keys.dtype).max
-            first = keys.masked_fill(keys < 0, far).amin(dim=1) if keys.shape[1] else keys.new_full(keys.shape[:1], far)
-            end = keys.amax(dim=1) + 1 if keys.shape[1] else keys.new_zeros(keys.shape[:1])
-            start = torch.minimum(torch.maximum(self.key_start, first[self.key_set]), self.key_end)
-            end = torch.maximum(torch.minimum(self.key_end, end[self.key_set]), start)
+            first, end = (bound[self.key_set] for bound in self._spans)
+            start = torch.minimum(torch.maximum(self.key_start, first), self.key_end)
+            end = torch.maximum(torch.minimum(self.key_end, end), start)
             self._narrowed["key sets"] = replace(self, key_start=start, key_end=end)
         return self._narrowed["key sets"]
+
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """First and end key of the softmax of each row, [R] each: its range, or the span of its key set."""
+        if self.over == "range" or not len(self):
+            return self.key_start, self.key_end
+        first, end = (bound[self.key_set] for bound in self._spans)
+        return torch.minimum(first, end), end
+
+    def members(self, length: int) -> Tensor:
+        """Which of `length` keys are in the key set of each row: bool [R, L]."""
+        keys = self.key_sets.index_select(0, self.key_set).long()
+        found = torch.zeros(len(self), length + 1, dtype=torch.bool, device=self.device)
+        return found.scatter_(1, torch.where(keys < 0, length, keys), True)[:, :length]
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Some key set is no block of neighbouring keys. Looks at the values, once."""
+        if not self.key_sets.numel():
+            return False
+        keys = self.key_sets.sort(dim=1).values
+        distinct = (keys >= 0).sum(dim=1) - ((keys[:, 1:] == keys[:, :-1]) & (keys[:, 1:] >= 0)).sum(dim=1)
+        first, end = self._spans
+        return bool((distinct < end - torch.minimum(first, end)).any())
+
+    @cached_property
+    def _spans(self) -> tuple[Tensor, Tensor]:
+        """First and end key of each key set, [G] each; of an empty one a large number and 0."""
+        keys = self.key_sets
+        far = torch.iinfo(keys.dtype).max
+        if not keys.shape[1]:
+            return keys.new_full(keys.shape[:1], far), keys.new_zeros(keys.shape[:1])
+        return keys.masked_fill(keys < 0, far).amin(dim=1), keys.amax(dim=1) + 1
 
     @cached_property
     def _narrowed(self) -> dict[int | str, NounQueries]:
         return {}
 
     def _like(self, *tensors: Tensor) -> NounQueries:
-        moved = NounQueries(*tensors)
+        moved = NounQueries(*tensors, over=self.over)
         if self.device.type == "cpu" or "ranges" in self.__dict__:
             moved.__dict__["ranges"] = self.ranges
         return moved
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The fields in the order of the constructor."""
+        """The six tensors in the order of the constructor."""
         return tuple(tensor for _, tensor in self._named())
 
     def check(self, batch: int, length: int) -> None:
@@ -139,9 +177,10 @@ class NounQueries:
         """
         self._check_rows("sequence", (self.sequence < 0) | (self.sequence >= batch), f"is outside [0, {batch})")
         self._check_rows("position", (self.position < 0) | (self.position >= length), f"is outside [0, {length})")
-        self._check_rows("key_start", self.key_start < 0, "is negative")
-        self._check_rows("key_end", self.key_end > length, f"is past the end of the sequence, {length}")
-        self._check_rows("key_end", self.key_end <= self.key_start, "leaves no key: it must be above key_start")
+        if self.over == "range":
+            self._check_rows("key_start", self.key_start < 0, "is negative")
+            self._check_rows("key_end", self.key_end > length, f"is past the end of the sequence, {length}")
+            self._check_rows("key_end", self.key_end <= self.key_start, "leaves no key: it must be above key_start")
         count = len(self.key_sets)
         self._check_rows("key_set", (self.key_set < 0) | (self.key_set >= count), f"is outside [0, {count})")
 
@@ -167,4 +206,4 @@ class NounQueries:
             raise ValueError(f"NounQueries, row {row}: {name} {value} {problem}")
 
     def _named(self) -> list[tuple[str, Tensor]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "over"]
