@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from swim_kernels.noun_attention.triton import kernels
-from swim_kernels.noun_attention.triton.tiles import KERNELS, Tile, choose_tile, kernel_function, tile_constexprs
+from swim_kernels.noun_attention.triton.tiles import ADDING, KERNELS, OVER_SET, Tile, choose_tile, tile_constexprs
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bf16", "fp16", "fp32")
@@ -34,6 +34,7 @@ class Configuration:
         architecture, dtype, head_dim: what it is for.
         tile: its tile.
         add: if a kernel that writes ∂k adds it to what is there (behind a flash attention's backward).
+        over_set: if the softmax is over key sets.
     """
 
     kernel: str
@@ -42,18 +43,18 @@ class Configuration:
     head_dim: int
     tile: Tile
     add: bool = False
+    over_set: bool = False
 
     @property
     def name(self) -> str:
         tile = self.tile
-        return (
-            f"{self.kernel}-sm{self.architecture}-{self.dtype}-d{self.head_dim}-"
-            f"rows{tile.block_rows}x{tile.block_heads}-keys{tile.block_keys}{'-add' if self.add else ''}"
-        )
+        size = f"rows{tile.block_rows}x{tile.block_heads}-keys{tile.block_keys}"
+        variant = "-add" * self.add + "-set" * self.over_set
+        return f"{self.kernel}-sm{self.architecture}-{self.dtype}-d{self.head_dim}-{size}{variant}"
 
     def function(self):
         """Return the `triton.jit` function."""
-        return getattr(kernels, kernel_function(self.kernel))
+        return getattr(kernels, f"{self.kernel}_kernel")
 
     def signature(self) -> dict[str, str | tuple[str, ...]]:
         """Return the type of every argument that is no compile-time one.
@@ -67,9 +68,7 @@ class Configuration:
     def constexprs(self) -> dict[str | tuple[str, int], int | bool | None]:
         """Return compile-time arguments, and those that a launch specialises on because they are 1 or None."""
         names = self.function().arg_names
-        values = tile_constexprs(self.kernel, self.head_dim, self.tile, self.add)
-        if self.kernel == "query_gradients":
-            values |= {"grad_key": None, "grad_key_strides": None}
+        values = tile_constexprs(self.kernel, self.head_dim, self.tile, self.add, self.over_set)
         ones = {(n, len(_TYPES[n]) - 1): 1 for n in names if n.endswith("_strides") and n not in values}
         return values | ones
 
@@ -86,11 +85,10 @@ def all_configurations(
     """Yield every build that the table can choose for 1 to 512 rows, each once."""
     seen = set()
     for architecture, dtype, head_dim, heads, kernel in product(architectures, dtypes, head_dims, block_heads, kernels):
-        for num_rows, add in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (False, True)):
-            if add and kernel not in ("gradients", "key_gradients"):
-                continue
+        variants = ((False, True) if kernel in table else (False,) for table in (ADDING, OVER_SET))
+        for num_rows, add, over_set in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), *variants):
             tile = choose_tile(kernel, num_rows, heads, head_dim, dtype, architecture)
-            configuration = Configuration(kernel, architecture, dtype, head_dim, tile, add)
+            configuration = Configuration(kernel, architecture, dtype, head_dim, tile, add, over_set)
             if configuration not in seen:
                 seen.add(configuration)
                 yield configuration

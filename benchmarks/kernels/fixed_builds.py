@@ -78,7 +78,9 @@ def fixed_builds() -> Iterator[FixedBuild]:
     ):
         dims = {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_SPLITS": 8, "ADD": add}
         dims |= {("grad_query_strides", 3): 1}
-        yield FixedBuild("noun_attention", noun_kernels.query_gradient_kernel, dims, 4, 3, {"grad_query": f"*{dtype}"})
+        yield FixedBuild(
+            "noun_attention", noun_kernels.query_gradient_sum_kernel, dims, 4, 3, {"grad_query": f"*{dtype}"}
+        )
     block = {"BLOCK": frame_backend.BLOCK, "column_stride": 1}
     warps = frame_backend.NUM_WARPS, frame_backend.NUM_STAGES
     for mean, separate in ((False, False), (True, False), (False, True)):

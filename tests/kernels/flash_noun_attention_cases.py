@@ -11,12 +11,12 @@ from swim_kernels import NounQueries, flash_noun_attention, noun_attention
 from swim_kernels.flash_noun_attention.providers import base
 from swim_kernels.flash_noun_attention.providers import torch as torch_providers
 from tests.kernels import flash_stand_ins
-from tests.kernels.noun_attention_cases import make_queries, strided
+from tests.kernels.noun_attention_cases import make_queries, over_sets, strided
 
 LENGTH, HEAD_DIM = 41, 16
 STARTS = torch.tensor([0, 13, 30, LENGTH], dtype=torch.int32)  # of packed sequences
 
-# name: (batch, query heads, key heads, rows, key sets, options)
+# name: (batch, query heads, key heads, rows, key sets, options); instead of rows, queries as they are
 CASES = {
     "dense": (
         2,
@@ -44,6 +44,25 @@ CASES = {
         [[*range(14, 28)], [*range(31, 38)]],
         {"cu_seqlens": STARTS, "max_length": 17, "window": 8},
     ),
+    # with a softmax of their own
+    "patches": (
+        2,
+        4,
+        2,
+        over_sets([(b, t, patch) for b in (1, 0) for t in (40, 22) for patch in range(3)], [range(2, 9), [9, 4], [20]]),
+        None,
+        {},
+    ),
+    "packed, patches": (
+        1,
+        6,
+        2,
+        over_sets([(0, 12, 0), (0, 29, 1), (0, 40, 2), (0, 26, 1)], [range(1, 9), range(14, 22), range(31, 36)]),
+        None,
+        {"cu_seqlens": STARTS, "max_length": 17},
+    ),
+    "all tokens": (1, 4, 2, [(0, 20, 0, 41, 0), (0, 9, 0, 10, 0)], [[*range(2, 30)]], {}),
+    "from a later key on": (1, 4, 2, [(0, 20, 3, 21, 0), (0, 20, 0, 21, 0)], [[*range(2, 15)]], {}),
 }
 # torch on the CPU knows packed sequences, windows and left padding as a mask.
 LEFT_PADDED = (2, 4, 2, [(0, 40, 9, 41, 0), (1, 30, 0, 31, 1)], [[*range(10, 20)], [*range(2, 12)]], {"padding": 9})
@@ -92,7 +111,7 @@ def make(case, dtype=torch.float32, seed=0, layouts=("contiguous", "transposed",
         strided(1.5 * random(batch, heads, LENGTH, HEAD_DIM).to(dtype), layout)
         for heads, layout in zip((num_heads, num_key_heads, num_key_heads), layouts, strict=True)
     ]
-    queries = make_queries(rows, key_sets)
+    queries = rows if isinstance(rows, NounQueries) else make_queries(rows, key_sets)
     upstream = random(batch, num_heads, LENGTH, HEAD_DIM), random(len(queries), queries.key_sets.shape[1])
     return *inputs, queries, options, upstream
 

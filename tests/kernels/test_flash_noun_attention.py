@@ -265,18 +265,10 @@ def test_refusals_of_the_libraries(monkeypatch):
         flash_noun_attention(*odd, queries, provider="flash_attn_2")
 
 
-def test_softmax_beyond_the_token_is_refused():
-    query, key, value, _, _, _ = make(CASES["dense"])
-    queries = make_queries([(0, 20, 0, 41, 0)], [[1, 2]])
-    with pytest.raises(Unsupported, match=r"key_end is not position \+ 1"):
-        flash_noun_attention(query, key, value, queries)
-
-
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([(0, 20, 0, 21, 0), (0, 20, 3, 21, 0)], {}, "key_start is not 0"),
         ([(0, 20, 0, 21, 0)], {"mask": (torch.ones(41, 41).tril().triu(-5) > 0)[None, None]}, "row 0 has.*token 20"),
         ([(0, 20, 13, 21, 0), (0, 35, 13, 36, 0)], {"provider": "flash_attn_2"}, r"row 1 has the keys \[13, 36\)"),
         ([(0, 20, 0, 21, 0)], {"provider": "flash_attn_2", "window": 5}, r"row 0 has the keys \[0, 21\)"),

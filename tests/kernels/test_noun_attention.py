@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.kernels.noun_attention_cases import (
     make_queries,
     reference,
     run,
+    softmax_keys,
     torch_backend,
 )
 
@@ -84,6 +86,27 @@ def test_probabilities_sum_to_one_and_causal_attention_is_reproduced():
     maps = noun_attention(query, key, queries)
     torch.testing.assert_close(maps, attention[0, :, [0, 17, 40]].mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(maps.sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_set_that_is_a_block_does_what_its_range_does(backend, grouping):
+    query, key, queries, grad = make_inputs("softmax over blocks, one a patch")
+    start, end = queries.reach()
+    ranges = replace(queries, key_start=start, key_end=end, over="range")
+    assert not queries.has_gaps
+    for a, e in zip(*(run(query, key, q, grad, backend=backend) for q in (queries, ranges)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_softmax_over_sets_sums_to_one_and_touches_only_them(backend, grouping):
+    query, key, queries, grad = make_inputs("softmax over scattered sets, keys after the row too")
+    maps, _, grad_key = run(query, key, queries, grad, backend=backend)
+    torch.testing.assert_close(maps.sum(1), torch.ones(len(queries), dtype=maps.dtype))
+    named = torch.zeros(key.shape[0], key.shape[2], dtype=torch.bool)
+    for b, keys in zip(queries.sequence.tolist(), softmax_keys(queries), strict=True):
+        named[b, keys] = True
+    assert queries.has_gaps and torch.equal(grad_key.ne(0).any(dim=1).any(dim=-1), named)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -42,10 +42,11 @@ def flash_noun_attention(
     Args:
         query: [B, Hq, L, D], after rotary embedding; any strides.
         key, value: [B, Hkv, L, D]; query head h uses head h // (Hq / Hkv).
-        queries: R rows; the softmax range of each must be what the attention computes: the token itself and all before
-            it, within the window, the mask and the packed sequence (`NounQueries.key_start`). On an accelerator what
-            window, mask and packed sequences ask of it is not checked, and no value is read but, once,
-            `NounQueries.ranges` of rows that were made there.
+        queries: R rows. Rows whose ranges all end at their own token are taken for those that the attention computes:
+            the token itself and all before it, within the window, the mask and the packed sequence
+            (`NounQueries.key_start`); their lse is the attention's. On an accelerator what window, mask and packed
+            sequences ask of them is not checked, and no value is read but, once, `NounQueries.ranges` of rows that were
+            made there. All others, such as those over key sets, have a softmax of their own.
         scale: factor on the scores; D ** -0.5 if not given.
         window: a token sees itself and at most `window` − 1 tokens before it.
         mask: bool [B or 1, 1, L, L], True where a token sees a key; causal itself. For "torch_cpu".
@@ -70,11 +71,13 @@ def flash_noun_attention(
     _check_call(query, key, value, call, backend)
     chosen.check(query, key, value, call)
     check_arguments(query, key, queries, call.scale, None)
-    _check_ranges(queries, query.shape[2], call)
+    own_softmax = _has_own_softmax(queries, call)
+    if not own_softmax:
+        _check_ranges(queries, query.shape[2], call)
     name = OP.choose(backend, query.device.type, *op_properties(query, key))
     maps_backend = importlib.import_module(OP.get_function(name).__module__)
     with no_autocast(query.device.type):
-        return FlashNounAttention.apply(query, key, value, queries, call, chosen, maps_backend)
+        return FlashNounAttention.apply(query, key, value, queries, call, chosen, maps_backend, own_softmax)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -112,12 +115,15 @@ def _check_call(query: Tensor, key: Tensor, value: Tensor, call: Call, backend: 
         raise Unsupported("packed sequences come in a batch of one, with max_length")
 
 
+def _has_own_softmax(queries: NounQueries, call: Call) -> bool:
+    """Return True for rows that no causal attention computes, or that this one does not: it begins at key 0."""
+    if queries.ranges == "causal":
+        return call.mask is call.cu_seqlens is call.window is None
+    return queries.ranges == "any"
+
+
 def _check_ranges(queries: NounQueries, length: int, call: Call) -> None:
-    """Raise Unsupported if the softmax of the rows is seen not to be the one that the attention computes."""
-    if queries.ranges == "any":
-        raise Unsupported("the softmax of a row does not end at its own token (key_end is not position + 1)")
-    if queries.ranges == "causal" and call.mask is call.cu_seqlens is call.window is None:
-        raise Unsupported("the softmax of a row does not begin with the sequence (key_start is not 0)")
+    """Raise Unsupported if a causal softmax of the rows is seen not to be the one that the attention computes."""
     if queries.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if call.mask is not None:

@@ -1,6 +1,7 @@
 """Attention output and noun maps from one autograd node.
 
-Forward: the flash attention, whose lse is taken over, then one pass over the keys that are read out. Backward: the
+Forward: the flash attention, whose lse is taken over, then one pass over the keys that are read out. Where the softmax
+of the rows is another than that of the attention, such as over one patch, its lse is computed here. Backward: the
 flash attention's own backward, which returns or fills ∂q, ∂k and ∂v, and then, in place, the rows' part of ∂q and the
 maps' part of ∂k. A node of its own would have to return another ∂q, all zeros but for a handful of rows, and another
 ∂k.
@@ -22,29 +23,35 @@ from swim_kernels.structs.noun_queries import NounQueries
 
 
 class FlashNounAttention(torch.autograd.Function):
-    """Apply to query, key, value, queries, a `Call`, a `Provider`, and the module of a backend of `noun_attention`."""
+    """Apply to query, key, value, queries, a `Call`, a `Provider`, and the module of a backend of `noun_attention`.
+
+    own_softmax: the softmax of the rows is not the attention's.
+    """
 
     @staticmethod
-    def forward(ctx, query, key, value, queries, call, provider, backend):
+    def forward(ctx, query, key, value, queries, call, provider, backend, own_softmax):
         ctx.set_materialize_grads(False)
         output, lse, *rest = provider.forward(query, key, value, call)
-        maps = backend.maps_given_lse(query, key, queries, call.scale, _of_rows(lse, queries))
+        row_lse = None if own_softmax else _of_rows(lse, queries)
+        maps, row_lse = backend.maps_and_lse(query, key, queries, call.scale, row_lse)
         ctx.queries, ctx.call, ctx.provider, ctx.backend = queries, call.with_tensors(None, None), provider, backend
-        ctx.save_for_backward(query, key, value, *call.tensors(), output, lse, *rest)
+        ctx.own_softmax = own_softmax
+        ctx.save_for_backward(query, key, value, *call.tensors(), row_lse if own_softmax else None, output, lse, *rest)
         return output, maps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_maps):
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         if grad_output is None and grad_maps is None:
             return None, None, None, *nothing
-        query, key, value, mask, cu_seqlens, *forward = ctx.saved_tensors
+        query, key, value, mask, cu_seqlens, lse, *forward = ctx.saved_tensors
         call = ctx.call.with_tensors(mask, cu_seqlens)
         arguments = (query, key, ctx.queries, call.scale)
         wanted = ctx.needs_input_grad[:3]
         with no_autocast(query.device.type):
-            lse = None if grad_maps is None else _of_rows(forward[1], ctx.queries)
+            if lse is None and grad_maps is not None:
+                lse = _of_rows(forward[1], ctx.queries)
             if grad_output is None:
                 gradients = [
                     torch.zeros_like(x) if want else None for x, want in zip((query, key), wanted, strict=False)
@@ -54,7 +61,7 @@ class FlashNounAttention(torch.autograd.Function):
             inputs = (_dense(grad_output), query, key, value, tuple(forward), call)
             if grad_maps is None:
                 gradients = ctx.provider.backward(*inputs)
-            elif ctx.provider.takes_grad_lse(query):
+            elif ctx.provider.takes_grad_lse(query) and not ctx.own_softmax:
                 deltas, weights = ctx.backend.deltas(grad_maps, *arguments, lse)
                 gradients = ctx.provider.backward(*inputs, _grad_lse(deltas, forward[1], ctx.queries))
                 narrow = (query, key, ctx.queries.within_key_sets(), call.scale)

@@ -28,8 +28,8 @@ class NounQueries:
         key_sets: [G, N] key positions in [0, L), padded at the end with −1. A key may be named more than once: every
             column is a read-out of its own, and their gradients add up. Keys outside [key_start, key_end) of a row
             have probability 0 there, and no gradient.
-        over: keys of a row's softmax: "range", [key_start, key_end), or "set", its key set, each key once, however often
-            it is named; key_start and key_end do not matter then.
+        over: keys of a row's softmax: "range", [key_start, key_end), or "set", its key set, each key once, however
+            often it is named; key_start and key_end do not matter then.
 
     Raises:
         TypeError: a field is no tensor, or neither int32 nor int64.

@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from swim_kernels import noun_attention
-from tests.kernels.noun_attention_cases import log_sum_exp, make_inputs, make_queries, run
+from benchmarks.kernels.byte_counter import count_bytes
+from swim_kernels import NounQueries, noun_attention
+from tests.kernels.noun_attention_cases import log_sum_exp, make_inputs, make_queries, over_sets, run
 from tests.kernels.triton_interpreter.cases import backend, plans, random_inputs, random_queries
 
 FEW, MANY = 5, 18  # rows: one tile; several blocks
@@ -59,17 +60,44 @@ def test_launches_of_a_layer(inputs, given_lse, launches):
     maps.backward(grad)
     names = [launch.name for launch in launches]
     if len(queries) == FEW:
-        assert names == ["delta_partials", "gradients", "query_gradient"]
+        assert names == ["delta_partials", "gradients", "query_gradient_sum"]
     else:  # one split of δ: no sum of partials
-        assert names == ["delta_partials", "gradients", "query_gradient", "key_gradients"]
+        assert names == ["delta_partials", "query_gradients", "query_gradient_sum", "key_gradients"]
 
 
 def test_many_rows_on_many_columns_add_up_delta_first(launches):
     queries = random_queries(40, batch=1, length=800, num_sets=1, num_columns=700)
     query, key, grad = random_inputs(queries, 1, 4, 2, 800, 16)
     run(query, key, queries, grad, backend="triton")
-    backward = ["delta_partials", "delta_sum", "gradients", "query_gradient", "key_gradients"]
+    backward = ["delta_partials", "delta_sum", "query_gradients", "query_gradient_sum", "key_gradients"]
     assert [launch.name for launch in launches] == ["lse_partials", "lse_combine", "maps", *backward]
+
+
+def test_a_softmax_over_patches_looks_at_nothing_else(launches):
+    """Its lse is split by columns, its blocks of rows are those of a patch, ∂k is added to where patches are."""
+    length, patches, cells, heads = 1000, [2, 7], 100, 2
+    sets = [range(patch * cells, (patch + 1) * cells) for patch in patches]
+    queries = over_sets([(0, 990 + token, patch) for token in range(5) for patch in range(2)], sets)
+    query, key, grad = random_inputs(queries, 1, 4, heads, length, 32, torch.bfloat16)
+    query.requires_grad_()
+    maps = noun_attention(query, key, queries, backend="triton")
+    plan = backend._plan(query, key, queries)
+    assert [launch.grid for launch in launches if launch.name == "lse_partials"] == [(1, heads, len(plan[2]))]
+    blocks = [block for block in plan[2].tolist() if block[1] < block[2]]
+    assert [block[3:5] for block in blocks] == [[patch * cells, (patch + 1) * cells] for patch in patches]
+    buffers = torch.zeros_like(query), torch.zeros_like(key)
+    with torch.no_grad(), count_bytes() as traffic:
+        lse = backend.maps_and_lse(query, key, queries, 0.2)[1]
+        backend.add_gradients(*buffers, grad, query, key, queries, 0.2, lse)
+    bytes_of_patches = 2 * cells * heads * 32 * 2
+    assert traffic.total(kernel="lse_partials_kernel", tensor="key").issued == bytes_of_patches
+    tile = next(launch.arguments["BLOCK_KEYS"] for launch in launches if launch.name == "key_gradients")
+    for access in ("load", "store"):
+        added = traffic.total(tensor="grad_key", access=access).issued
+        assert bytes_of_patches <= added <= 2 * (cells + 2 * tile) * heads * 32 * 2
+    inside = torch.zeros(length, dtype=torch.bool)
+    inside[queries.key_sets.flatten()] = True
+    assert torch.equal(buffers[1].ne(0).any(dim=1).any(dim=-1)[0], inside) and maps.shape == (10, cells)
 
 
 def test_launches_depend_on_shapes_only(launches):
@@ -86,13 +114,15 @@ def test_launches_depend_on_shapes_only(launches):
     assert grids[0] == grids[1]
 
 
-def test_nothing_is_read_back():
+@pytest.mark.parametrize("over", ["range", "set"])
+def test_nothing_is_read_back(over):
     """Fake tensors have no values: any read-back, size that depends on values or boolean index raises."""
     queries = random_queries(30, batch=3, length=150, num_sets=2, num_columns=60)
+    queries = dataclasses.replace(queries, over=over)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fake = [mode.from_tensor(t) for t in queries.tensors()]
-        plan = plans.make_plan(*fake, 3, 150, 16)
-    real = plans.make_plan(*queries.tensors(), 3, 150, 16)
+        plan = plans.make_plan(NounQueries(*fake, over=over), 3, 150, 16)
+    real = plans.make_plan(queries, 3, 150, 16)
     for f, r in zip(plan, real, strict=True):
         assert f.shape == r.shape and f.dtype == r.dtype == torch.int32
 
@@ -187,7 +217,7 @@ def test_only_the_gradient_asked_for_is_computed(inputs, wanted, launches):
     launches.clear()
     (actual,) = torch.autograd.grad(maps, leaves[wanted], grad)
     torch.testing.assert_close(actual, exact[wanted], rtol=1e-2, atol=1e-4)
-    expected = ["gradients", "query_gradient"] if wanted == "query" else ["key_gradients"]
+    expected = ["query_gradients", "query_gradient_sum"] if wanted == "query" else ["key_gradients"]
     assert [launch.name for launch in launches] == ["delta_partials", *expected]
     assert not noun_attention(query.detach(), key.detach(), queries, backend="triton").requires_grad
 

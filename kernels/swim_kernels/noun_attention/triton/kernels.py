@@ -4,14 +4,15 @@
     maps    maps_kernel                    a[r,n]    = (1/Hq) Σ_h exp(s[r,h,key of n] − lse[r,h])
     δ       delta_partials_kernel, delta_sum_kernel
                                            δ[r,h]    = (1/Hq) Σ_n p[r,h,key of n] · ∂a[r,n]
-    ∂q, ∂k  gradients_kernel, key_gradients_kernel, query_gradient_kernel
+    ∂q, ∂k  gradients_kernel, or query_gradients_kernel and key_gradients_kernel; query_gradient_sum_kernel
                                            ds[r,h,j] = p[r,h,j] · (w[r,j] − δ[r,h])
 
 Every tile has keys in its first dimension and (row, head of one key head's group) in its second: a tile of K is loaded
 once and serves all of them; as the first operand of `tl.dot` it reaches the tensor cores' wide instructions from one
 row up. No atomics; every element of every output is written by exactly one program.
 
-Tables of the rows (`entries`, `blocks`, …) are those of `plan.py`. Strides are tuples over [B, H, L, D]; a head
+Tables of the rows (`entries`, `blocks`, …) are those of `plan.py`. SET: the softmax runs over the row's key set, each
+key once, and the plan's key range of a row is the span of that set. Strides are tuples over [B, H, L, D]; a head
 dimension of stride 1 and 16-byte aligned strides are needed for wide loads only. Offsets are int64.
 """
 
@@ -21,6 +22,12 @@ import triton.language as tl
 # Numbers that differ from video to video: not to be compiled in, and no new build where one happens to be 1 or 16 · n.
 _NUMBERS = ["scale", "length", "num_rows", "num_heads", "num_key_heads", "group", "num_columns"]
 _SPLITS = ["num_splits", "tiles_per_split"]
+
+
+# Columns of `entries`, of tables of blocks, and of both: `plan.py` fills them in this order.
+_ROW, _SEQUENCE, _POSITION, _KEY_START, _KEY_END, _KEY_SET, _NEXT, _IS_FIRST = (tl.constexpr(i) for i in range(8))
+_BLOCK_SEQUENCE, _FIRST, _END, _FIRST_KEY, _END_KEY, _BLOCK_KEY_SET = (tl.constexpr(i) for i in range(6))
+_WIDTH = tl.constexpr(8)
 
 
 @triton.jit
@@ -50,9 +57,10 @@ def _gradient_dot(a, b, accumulator, UPCAST: tl.constexpr):
 @triton.jit
 def _load_block(blocks, index):
     """Return sequence, first and end entry, first and end key, key set of a block."""
-    block = blocks + tl.cast(index, tl.int64) * 8
-    first, end = tl.load(block + 1), tl.load(block + 2)
-    return tl.load(block), first, end, tl.load(block + 3), tl.load(block + 4), tl.load(block + 5)
+    block = blocks + tl.cast(index, tl.int64) * _WIDTH
+    sequence, key_set = tl.load(block + _BLOCK_SEQUENCE), tl.load(block + _BLOCK_KEY_SET)
+    first, end = tl.load(block + _FIRST), tl.load(block + _END)
+    return sequence, first, end, tl.load(block + _FIRST_KEY), tl.load(block + _END_KEY), key_set
 
 
 @triton.jit
@@ -65,11 +73,11 @@ def _load_columns(entries, first, end, group, BLOCK_ROWS: tl.constexpr, BLOCK_HE
     entry = first + column // BLOCK_HEADS
     head = column % BLOCK_HEADS
     valid = (entry < end) & (head < group)
-    entries += tl.cast(entry, tl.int64) * 8
-    row = tl.load(entries, mask=valid, other=0)
-    position = tl.load(entries + 2, mask=valid, other=0)
-    key_start = tl.load(entries + 3, mask=valid, other=0)
-    key_end = tl.load(entries + 4, mask=valid, other=0)
+    entries += tl.cast(entry, tl.int64) * _WIDTH
+    row = tl.load(entries + _ROW, mask=valid, other=0)
+    position = tl.load(entries + _POSITION, mask=valid, other=0)
+    key_start = tl.load(entries + _KEY_START, mask=valid, other=0)
+    key_end = tl.load(entries + _KEY_END, mask=valid, other=0)
     return row, position, key_start, key_end, head, valid
 
 
@@ -78,8 +86,8 @@ def _load_rows(entries, first, end, BLOCK_ROWS: tl.constexpr):
     """Return row and key set of a block's rows, and which of them exist."""
     entry = first + tl.arange(0, BLOCK_ROWS)
     valid = entry < end
-    entries += tl.cast(entry, tl.int64) * 8
-    return tl.load(entries, mask=valid, other=0), tl.load(entries + 5, mask=valid, other=0), valid
+    entries += tl.cast(entry, tl.int64) * _WIDTH
+    return tl.load(entries + _ROW, mask=valid, other=0), tl.load(entries + _KEY_SET, mask=valid, other=0), valid
 
 
 @triton.jit
@@ -134,15 +142,18 @@ def _per_head(values, BLOCK_HEADS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
 def lse_partials_kernel(
-    query, key, entries, blocks, maxima, sums,
-    scale, length, num_rows, num_heads, group, tiles_per_split,
+    query, key, entries, blocks, key_sets, inverse, maxima, sums,
+    scale, length, num_rows, num_heads, group, num_columns, tiles_per_split,
     query_strides, key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, SET: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and Σ exp(s − maximum) over a split of the keys, [splits, R, Hq] each. Grid: splits, Hkv, blocks."""
+    """Maximum and Σ exp(s − maximum) over a split of the keys, [splits, R, Hq] each. Grid: splits, Hkv, blocks.
+
+    With SET a split is one of the columns of the block's key set.
+    """
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
+    sequence, first, end, first_key, end_key, key_set = _load_block(blocks, block)
     if first >= end:
         return
     row, position, key_start, key_end, head, valid = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
@@ -151,12 +162,25 @@ def lse_partials_kernel(
 
     maximum = tl.full([BLOCK_ROWS * BLOCK_HEADS], -3.0e38, dtype=tl.float32)  # not −inf: −inf − (−inf) is NaN
     total = tl.zeros([BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
-    begin = tl.maximum(split * tiles_per_split, first_key // BLOCK_KEYS)
-    stop = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(end_key, BLOCK_KEYS))
+    if SET:
+        begin = split * tiles_per_split
+        stop = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(num_columns, BLOCK_KEYS))
+    else:
+        begin = tl.maximum(split * tiles_per_split, first_key // BLOCK_KEYS)
+        stop = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(end_key, BLOCK_KEYS))
     for tile in range(begin, stop):
         j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-        k = _load_key(key, key_strides, sequence, key_head, j, (j >= first_key) & (j < end_key), HEAD_DIM, BLOCK_DIM)
-        s = tl.where(_inside(j, key_start, key_end), _scores(k, q, scale, UPCAST), float("-inf"))
+        if SET:
+            n = j
+            j = tl.load(key_sets + key_set.to(tl.int64) * num_columns + n, mask=n < num_columns, other=-1)
+            column = tl.load(inverse + key_set.to(tl.int64) * length + j, mask=j >= 0, other=-1)
+            counts = (j >= 0) & (column == n)  # a key that is named again counts once
+            inside = _inside(j, key_start, key_end) & counts[:, None]
+        else:
+            counts = (j >= first_key) & (j < end_key)
+            inside = _inside(j, key_start, key_end)
+        k = _load_key(key, key_strides, sequence, key_head, j, counts, HEAD_DIM, BLOCK_DIM)
+        s = tl.where(inside, _scores(k, q, scale, UPCAST), float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(s, axis=0))
         total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(s - new_maximum[None, :]), axis=0)
         maximum = new_maximum
@@ -277,12 +301,18 @@ def delta_sum_kernel(partials, deltas, num_items, num_splits, BLOCK: tl.constexp
 
 
 @triton.jit
-def _load_weights(weights, inverse, row, key_set, valid, j, length, num_columns, BLOCK_HEADS: tl.constexpr):
-    """w [BLOCK_KEYS, columns]; `inverse` [G, L] is the first column that names the key, −1 if there is none."""
+def _load_weights(weights, inverse, rows, j, inside, length, num_columns, BLOCK_HEADS: tl.constexpr, SET: tl.constexpr):
+    """Return w [BLOCK_KEYS, columns] of `_load_rows`, and of the keys `inside` the ranges those of the softmax.
+
+    `inverse` [G, L] is the first column that names the key, −1 if there is none.
+    """
+    row, key_set, valid = rows
     mask = valid[None, :] & (j < length)[:, None]
     column = tl.load(inverse + key_set.to(tl.int64)[None, :] * length + j[:, None], mask=mask, other=-1)
     w = tl.load(weights + row.to(tl.int64)[None, :] * num_columns + column, mask=column >= 0, other=0.0)
-    return _per_head(w, BLOCK_HEADS)
+    if SET:
+        inside = inside & (_per_head(column, BLOCK_HEADS) >= 0)
+    return _per_head(w, BLOCK_HEADS), inside
 
 
 @triton.jit
@@ -297,7 +327,7 @@ def _sum_deltas(deltas, row, head, valid, num_rows, num_heads, num_splits):
 
 @triton.jit
 def _score_gradient(k, q, w, inside, lse, delta, scale, UPCAST: tl.constexpr):
-    """Return ds = p · (w − δ) [BLOCK_KEYS, columns]."""
+    """Return ds = p · (w − δ) [BLOCK_KEYS, columns], exactly 0 outside the softmax."""
     p = _probabilities(k, q, inside, lse, scale, UPCAST)
     return tl.where(inside, p * (w - delta[None, :]), 0.0)
 
@@ -338,54 +368,90 @@ def _zero_out_of_reach(
         _store_key_gradient(grad_key, strides, zero, j, length, HEAD_DIM, BLOCK_DIM, False)
 
 
+@triton.jit
+def _store_query_gradient(
+    partials, grad_query, split, row, head, valid, num_rows, num_heads, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """Store ∂q [BLOCK_DIM, columns], transposed so that again the long dimension is the first, as a partial."""
+    dim = tl.arange(0, BLOCK_DIM)
+    offset = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
+    tl.store(partials + offset[None, :] + dim[:, None], grad_query, mask=(dim < HEAD_DIM)[:, None] & valid[None, :])
+
+
 @triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
 def gradients_kernel(
     query, key, lse, weights, deltas, entries, blocks, inverse, grad_query_partials, grad_key,
     scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
     query_strides, key_strides, grad_key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """∂q partials [splits, R, Hq, D] and, if it is given, ∂k, over a split of the keys. Grid: splits, Hkv, blocks.
+    """∂q partials [splits, R, Hq, D] and ∂k over a split of the keys, K loaded once. Grid: splits, Hkv, sequences.
 
-    ∂q = scale Σ_j ds · k and ∂k = scale Σ_{r, h in group} ds · q, with δ = Σ of `delta_splits`; K is loaded once for
-    both. A block has at most BLOCK_ROWS entries. With ∂k it is all entries of a sequence, one block for every sequence:
-    every key of it is written, those in no range as zeros. With ADD, ∂k is added to what is there.
+    ∂q = scale Σ_j ds · k and ∂k = scale Σ_{r, h in group} ds · q, with δ = Σ of `delta_splits`. A block is all entries
+    of a sequence, at most BLOCK_ROWS: every key of it is written, those in no range as zeros. With ADD, ∂k is added to
+    what is there. The softmax is over ranges.
     """
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
     first_tile, begin, stop, end_tile = _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS)
-    if grad_key is None:
-        if first >= end:
-            return
-    else:
-        grad_key += sequence.to(tl.int64) * grad_key_strides[0] + tl.cast(key_head, tl.int64) * grad_key_strides[1]
-        if not ADD:
-            _zero_out_of_reach(
-                grad_key, grad_key_strides, first_tile, begin, stop, end_tile, length, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS
-            )
-
+    grad_key += sequence.to(tl.int64) * grad_key_strides[0] + tl.cast(key_head, tl.int64) * grad_key_strides[1]
+    if not ADD:
+        _zero_out_of_reach(
+            grad_key, grad_key_strides, first_tile, begin, stop, end_tile, length, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS
+        )
     row, position, key_start, key_end, head, valid = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
     head += key_head * group
     q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
     row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
     delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
-    block_row, block_set, block_valid = _load_rows(entries, first, end, BLOCK_ROWS)
-    # ∂q transposed, so that again the long dimension is the first
+    rows = _load_rows(entries, first, end, BLOCK_ROWS)
     grad_query = tl.zeros([BLOCK_DIM, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
     for tile in range(begin, stop):
         j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         k = _load_key(key, key_strides, sequence, key_head, j, (j >= first_key) & (j < end_key), HEAD_DIM, BLOCK_DIM)
-        w = _load_weights(weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS)
-        ds = _score_gradient(k, q, w, _inside(j, key_start, key_end), row_lse, delta, scale, UPCAST)
+        inside = _inside(j, key_start, key_end)
+        w, inside = _load_weights(weights, inverse, rows, j, inside, length, num_columns, BLOCK_HEADS, False)
+        ds = _score_gradient(k, q, w, inside, row_lse, delta, scale, UPCAST)
         grad_query = _gradient_dot(tl.trans(k), ds, grad_query, UPCAST)
-        if grad_key is not None:
-            values = _gradient_dot(ds, q, tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32), UPCAST) * scale
-            _store_key_gradient(grad_key, grad_key_strides, values, j, length, HEAD_DIM, BLOCK_DIM, ADD)
-    dim = tl.arange(0, BLOCK_DIM)
-    offset = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
-    mask = (dim < HEAD_DIM)[:, None] & valid[None, :]
-    tl.store(grad_query_partials + offset[None, :] + dim[:, None], grad_query * scale, mask=mask)
+        values = _gradient_dot(ds, q, tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32), UPCAST) * scale
+        _store_key_gradient(grad_key, grad_key_strides, values, j, length, HEAD_DIM, BLOCK_DIM, ADD)
+    _store_query_gradient(
+        grad_query_partials, grad_query * scale, split, row, head, valid, num_rows, num_heads, HEAD_DIM, BLOCK_DIM
+    )
+
+
+@triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
+def query_gradients_kernel(
+    query, key, lse, weights, deltas, entries, blocks, inverse, grad_query_partials,
+    scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
+    query_strides, key_strides,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, SET: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """∂q partials as in `gradients_kernel`, for blocks of any number of entries. Grid: splits, Hkv, blocks."""
+    split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
+    if first >= end:
+        return
+    _, begin, stop, _ = _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS)
+    row, position, key_start, key_end, head, valid = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    head += key_head * group
+    q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
+    row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
+    delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
+    rows = _load_rows(entries, first, end, BLOCK_ROWS)
+    grad_query = tl.zeros([BLOCK_DIM, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
+    for tile in range(begin, stop):
+        j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        k = _load_key(key, key_strides, sequence, key_head, j, (j >= first_key) & (j < end_key), HEAD_DIM, BLOCK_DIM)
+        inside = _inside(j, key_start, key_end)
+        w, inside = _load_weights(weights, inverse, rows, j, inside, length, num_columns, BLOCK_HEADS, SET)
+        ds = _score_gradient(k, q, w, inside, row_lse, delta, scale, UPCAST)
+        grad_query = _gradient_dot(tl.trans(k), ds, grad_query, UPCAST)
+    _store_query_gradient(
+        grad_query_partials, grad_query * scale, split, row, head, valid, num_rows, num_heads, HEAD_DIM, BLOCK_DIM
+    )
 
 
 @triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
@@ -394,9 +460,12 @@ def key_gradients_kernel(
     scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
     query_strides, key_strides, grad_key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, SET: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """∂k as in `gradients_kernel`, for any number of entries: the program of a tile walks over all of a sequence."""
+    """∂k as in `gradients_kernel`, for any number of entries: the program of a tile walks over all of a sequence.
+
+    With ADD, tiles that are in no row's reach are left alone.
+    """
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
     first_tile, begin, stop, end_tile = _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS)
@@ -409,28 +478,32 @@ def key_gradients_kernel(
         j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         k = _load_key(key, key_strides, sequence, key_head, j, (j >= first_key) & (j < end_key), HEAD_DIM, BLOCK_DIM)
         values = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
+        reached = 0
         for entry in range(first, end, BLOCK_ROWS):
             row, position, key_start, key_end, head, valid = _load_columns(
                 entries, entry, end, group, BLOCK_ROWS, BLOCK_HEADS
             )
             inside = _inside(j, key_start, key_end)
-            # Packed neighbours: most tiles are out of most rows' reach.
+            # Packed neighbours, patches: most tiles are out of most rows' reach.
             if tl.max(tl.max(inside.to(tl.int32), axis=1), axis=0) > 0:
                 head += key_head * group
                 q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
                 row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
                 delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
-                block_row, block_set, block_valid = _load_rows(entries, entry, end, BLOCK_ROWS)
-                w = _load_weights(
-                    weights, inverse, block_row, block_set, block_valid, j, length, num_columns, BLOCK_HEADS
-                )
+                rows = _load_rows(entries, entry, end, BLOCK_ROWS)
+                w, inside = _load_weights(weights, inverse, rows, j, inside, length, num_columns, BLOCK_HEADS, SET)
                 ds = _score_gradient(k, q, w, inside, row_lse, delta, scale, UPCAST)
                 values = _gradient_dot(ds, q, values, UPCAST)
-        _store_key_gradient(grad_key, grad_key_strides, values * scale, j, length, HEAD_DIM, BLOCK_DIM, ADD)
+                reached += 1
+        if ADD:
+            if reached > 0:
+                _store_key_gradient(grad_key, grad_key_strides, values * scale, j, length, HEAD_DIM, BLOCK_DIM, True)
+        else:
+            _store_key_gradient(grad_key, grad_key_strides, values * scale, j, length, HEAD_DIM, BLOCK_DIM, False)
 
 
 @triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
-def query_gradient_kernel(
+def query_gradient_sum_kernel(
     partials, entries, grad_query,
     num_rows, num_heads, num_splits,
     grad_query_strides,
@@ -441,21 +514,21 @@ def query_gradient_kernel(
     The program of a token's first entry adds all of its entries, one after the other; with ADD, also what is there.
     """
     entry, head = tl.program_id(0), tl.program_id(1)
-    table = entries + tl.cast(entry, tl.int64) * 8
-    if tl.load(table + 7) == 0:
+    table = entries + tl.cast(entry, tl.int64) * _WIDTH
+    if tl.load(table + _IS_FIRST) == 0:
         return
-    sequence, position = tl.load(table + 1).to(tl.int64), tl.load(table + 2).to(tl.int64)
+    sequence, position = tl.load(table + _SEQUENCE).to(tl.int64), tl.load(table + _POSITION).to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)
     total = tl.zeros([BLOCK_DIM], dtype=tl.float32)
     while entry >= 0:
-        table = entries + tl.cast(entry, tl.int64) * 8
-        row = tl.load(table).to(tl.int64)
+        table = entries + tl.cast(entry, tl.int64) * _WIDTH
+        row = tl.load(table + _ROW).to(tl.int64)
         for start in range(0, num_splits, BLOCK_SPLITS):
             split = start + tl.arange(0, BLOCK_SPLITS)
             offset = ((tl.cast(split, tl.int64) * num_rows + row) * num_heads + head) * HEAD_DIM
             mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
             total += tl.sum(tl.load(partials + offset[:, None] + dim[None, :], mask=mask, other=0.0), axis=0)
-        entry = tl.load(table + 6)
+        entry = tl.load(table + _NEXT)
     grad_query += sequence * grad_query_strides[0] + tl.cast(head, tl.int64) * grad_query_strides[1]
     grad_query += position * grad_query_strides[2] + dim.to(tl.int64) * grad_query_strides[3]
     if ADD:

@@ -7,7 +7,8 @@ so the same launches serve every batch of a shape:
     lse, unless it is handed over         2 launches
     maps                                  1
     ∂q and ∂k, few rows                   3: δ partials; ∂q partials and ∂k in one pass over K; ∂q
-    ∂q and ∂k, more than fit one tile     5: δ partials, δ; ∂q partials; ∂q; ∂k
+    ∂q and ∂k, more than fit one tile,    5: δ partials, δ; ∂q partials; ∂q; ∂k
+    or with a softmax over key sets
 
 besides one fill of ∂q with zeros where it is fresh. The plan of a batch takes tensor operations of its own, once for
 all layers.
@@ -25,7 +26,6 @@ from swim_kernels.noun_attention.triton.tiles import (
     Tile,
     choose_tile,
     columns_for,
-    kernel_function,
     pad_group,
     tile_constexprs,
 )
@@ -40,20 +40,27 @@ _BLOCK_ITEMS = 128  # of the kernels that combine partials
 def noun_attention_triton(
     query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor | None = None
 ) -> Tensor:
-    """Head-averaged attention maps [R, N] fp32; arguments as `noun_attention`, already checked, not float64.
+    """Return head-averaged attention maps [R, N] fp32; arguments as `noun_attention`, already checked, not float64.
 
-    Keeps query, key, lse and the plan for backward, no copies. No double backward. A row with an empty softmax range
+    Keeps query, key, lse and the plan for backward, no copies. No double backward. A row without a key in its softmax
     gives zeros.
     """
-    plan = _plan(query, key, queries)
+    return _maps_and_lse(query, key, queries, scale, lse)[0]
+
+
+def maps_and_lse(
+    query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return maps [R, N] and lse [R, Hq], which is computed unless it is handed over, without a graph."""
+    return _maps_and_lse(query.detach(), key.detach(), queries, scale, lse)
+
+
+def _maps_and_lse(query, key, queries, scale, lse):
+    plan, over_set = _plan(query, key, queries), queries.over == "set"
     if lse is None:
-        lse = log_sum_exp(query.detach(), key.detach(), plan, scale)
-    return maps_of(query, key, lse.detach().contiguous(), plan, scale)
-
-
-def maps_given_lse(query: Tensor, key: Tensor, queries: NounQueries, scale: float, lse: Tensor) -> Tensor:
-    """Maps [R, N] from lse [R, Hq], without a graph."""
-    return maps_of(query.detach(), key.detach(), lse.contiguous(), _plan(query, key, queries), scale)
+        lse = log_sum_exp(query.detach(), key.detach(), plan, scale, over_set)
+    lse = lse.detach().contiguous()
+    return maps_of(query, key, lse, plan, scale, over_set), lse
 
 
 def deltas(
@@ -74,9 +81,9 @@ def add_gradients(
     lse: Tensor,
     weights: Tensor | None = None,
 ) -> None:
-    """Adds ∂q and ∂k of the maps to tensors like query and key, in place; as in `torch_backend.py`."""
-    plan = _plan(query, key, queries)
-    add_gradients_of(grad_query, grad_key, grad_maps, query, key, lse.contiguous(), weights, plan, scale)
+    """Add ∂q and ∂k of the maps to tensors like query and key, in place; as in `torch_backend.py`."""
+    plan, over_set = _plan(query, key, queries), queries.over == "set"
+    add_gradients_of(grad_query, grad_key, grad_maps, query, key, lse.contiguous(), weights, plan, scale, over_set)
 
 
 def _plan(query: Tensor, key: Tensor, queries: NounQueries) -> list[Tensor]:
@@ -87,13 +94,14 @@ def _plan(query: Tensor, key: Tensor, queries: NounQueries) -> list[Tensor]:
 
 
 @torch.library.custom_op("swim_kernels::noun_attention_lse", mutates_args=())
-def log_sum_exp(query: Tensor, key: Tensor, plan: list[Tensor], scale: float) -> Tensor:
+def log_sum_exp(query: Tensor, key: Tensor, plan: list[Tensor], scale: float, over_set: bool = False) -> Tensor:
     """Return lse [R, Hq] fp32."""
-    layer = _Layer(query, key, plan, scale)
+    layer = _Layer(query, key, plan, scale, over_set=over_set)
     lse = query.new_empty(layer.num_rows, layer.num_heads, dtype=torch.float32)
     if layer.is_empty:
         return lse.zero_()
-    num_splits, tiles = _splits(layer.length, layer.tile("lse_partials").block_keys, most=64)
+    num_keys = layer.num_columns if over_set else layer.length
+    num_splits, tiles = _splits(num_keys, layer.tile("lse_partials").block_keys, most=64)
     maxima, sums = lse.new_empty(2, num_splits, *lse.shape)
     blocks = layer.plan.blocks
     grid = (num_splits, layer.num_key_heads, len(blocks))
@@ -103,9 +111,11 @@ def log_sum_exp(query: Tensor, key: Tensor, plan: list[Tensor], scale: float) ->
 
 
 @torch.library.custom_op("swim_kernels::noun_attention_maps", mutates_args=())
-def maps_of(query: Tensor, key: Tensor, lse: Tensor, plan: list[Tensor], scale: float) -> Tensor:
+def maps_of(
+    query: Tensor, key: Tensor, lse: Tensor, plan: list[Tensor], scale: float, over_set: bool = False
+) -> Tensor:
     """Return a [R, N] fp32 from a contiguous lse [R, Hq]."""
-    layer = _Layer(query, key, plan, scale, lse=lse)
+    layer = _Layer(query, key, plan, scale, lse)
     maps = query.new_empty(layer.num_rows, layer.num_columns, dtype=torch.float32)
     if layer.is_empty:
         return maps
@@ -125,9 +135,10 @@ def gradients_of(
     scale: float,
     want_query: bool,
     want_key: bool,
+    over_set: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return ∂q and ∂k in the dtype and, if they are dense, the strides of query and key; empty if unwanted."""
-    layer = _Layer(query, key, plan, scale, lse=lse)
+    layer = _Layer(query, key, plan, scale, lse, over_set)
     grad_query = torch.zeros_like(query) if want_query else None
     grad_key = None
     if want_key:  # every element is written
@@ -142,7 +153,7 @@ def deltas_of(
     grad_maps: Tensor, query: Tensor, key: Tensor, lse: Tensor, plan: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return δ [R, Hq] fp32 and the weights [R, N] of the columns."""
-    layer = _Layer(query, key, plan, scale, lse=lse)
+    layer = _Layer(query, key, plan, scale, lse)
     if layer.is_empty:
         return torch.zeros_like(lse), lse.new_zeros(len(lse), layer.num_columns)
     partials, weights = layer.delta_partials(grad_maps)
@@ -160,9 +171,10 @@ def add_gradients_of(
     weights: Tensor | None,
     plan: list[Tensor],
     scale: float,
+    over_set: bool = False,
 ) -> None:
     """Add ∂q and ∂k to what is there. With weights, without δ."""
-    layer = _Layer(query, key, plan, scale, lse=lse)
+    layer = _Layer(query, key, plan, scale, lse, over_set)
     if layer.is_empty:
         return
     partials, weights = layer.delta_partials(grad_maps) if weights is None else (torch.zeros_like(lse)[None], weights)
@@ -170,12 +182,12 @@ def add_gradients_of(
 
 
 @log_sum_exp.register_fake
-def _(query, key, plan, scale):
+def _(query, key, plan, scale, over_set=False):
     return query.new_empty(plan[0].shape[0], query.shape[1], dtype=torch.float32)
 
 
 @maps_of.register_fake
-def _(query, key, lse, plan, scale):
+def _(query, key, lse, plan, scale, over_set=False):
     return query.new_empty(plan[0].shape[0], Plan(*plan).key_sets.shape[1], dtype=torch.float32)
 
 
@@ -185,12 +197,12 @@ def _(grad_maps, query, key, lse, plan, scale):
 
 
 @add_gradients_of.register_fake
-def _(grad_query, grad_key, grad_maps, query, key, lse, weights, plan, scale):
+def _(grad_query, grad_key, grad_maps, query, key, lse, weights, plan, scale, over_set=False):
     return None
 
 
 @gradients_of.register_fake
-def _(grad_maps, query, key, lse, plan, scale, want_query, want_key):
+def _(grad_maps, query, key, lse, plan, scale, want_query, want_key, over_set=False):
     return (
         torch.empty_like(query) if want_query else query.new_empty(0),
         torch.empty_like(key) if want_key else key.new_empty(0),
@@ -198,20 +210,21 @@ def _(grad_maps, query, key, lse, plan, scale, want_query, want_key):
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, lse, plan, scale = inputs
+    query, key, lse, plan, scale, over_set = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, lse, *plan)
-    ctx.scale = scale
+    ctx.scale, ctx.over_set = scale, over_set
 
 
 def _backward(ctx, grad_maps):
     query, key, lse, *plan = ctx.saved_tensors
-    nothing = [None] * len(plan)
+    nothing = (None, [None] * len(plan), None, None)
     if grad_maps is None:
-        return None, None, None, nothing, None
+        return None, None, *nothing
     want_query, want_key = ctx.needs_input_grad[:2]
-    grad_query, grad_key = gradients_of(grad_maps, query, key, lse, plan, ctx.scale, want_query, want_key)
-    return grad_query if want_query else None, grad_key if want_key else None, None, nothing, None
+    wanted = want_query, want_key
+    grad_query, grad_key = gradients_of(grad_maps, query, key, lse, plan, ctx.scale, *wanted, ctx.over_set)
+    return grad_query if want_query else None, grad_key if want_key else None, *nothing
 
 
 maps_of.register_autograd(_backward, setup_context=_setup_context)
@@ -220,8 +233,16 @@ maps_of.register_autograd(_backward, setup_context=_setup_context)
 class _Layer:
     """The launches on one query and key, which hand to a kernel what it takes of `arguments`."""
 
-    def __init__(self, query: Tensor, key: Tensor, plan: list[Tensor], scale: float, lse: Tensor | None = None) -> None:
-        self.plan = Plan(*plan)
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        plan: list[Tensor],
+        scale: float,
+        lse: Tensor | None = None,
+        over_set: bool = False,
+    ) -> None:
+        self.plan, self.over_set = Plan(*plan), over_set
         _, self.num_heads, self.length, self.head_dim = query.shape
         self.num_rows, self.num_columns = len(self.plan.entries), self.plan.key_sets.shape[1]
         self.num_key_heads = key.shape[1]
@@ -240,9 +261,10 @@ class _Layer:
 
     def launch(self, kernel: str, grid: tuple[int, ...], add: bool = False, **arguments) -> None:
         tile = self.tile(kernel)
-        function = getattr(kernels, kernel_function(kernel))
+        function = getattr(kernels, f"{kernel}_kernel")
         known = {name: value for name, value in self.arguments.items() if name in function.arg_names}
-        constexprs = tile_constexprs(kernel, self.head_dim, tile, add) | {"UPCAST": is_interpreted(function)}
+        constexprs = tile_constexprs(kernel, self.head_dim, tile, add, self.over_set)
+        constexprs["UPCAST"] = is_interpreted(function)
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         launch(function, grid, **known | arguments | constexprs | options)
 
@@ -267,31 +289,38 @@ class _Layer:
     ) -> None:
         """Write ∂q, of the rows' tokens alone, and ∂k, where they are given."""
         tile = self.tile("gradients")
-        if grad_query is not None and grad_key is not None and self.num_rows <= tile.block_rows:
+        both = grad_query is not None and grad_key is not None
+        if both and self.num_rows <= tile.block_rows and not self.over_set:
             partials = self.pass_over_keys("gradients", self.plan.sequences, deltas, weights, grad_key, add)
             self.sum_query_gradient(partials, grad_query, add)
             return
         if len(deltas) > 1:
             deltas = self.sum_deltas(deltas)
         if grad_query is not None:
-            partials = self.pass_over_keys("query_gradients", self.plan.blocks, deltas, weights, None, add)
+            partials = self.pass_over_keys("query_gradients", self.plan.blocks, deltas, weights)
             self.sum_query_gradient(partials, grad_query, add)
         if grad_key is not None:
             self.pass_over_keys("key_gradients", self.plan.sequences, deltas, weights, grad_key, add)
 
     def pass_over_keys(
-        self, kernel: str, blocks: Tensor, deltas: Tensor, weights: Tensor, grad_key: Tensor | None, add: bool
+        self,
+        kernel: str,
+        blocks: Tensor,
+        deltas: Tensor,
+        weights: Tensor,
+        grad_key: Tensor | None = None,
+        add: bool = False,
     ) -> Tensor | None:
         """Write ∂k if it is given; return the partials of ∂q [splits, R, Hq, D], None for "key_gradients"."""
         tile = self.tile(kernel)
-        most = self.length
+        arguments = {"blocks": blocks, "deltas": deltas, "delta_splits": len(deltas), "weights": weights}
+        if grad_key is not None:
+            arguments |= {"grad_key": grad_key, "grad_key_strides": grad_key.stride()}
+        most, partials = self.length, None
         if kernel != "key_gradients":
             row_blocks = triton.cdiv(self.num_rows, tile.block_rows)
             most = max(1, _GRADIENT_PROGRAMS // (self.num_key_heads * row_blocks))
         num_splits, tiles = _splits(self.length, tile.block_keys, most)
-        arguments = {"blocks": blocks, "deltas": deltas, "delta_splits": len(deltas), "weights": weights}
-        arguments |= {"grad_key": grad_key, "grad_key_strides": None if grad_key is None else grad_key.stride()}
-        partials = None
         if kernel != "key_gradients":
             partials = deltas.new_empty(num_splits, self.num_rows, self.num_heads, self.head_dim)
             arguments["grad_query_partials"] = partials
@@ -300,7 +329,7 @@ class _Layer:
 
     def sum_query_gradient(self, partials: Tensor, grad_query: Tensor, add: bool) -> None:
         launch(
-            kernels.query_gradient_kernel,
+            kernels.query_gradient_sum_kernel,
             (self.num_rows, self.num_heads),
             partials=partials,
             entries=self.plan.entries,

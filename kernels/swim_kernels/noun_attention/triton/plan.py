@@ -5,6 +5,7 @@ Made by tensor operations on the device, in sizes that follow from shapes: nothi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,19 +14,58 @@ from torch import Tensor
 
 from swim_kernels.structs.noun_queries import NounQueries
 
-_FIELDS = 8  # int32 columns of `entries` and of a table of blocks
+_WIDTH = 8  # int32 columns of `entries` and of a table of blocks
+
+
+class Entries(NamedTuple):
+    """Columns of `Plan.entries`, [R] each; an *entry* is a row, in the order of sequence, key set and key_start.
+
+    Attributes:
+        row: the row of the maps.
+        sequence, position: its token.
+        key_start, key_end: keys that its softmax reaches: its range, or the span of its key set.
+        key_set: the key set it is read out on.
+        next: the next entry of the same token, −1 if there is none.
+        is_first: 1 if it is the first of its token.
+    """
+
+    row: Tensor
+    sequence: Tensor
+    position: Tensor
+    key_start: Tensor
+    key_end: Tensor
+    key_set: Tensor
+    next: Tensor
+    is_first: Tensor
+
+
+class Blocks(NamedTuple):
+    """Columns of the tables of blocks; neighbouring entries of one sequence are a block.
+
+    Attributes:
+        sequence: of its entries.
+        first, end: its entries; first ≥ end if it has none.
+        first_key, end_key: keys in reach of any of them.
+        key_set: of its entries, where they have one in common.
+    """
+
+    sequence: Tensor
+    first: Tensor
+    end: Tensor
+    first_key: Tensor
+    end_key: Tensor
+    key_set: Tensor
 
 
 class Plan(NamedTuple):
-    """int32 tables; an *entry* is a row, in the order of sequence, key set and key_start.
+    """int32 tables.
 
     Attributes:
-        entries: [R, 8] row, sequence, position, key_start, key_end, key_set, next entry of the same token (−1: none),
-            1 if it is the first of its token.
-        sequences: [B, 8] for every sequence: itself, first and end entry, first and end key in reach of its rows, 0 …
-            (first ≥ end where there is none, as in the tables below).
-        blocks: [·, 8] the same for blocks of at most `block_rows` entries of one sequence, padded with empty ones.
-        read_blocks: [·, 8] the same for blocks of one sequence and key set, which is the field after the keys.
+        entries: [R, 8], columns of `Entries`.
+        sequences: [B, 8], columns of `Blocks`: every sequence with all of its entries.
+        blocks: [·, 8] the same for blocks of at most `block_rows` entries, padded with empty ones: entries with another
+            key set than the one before begin a new block if their keys are others too, or the softmax is over key sets.
+        read_blocks: [·, 8] the same for blocks of one key set.
         key_sets: [G, N]
         inverse: [G, L] the first column that names the key, −1 if there is none.
         next_column: [G, N] the next column that names the same key, −1 if there is none.
@@ -46,83 +86,84 @@ _plans: WeakKeyDictionary[NounQueries, dict[tuple, Plan]] = WeakKeyDictionary()
 
 
 def plan_of(queries: NounQueries, batch: int, length: int, block_rows: int) -> Plan:
-    """The plan of these rows for tiles of `block_rows` rows; made at the first call, then remembered.
+    """Return the plan of these rows for tiles of `block_rows` rows; made at the first call, then remembered.
 
     It is remembered for the object, as long as that lives, and made anew if one of its tensors was written to. A plan
     made while a CUDA graph is captured is part of the graph and is not mixed up with one made before.
     """
     if torch.compiler.is_compiling():
-        return make_plan(*queries.tensors(), batch, length, block_rows)
+        return make_plan(queries, batch, length, block_rows)
     capturing = queries.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     versions = tuple(tensor._version for tensor in queries.tensors() if not tensor.is_inference())
     plans = _plans.setdefault(queries, {})
     which = (batch, length, block_rows, capturing, versions)
     if which not in plans:
-        plans[which] = make_plan(*queries.tensors(), batch, length, block_rows)
+        plans[which] = make_plan(queries, batch, length, block_rows)
     return plans[which]
 
 
-def make_plan(
-    sequence: Tensor,
-    position: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
-    key_set: Tensor,
-    key_sets: Tensor,
-    batch: int,
-    length: int,
-    block_rows: int,
-) -> Plan:
-    """Values that do not fit B sequences of L tokens are forced into range: wrong maps, but no wild memory access."""
-    num_rows = len(sequence)
+def make_plan(queries: NounQueries, batch: int, length: int, block_rows: int) -> Plan:
+    """Return the plan of these rows.
+
+    Values that do not fit B sequences of L tokens are forced into range: wrong maps, but no wild memory access.
+    """
+    num_rows, key_sets = len(queries), queries.key_sets
     if not num_rows or not key_sets.numel():
-        nothing = sequence.new_zeros(num_rows, _FIELDS, dtype=torch.int32)
+        nothing = key_sets.new_zeros(num_rows, _WIDTH, dtype=torch.int32)
         return Plan(nothing, nothing, nothing, nothing, key_sets.int(), nothing, nothing, nothing)
-    order = torch.arange(num_rows, device=sequence.device)
-    for values in (key_start, key_set, sequence):  # the last one decides; ties keep the order before
+    key_sets = torch.where(key_sets < length, key_sets, -1)
+    bounded = replace(queries, key_sets=key_sets, key_set=queries.key_set.clamp(0, len(key_sets) - 1))
+    order = torch.arange(num_rows, device=key_sets.device)
+    for values in (bounded.reach()[0], bounded.key_set, queries.sequence):  # the last one decides; ties keep the order
         order = order[torch.argsort(values[order], stable=True)]
-    sequence, position, key_start, key_end, key_set = (
-        values[order].long() for values in (sequence, position, key_start, key_end, key_set)
+    sequence, position, key_set, key_start, key_end = (
+        values[order].long() for values in (queries.sequence, queries.position, bounded.key_set, *bounded.reach())
     )
     sequence, position = sequence.clamp(0, batch - 1), position.clamp(0, length - 1)
-    key_start, key_end, key_set = key_start.clamp(min=0), key_end.clamp(max=length), key_set.clamp(0, len(key_sets) - 1)
-    key_sets = torch.where(key_sets < length, key_sets, -1)
-    next_entry, is_first = _same_token(sequence, position)
-    fields = (order, sequence, position, key_start, key_end, key_set, next_entry, is_first)
+    key_start, key_end = key_start.clamp(min=0), key_end.clamp(max=length)
+    entries = Entries(order, sequence, position, key_start, key_end, key_set, *_same_token(sequence, position))
 
-    empty = key_start >= key_end
-    reach = (torch.where(empty, length, key_start), torch.where(empty, 0, key_end))
-    index, count = _cut((sequence,), block_rows, batch)
-    blocks = _table(index, count, sequence, key_set, reach, length)
-    index, count = _cut((sequence, key_set), block_rows, batch * len(key_sets))
-    read_blocks = _table(index, count, sequence, key_set, reach, length)
-    sequences = _table(sequence, batch, sequence, key_set, reach, length)
-    sequences[:, 0] = torch.arange(batch, device=order.device)
-    entries = torch.stack(fields, dim=1).int()
-    return Plan(entries, sequences, blocks, read_blocks, *_columns(key_sets, length))
+    starts_sequence = sequence != sequence.roll(1)
+    starts_set = starts_sequence | (key_set != key_set.roll(1))
+    if queries.over == "set":
+        starts = starts_set
+    else:  # also where no entry before it in the sequence reaches its keys
+        reached = (key_end + sequence * (length + 1)).cummax(dim=0).values.roll(1)
+        starts = starts_sequence | (starts_set & (key_start + sequence * (length + 1) >= reached))
+    segments = batch * len(key_sets)
+    blocks, read_blocks = (_blocks(entries, *_cut(cut, block_rows, segments), length) for cut in (starts, starts_set))
+    sequences = _blocks(entries, sequence, batch, length)
+    sequences = sequences._replace(sequence=torch.arange(batch, device=order.device))
+    tables = (_table(columns) for columns in (entries, sequences, blocks, read_blocks))
+    return Plan(*tables, *_columns(key_sets, length))
+
+
+def _table(columns: tuple[Tensor, ...]) -> Tensor:
+    """Return int32 [·, 8], filled up with zeros."""
+    return torch.nn.functional.pad(torch.stack(columns, dim=1), (0, _WIDTH - len(columns))).int()
 
 
 def num_blocks(num_rows: int, block_rows: int, segments: int) -> int:
-    """How many blocks of at most `block_rows` rows there can be if each is within one of so many segments."""
+    """Return the most blocks of at most `block_rows` rows, each within one of so many segments."""
     segments = min(num_rows, segments)
     return (num_rows + segments * (block_rows - 1)) // block_rows
 
 
-def _cut(keys: tuple[Tensor, ...], block_rows: int, segments: int) -> tuple[Tensor, int]:
-    """Cuts the entries where a key changes, and then every `block_rows`: block [R] of each entry, number of blocks."""
-    entry = torch.arange(len(keys[0]), device=keys[0].device)
-    starts = entry == 0
-    for key in keys:
-        starts |= key != key.roll(1)
+def _cut(starts: Tensor, block_rows: int, segments: int) -> tuple[Tensor, int]:
+    """Cut the entries where a segment starts, and then every `block_rows`.
+
+    Returns:
+        The block of each entry [R], and the number of blocks.
+    """
+    entry = torch.arange(len(starts), device=starts.device)
+    starts = starts | (entry == 0)
     within = entry - torch.where(starts, entry, 0).cummax(dim=0).values
     block = (within % block_rows == 0).cumsum(dim=0) - 1
     return block, num_blocks(len(entry), block_rows, segments)
 
 
-def _table(
-    block: Tensor, count: int, sequence: Tensor, key_set: Tensor, reach: tuple[Tensor, Tensor], length: int
-) -> Tensor:
-    """[count, 8] int32: sequence, first and end entry, first and end key, key set, 0, 0 of blocks of entries."""
+def _blocks(entries: Entries, block: Tensor, count: int, length: int) -> Blocks:
+    """Return the blocks [count] of entries, each of which is in `block`."""
     entry = torch.arange(len(block), device=block.device)
 
     def least(values, nothing):
@@ -131,22 +172,19 @@ def _table(
     def largest(values):
         return values.new_zeros(count).scatter_reduce_(0, block, values, "amax")
 
-    zero = entry.new_zeros(count)
-    columns = (
-        largest(sequence),
-        least(entry, len(block)),
-        largest(entry + 1),
-        least(reach[0], length),
-        largest(reach[1]),
-        largest(key_set),
-        zero,
-        zero,
+    empty = entries.key_start >= entries.key_end
+    return Blocks(
+        sequence=largest(entries.sequence),
+        first=least(entry, len(block)),
+        end=largest(entry + 1),
+        first_key=least(torch.where(empty, length, entries.key_start), length),
+        end_key=largest(torch.where(empty, 0, entries.key_end)),
+        key_set=largest(entries.key_set),
     )
-    return torch.stack(columns, dim=1).int()
 
 
 def _same_token(sequence: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each entry the next one on the same token, −1 if it is the last, and whether it is the first."""
+    """Return of each entry the next one on the same token, −1 if it is the last, and 1 if it is the first."""
     same = (sequence[:, None] == sequence) & (position[:, None] == position)  # [R, R]
     entry = torch.arange(len(sequence), device=sequence.device)
     later = torch.where(same & (entry > entry[:, None]), entry, len(entry)).amin(dim=1)
@@ -155,7 +193,7 @@ def _same_token(sequence: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _columns(key_sets: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """key_sets, inverse, next_column, repeats"""
+    """Return `key_sets`, `inverse`, `next_column` and `repeats` of a plan."""
     num_sets, num_columns = key_sets.shape
     keys = torch.where(key_sets < 0, length, key_sets).long()  # the padding names a key of its own, cut off again
     column = torch.arange(num_columns, device=keys.device).expand(num_sets, -1)

@@ -16,6 +16,10 @@ MAX_GROUP, MAX_HEAD_DIM = 16, 256
 KERNELS = ("lse_partials", "maps", "delta_partials", "gradients", "query_gradients", "key_gradients")
 
 
+ADDING = ("gradients", "key_gradients")  # kernels that can add ∂k to what is there
+OVER_SET = ("lse_partials", "query_gradients", "key_gradients")  # that differ where the softmax is over key sets
+
+
 @dataclass(frozen=True)
 class Tile:
     block_rows: int
@@ -56,7 +60,7 @@ def columns_for(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
 
 
 def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dtype: str, architecture: int) -> Tile:
-    """The tile of one of `KERNELS`.
+    """Return the tile of one of `KERNELS`.
 
     Args:
         block_heads: heads of a group, filled up to a power of two.
@@ -96,8 +100,15 @@ def _nearest(architecture: int) -> int:
     return {9: 90, 10: 100, 11: 100}.get(architecture // 10, 80)
 
 
-def tile_constexprs(kernel: str, head_dim: int, tile: Tile, add: bool = False) -> dict[str, int | bool]:
-    """Compile-time arguments of one of `KERNELS` on a GPU."""
+def tile_constexprs(
+    kernel: str, head_dim: int, tile: Tile, add: bool = False, over_set: bool = False
+) -> dict[str, int | bool]:
+    """Return the compile-time arguments of one of `KERNELS` on a GPU.
+
+    Args:
+        add: ∂k is added to what is there.
+        over_set: the softmax is over key sets. "gradients" does not serve it.
+    """
     values: dict[str, int | bool] = {
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": _block_dim(head_dim),
@@ -106,11 +117,8 @@ def tile_constexprs(kernel: str, head_dim: int, tile: Tile, add: bool = False) -
         "BLOCK_KEYS": tile.block_keys,
         "UPCAST": False,
     }
-    if kernel.endswith("gradients"):
-        values["ADD"] = add and kernel != "query_gradients"
+    if kernel in ADDING:
+        values["ADD"] = add
+    if kernel in OVER_SET:
+        values["SET"] = over_set
     return values
-
-
-def kernel_function(kernel: str) -> str:
-    """Return the name of the function in `kernels.py`; "query_gradients" is "gradients" without ∂k."""
-    return f"{kernel.replace('query_gradients', 'gradients')}_kernel"
