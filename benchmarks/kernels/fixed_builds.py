@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from benchmarks.kernels.builds import SHARED_MEMORY, Build, build
+from swim_kernels.grid_prediction.reference import FUSIONS
 from swim_kernels.grid_prediction.triton import kernels as frame_kernels
 from swim_kernels.grid_prediction.triton import launch as frame_backend
 from swim_kernels.mask_bce.triton import kernels as mask_kernels
@@ -36,7 +37,7 @@ class FixedBuild:
 
     op: str
     function: object
-    constexprs: dict[str, int | bool]
+    constexprs: dict[str, int | bool | str]
     num_warps: int
     num_stages: int
     types: dict[str, str]
@@ -44,6 +45,7 @@ class FixedBuild:
     @property
     def name(self) -> str:
         switches = [str(key).lower() for key, value in self.constexprs.items() if value is True]
+        switches += [value for value in self.constexprs.values() if isinstance(value, str)]
         dtype = [kind[1:] for kind in self.types.values()]
         return "-".join([self.function.__name__.removesuffix("_kernel"), *dtype, *switches])
 
@@ -88,6 +90,12 @@ def fixed_builds() -> Iterator[FixedBuild]:
         yield FixedBuild("grid_prediction", frame_kernels.prediction_kernel, fusion, *warps, {})
         for dense in (True, False):
             yield FixedBuild("grid_prediction", frame_kernels.gradient_kernel, fusion | {"DENSE": dense}, *warps, {})
+    for fusion in FUSIONS:
+        dims = {"FUSION": fusion, "SEPARATE": fusion == "none"} | block
+        yield FixedBuild("grid_prediction", frame_kernels.fusion_kernel, dims, *warps, {})
+        for dense in (True, False):
+            dense_dims = dims | {"DENSE": dense}
+            yield FixedBuild("grid_prediction", frame_kernels.fusion_gradient_kernel, dense_dims, *warps, {})
     tile = {"COLUMNS": mask_backend.COLUMNS, "PIXELS": mask_backend.PIXELS}
     for want in (True, False):
         warps = mask_backend.NUM_WARPS, mask_backend.NUM_STAGES

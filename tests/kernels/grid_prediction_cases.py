@@ -102,10 +102,13 @@ def make_inputs(case, fusion, dtype=torch.float64, seed=0):
     return [strided(layer, seed + number) for number, layer in enumerate(a)], pairs, grad
 
 
+min_max_prediction = functools.partial(grid_prediction, fusion="product", prediction="min_max")
+
+
 def run(layers, pairs, grad, **options):
     """p, ∂a [layers, R, N]"""
     layers = [layer.detach().requires_grad_() for layer in layers]
-    p = grid_prediction(layers, pairs, **options)
+    p = min_max_prediction(layers, pairs, **options)
     return p.detach(), torch.stack(torch.autograd.grad(p, layers, grad.to(p.dtype)))
 
 
@@ -128,6 +131,50 @@ def formulas(layers, pairs, grad, fusion, floor=0.0):
         p.append((f - low) / torch.where(high == low, 1, high - low))
     p = torch.cat(p, dim=1)
     return p.detach(), torch.autograd.grad(p, a, upstream)[0]
+
+
+def probability_formulas(layers, pairs, grad, fusion):
+    """p and ∂a of prediction "probability" in float64, cell by cell."""
+    a = torch.stack([layer.detach().double() for layer in layers])
+    p, grad_a = [], torch.zeros_like(a)
+    for row, start, h, w, first, *_ in pairs.table.tolist():
+        for cell in range(h * w):
+            values, upstream = a[:, row, start + cell].tolist(), grad[:, first + cell].tolist()
+            total, f = math.fsum(values), math.prod(values)
+            if fusion == "none":
+                p.append(values)
+            else:
+                p.append([{"mean": total / len(values), "add": min(total, 1.0), "product": f}[fusion]])
+            for layer in range(len(values)):
+                slope = {
+                    "mean": 1 / len(values),
+                    "add": float(total <= 1),
+                    "product": math.prod(values[:layer] + values[layer + 1 :]),
+                    "none": 1.0,
+                }[fusion]
+                grad_a[layer, row, start + cell] += slope * upstream[layer if fusion == "none" else 0]
+    return torch.tensor(p, dtype=torch.float64).T, grad_a
+
+
+def check_probability(backend, case, fusion, dtype, seed):
+    """Compare a backend with the formulas, values and gradients."""
+    make, pairs = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    a = make(generator)
+    if fusion == "add":  # sums around the bound, none at it
+        a = a * 40
+    layers = [strided(layer.to(dtype), seed + index) for index, layer in enumerate(a)]
+    grad = torch.randn(len(a) if fusion == "none" else 1, pairs.num_cells, generator=generator, dtype=torch.float64)
+    grad = grad.to(torch.promote_types(dtype, torch.float32))
+    p, grad_a = run(layers, pairs, grad, fusion=fusion, prediction="probability", backend=backend)
+    expected = probability_formulas(layers, pairs, grad, fusion)
+    if fusion == "add" and case == "softmaxes":
+        assert (expected[0] == 1).any() and (expected[0] < 1).any()
+    # a sum over pairs that share columns is rounded to the maps' own dtype
+    rtol = 4 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(p.double(), expected[0], rtol=20 * torch.finfo(grad.dtype).eps, atol=1e-40)
+    torch.testing.assert_close(grad_a.double(), expected[1], rtol=rtol, atol=rtol)
+    assert torch.equal(grad_a == 0, expected[1] == 0) or fusion == "product"
 
 
 def measures(result, layers):

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from swim_kernels.grid_prediction import grid_prediction
 from swim_kernels.structs.grid_pairs import GridPairs
 from tests.kernels.budget import rms
 from tests.kernels.grid_prediction_cases import (
@@ -19,10 +18,12 @@ from tests.kernels.grid_prediction_cases import (
     FUSIONS,
     ROWS,
     assert_within_budget,
+    check_probability,
     formulas,
     hardly_any_spread,
     make_inputs,
     measures,
+    min_max_prediction,
     run,
     sample,
 )
@@ -41,6 +42,22 @@ def test_formulas(case, fusion, backend):
     for a, e in zip(measures(actual, layers)[::2], measures(expected, layers)[::2], strict=True):
         assert a.dtype == torch.float64 and a.shape == e.shape
         torch.testing.assert_close(a, e, rtol=rtol, atol=rtol * e.abs().max().item() * 1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fusion", ["mean", "add", "product", "none"])
+@pytest.mark.parametrize("case", CASES)
+def test_probability(case, fusion, backend):
+    for seed, dtype in enumerate([torch.float64, *DTYPES]):
+        check_probability(backend, case, fusion, dtype, seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_sum_of_layers_is_their_mean_once_it_is_normalised(backend):
+    layers, pairs, grad = make_inputs("softmaxes", "mean")
+    add, mean = (run(layers, pairs, grad, fusion=fusion, backend=backend) for fusion in ("add", "mean"))
+    for a, e in zip(add, mean, strict=True):
+        assert torch.equal(a, e)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,7 +87,7 @@ def test_gradcheck(case, fusion, backend):
     layers, pairs, _ = make_inputs(case, fusion)
     layers = [layer.contiguous().mul_(50).requires_grad_() for layer in layers]
     assert torch.autograd.gradcheck(
-        lambda *layers: grid_prediction(layers, pairs, fusion=fusion, backend=backend), layers, fast_mode=True
+        lambda *layers: min_max_prediction(layers, pairs, fusion=fusion, backend=backend), layers, fast_mode=True
     )
 
 
@@ -185,7 +202,7 @@ def test_pairs_that_share_columns_add_up(fusion, backend):
 def test_no_pair(fusion, backend, kept):
     for columns in (7, 0):
         layers = [torch.rand(kept, columns, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
-        p = grid_prediction(layers, make_pairs([]), fusion=fusion, backend=backend)
+        p = min_max_prediction(layers, make_pairs([]), fusion=fusion, backend=backend)
         assert p.shape == (3 if fusion == "none" else 1, 0) and p.dtype == torch.float32
         p.sum().backward()
         for layer in layers:

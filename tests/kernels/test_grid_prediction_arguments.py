@@ -59,7 +59,7 @@ def arguments(**changes):
             ValueError,
             r"pairs.table must be int32 \[P, 8\] for 2 pairs, got torch.int32 \[2, 5\]",
         ),
-        ({"fusion": "sum"}, ValueError, "unknown fusion 'sum': choose one of product, mean, none"),
+        ({"fusion": "sum"}, ValueError, "unknown fusion 'sum': choose one of mean, add, product, none"),
         (
             {"backend": "cuda"},
             ValueError,
@@ -139,8 +139,9 @@ def test_every_available_backend_is_reached(monkeypatch):
         assert called == [1]
 
 
-def test_default_is_the_product_on_the_backend_of_the_device():
+def test_default_is_the_mean_of_the_probabilities_on_the_backend_of_the_device():
     given = arguments()
     default = grid_prediction(given["maps"], given["pairs"])
-    assert torch.equal(default, grid_prediction(**given, fusion="product"))
-    assert not torch.equal(default, grid_prediction(**given, fusion="mean"))
+    assert torch.equal(default, grid_prediction(**given, fusion="mean", prediction="probability"))
+    assert not torch.equal(default, grid_prediction(**given, fusion="product"))
+    assert not torch.equal(default, grid_prediction(**given, prediction="min_max"))

@@ -7,12 +7,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from swim_kernels.grid_prediction import grid_prediction
 from tests.kernels.grid_prediction_cases import (
     BACKENDS,
     FUSIONS,
     MIXED,
     make_inputs,
+    min_max_prediction,
     run,
     softmaxes,
 )
@@ -39,7 +39,7 @@ def test_bitwise_repeatable(fusion, backend, shared, two_threads):
 def kept_for_backward(layers, pairs, **options):
     tensors = []
     with saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
-        grid_prediction(layers, pairs, **options)
+        min_max_prediction(layers, pairs, **options)
     return tensors
 
 
@@ -60,7 +60,7 @@ def test_layers_may_be_slices_of_one_tensor(backend):
     generator = torch.Generator().manual_seed(5)
     maps = softmaxes(generator).float().requires_grad_()
     grad = torch.randn(1, MIXED.num_cells, generator=generator)
-    p = grid_prediction(maps, MIXED, backend=backend)
+    p = min_max_prediction(maps, MIXED, backend=backend)
     expected = run([layer.detach().clone() for layer in maps], MIXED, grad, backend=backend)
     assert torch.equal(p, expected[0]) and torch.equal(torch.autograd.grad(p, maps, grad)[0], expected[1])
 
@@ -69,7 +69,7 @@ def test_layers_may_be_slices_of_one_tensor(backend):
 def test_one_tensor_for_several_layers(backend):
     layers, pairs, grad = make_inputs("softmaxes", "product")
     layer = layers[0].requires_grad_()
-    p = grid_prediction([layer, layer], pairs, backend=backend)
+    p = min_max_prediction([layer, layer], pairs, backend=backend)
     expected = run([layer.detach().clone() for _ in range(2)], pairs, grad, backend=backend)
     torch.testing.assert_close(torch.autograd.grad(p, layer, grad)[0], expected[1].sum(0))
 
@@ -80,9 +80,9 @@ def test_some_layers_need_no_gradient(fusion, backend):
     layers, pairs, grad = make_inputs("softmaxes", fusion)
     _, expected = run(layers, pairs, grad, fusion=fusion, backend=backend)
     layers[1].requires_grad_()
-    p = grid_prediction(layers, pairs, fusion=fusion, backend=backend)
+    p = min_max_prediction(layers, pairs, fusion=fusion, backend=backend)
     assert torch.equal(torch.autograd.grad(p, layers[1], grad)[0], expected[1])
-    assert not grid_prediction([t.detach() for t in layers], pairs, fusion=fusion, backend=backend).requires_grad
+    assert not min_max_prediction([t.detach() for t in layers], pairs, fusion=fusion, backend=backend).requires_grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,7 +96,7 @@ def test_gradient_of_any_strides(backend):
 def test_gradients_keep_strides_and_dtype():
     layers, pairs, grad = make_inputs("softmaxes", "product", torch.float16, seed=1)
     layers = [layer.requires_grad_() for layer in layers]
-    p = grid_prediction(layers, pairs, backend="torch")
+    p = min_max_prediction(layers, pairs, backend="torch")
     for layer, grad_a in zip(layers, torch.autograd.grad(p, layers, grad.float()), strict=True):
         assert grad_a.dtype == layer.dtype and grad_a.stride() == torch.zeros_like(layer).stride()
 
@@ -113,14 +113,14 @@ def test_no_gradient_arrives():
 
     layers, pairs, _ = make_inputs("softmaxes", "product")
     layers = [layer.requires_grad_() for layer in layers]
-    Stop.apply(grid_prediction(layers, pairs, backend="torch")).sum().backward()
+    Stop.apply(min_max_prediction(layers, pairs, backend="torch")).sum().backward()
     assert all(layer.grad is None for layer in layers)
 
 
 def test_second_derivative_is_refused():
     layers, pairs, _ = make_inputs("softmaxes", "product")
     layers = [layer.requires_grad_() for layer in layers]
-    p = grid_prediction(layers, pairs, backend="torch")
+    p = min_max_prediction(layers, pairs, backend="torch")
     (grad,) = torch.autograd.grad(p.square().sum(), layers[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -131,7 +131,7 @@ def test_non_reentrant_checkpointing(backend):
     layers, pairs, grad = make_inputs("softmaxes", "product")
     expected = run(layers, pairs, grad, backend=backend)
     layers = [layer.requires_grad_() for layer in layers]
-    p = checkpoint(lambda *maps: grid_prediction(maps, pairs, backend=backend), *layers, use_reentrant=False)
+    p = checkpoint(lambda *maps: min_max_prediction(maps, pairs, backend=backend), *layers, use_reentrant=False)
     assert torch.equal(p, expected[0])
     assert torch.equal(torch.stack(torch.autograd.grad(p, layers, grad)), expected[1])
 
@@ -155,7 +155,7 @@ def test_values_are_never_read_back_from_a_device(case, fusion, backend):
     """Meta tensors have no values: any read-back, size that depends on values or boolean index raises."""
     layers, pairs, _ = make_inputs(case, fusion, torch.bfloat16)
     layers = [layer.to("meta").requires_grad_() for layer in layers]
-    p = grid_prediction(layers, pairs.to("meta"), fusion=fusion, backend=backend)
+    p = min_max_prediction(layers, pairs.to("meta"), fusion=fusion, backend=backend)
     assert p.shape == (len(layers) if fusion == "none" else 1, pairs.num_cells) and p.dtype == torch.float32
     p.sum().backward()
     assert all(layer.grad.shape == layer.shape and layer.grad.dtype == torch.bfloat16 for layer in layers)

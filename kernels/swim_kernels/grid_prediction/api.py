@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from swim_kernels.grid_prediction.reference import FUSIONS, grid_prediction_eager
+from swim_kernels.grid_prediction.reference import FUSIONS, PREDICTIONS, grid_prediction_eager
 from swim_kernels.grid_prediction.torch_backend import grid_prediction_torch
 from swim_kernels.runtime.backends import Op
 from swim_kernels.runtime.numerics import check_floating
@@ -34,20 +34,26 @@ OP = Op(
 
 
 def grid_prediction(
-    maps: Sequence[Tensor], pairs: GridPairs, *, fusion: str = "product", backend: str = "auto"
+    maps: Sequence[Tensor],
+    pairs: GridPairs,
+    *,
+    fusion: str = "mean",
+    prediction: str = "probability",
+    backend: str = "auto",
 ) -> Tensor:
-    """The min-max normalised prediction of each pair's frame from attention maps of several layers, differentiable.
+    """Return the prediction of each pair's patch from attention maps of several layers, differentiable.
 
-    p = (f − min f) / (max f − min f) per frame, f the fusion of the layers (arXiv 2605.18018, without its epsilons);
-    equations, and what happens in their limits, in `reference.py`, which is the specification.
+    p = f, the fusion of the layers, or (f − min f) / (max f − min f) per patch (arXiv 2605.18018, without its
+    epsilons); equations, and what happens in their limits, in `reference.py`, which is the specification.
 
     Args:
         maps: one [R, N] per layer, non-negative, all of one shape, device and dtype (bf16, fp16, fp32 or fp64); any
             strides. bf16 and fp16 are computed in fp32.
-        pairs: P pairs on the same device; the frame of a pair is `maps[l][row, start : start + h * w]`. Two pairs may
+        pairs: P pairs on the same device; the patch of a pair is `maps[l][row, start : start + h * w]`. Two pairs may
             read the same columns, their gradients add up. On the CPU rows and columns are checked; on an accelerator
             nothing is read back.
-        fusion: f = "product" over layers of a, "mean" over layers, or "none": each layer for itself.
+        fusion: f = "mean" over layers of a, "add", "product", or "none": each layer for itself.
+        prediction: "probability", p = f, or "min_max".
         backend: "eager" (the reference, differentiated by autograd), "torch" (gradient by its formula, keeps nothing
             but the maps, any device), "triton" (CUDA, or CPU tensors in Triton's interpreter; fp32 maps), or "auto":
             triton on CUDA where it can run, else torch.
@@ -58,17 +64,18 @@ def grid_prediction(
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: no map; shapes or devices that do not go together; an unknown fusion or backend.
-        IndexError: a frame outside the maps (CPU); the pair is named.
+        ValueError: no map; shapes or devices that do not go together; an unknown fusion, prediction or backend.
+        IndexError: a patch outside the maps (CPU); the pair is named.
         RuntimeError: a backend that is not available here.
     """
     maps = _checked_maps(maps)
     check_pairs(pairs, "maps", maps[0].device)
     if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_frames(pairs, *maps[0].shape)
-    if fusion not in FUSIONS:
-        raise ValueError(f"unknown fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
-    return OP(backend, maps[0].device.type, (maps[0].dtype,), maps, pairs, fusion)
+    for name, value, choices in (("fusion", fusion, FUSIONS), ("prediction", prediction, PREDICTIONS)):
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+    return OP(backend, maps[0].device.type, (maps[0].dtype,), maps, pairs, fusion, prediction)
 
 
 def _checked_maps(maps: Sequence[Tensor]) -> list[Tensor]:

@@ -1,6 +1,12 @@
 """Grid prediction in torch operations, on any device: nothing is kept for backward but the maps themselves.
 
-The gradient by its formula. With u = log f − max log f, F = e^u, m = e^(min log f − max log f), G what arrives at p, of
+The gradient by its formula. Of prediction "probability", with G what arrives at p:
+
+    ∂a_l       = G / layers                        "mean"
+                 G                                 "add", 0 where the sum is above 1; "none"
+                 G · Π_k≠l a_k                     "product"
+
+Of "min_max", with u = log f − max log f, F = e^u, m = e^(min log f − max log f), G what arrives at p, of
 which nothing counts at the minimum and the maximum, and sums over the cells of a frame:
 
     p_c        = (F_c − m) / (1 − m)                1 − p_c = (1 − F_c) / (1 − m)
@@ -8,7 +14,7 @@ which nothing counts at the minimum and the maximum, and sums over the cells of 
     ∂log f_min = −(Σ G_c (1 − p_c)) m / (1 − m)     shared evenly by the cells at the minimum
     ∂log f_max = −(Σ G_c p_c) / (1 − m)             … at the maximum
     ∂a_l       = ∂log f / a_l                       "product", "none"; 0 below the floor
-    ∂a_l       = ∂log f / (layers · mean a)         "mean"; 0 where the mean is below the floor
+    ∂a_l       = ∂log f / (layers · mean a)         "mean", "add"; 0 where the mean is below the floor
 
 1 − m and 1 − F_c are taken from expm1, so that they keep their digits on a nearly flat frame. Deterministic: where
 pairs share columns, their gradients are added in a fixed order.
@@ -22,32 +28,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swim_kernels.grid_prediction.reference import floor_of, log_fused, min_max, num_predictions
+from swim_kernels.grid_prediction.reference import floor_of, fuse, log_fused, min_max, num_predictions
 from swim_kernels.runtime.numerics import add_at, compute_dtype, no_autocast
 from swim_kernels.structs.grid_pairs import GridPairs
 
 
-def grid_prediction_torch(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
-    """p [1 or layers, M]; arguments as `grid_prediction`, already checked.
+def grid_prediction_torch(maps: Sequence[Tensor], pairs: GridPairs, fusion: str, prediction: str) -> Tensor:
+    """Return p [1 or layers, M]; arguments as `grid_prediction`, already checked.
 
     Computed and returned in float64 for float64 maps, in float32 for all others. No double backward.
     """
-    return GridPrediction.apply(predict, gradients, pairs, fusion, *maps)
+    return GridPrediction.apply(predict, gradients, pairs, (fusion, prediction), *maps)
 
 
 class GridPrediction(torch.autograd.Function):
     """The node of the backends that compute the gradient themselves.
 
-    predict: (maps, pairs, fusion) -> p
-    gradients: (grad_p, maps, pairs, fusion) -> one gradient per layer, in the layer's shape and dtype
+    predict: (maps, pairs, fusion, prediction) -> p
+    gradients: (grad_p, maps, pairs, fusion, prediction) -> one gradient per layer, in the layer's shape and dtype
+    how: fusion and prediction
     """
 
     @staticmethod
-    def forward(ctx, predict: Callable, gradients: Callable, pairs: GridPairs, fusion: str, *maps: Tensor) -> Tensor:
+    def forward(
+        ctx, predict: Callable, gradients: Callable, pairs: GridPairs, how: tuple[str, str], *maps: Tensor
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(pairs.table, *maps)  # the table too, so that a change to it is noticed
-        ctx.gradients, ctx.pairs, ctx.fusion = gradients, pairs, fusion
-        return predict(maps, pairs, fusion)
+        ctx.gradients, ctx.pairs, ctx.how = gradients, pairs, how
+        return predict(maps, pairs, *how)
 
     @staticmethod
     @once_differentiable
@@ -56,22 +65,33 @@ class GridPrediction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         _, *maps = ctx.saved_tensors
         with no_autocast(grad_p.device.type):
-            grad_maps = ctx.gradients(grad_p, maps, ctx.pairs, ctx.fusion)
+            grad_maps = ctx.gradients(grad_p, maps, ctx.pairs, *ctx.how)
         return None, None, None, None, *grad_maps
 
 
-def predict(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
-    """p [1 or layers, M]"""
+def predict(maps: Sequence[Tensor], pairs: GridPairs, fusion: str, prediction: str) -> Tensor:
+    """Return p [1 or layers, M]."""
     a = _cells_of(maps, pairs)
+    if prediction == "probability":
+        return fuse(a, fusion)
     p = a.new_empty(num_predictions(maps, fusion), pairs.num_cells)
     for _, cells, size in pairs.runs():
         p[:, cells] = min_max(log_fused(a[:, cells].unflatten(1, (-1, *size)), fusion)).flatten(1)
     return p
 
 
-def gradients(grad_p: Tensor, maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> list[Tensor]:
-    """∂ of every layer [R, N], in its dtype."""
+def gradients(grad_p: Tensor, maps: Sequence[Tensor], pairs: GridPairs, fusion: str, prediction: str) -> list[Tensor]:
+    """Return ∂ of every layer [R, N], in its dtype."""
+    if prediction == "probability" and fusion in ("mean", "none"):  # needs no map
+        share = len(maps) if fusion == "mean" else 1
+        return scatter_cells((grad_p / share).expand(len(maps), -1), maps, pairs)
     a = _cells_of(maps, pairs)
+    if prediction == "probability":
+        if fusion == "add":
+            grad = torch.where(a.sum(0, keepdim=True) > 1, 0, grad_p).expand_as(a)
+        else:
+            grad = torch.stack([grad_p[0] * torch.cat([a[:layer], a[layer + 1 :]]).prod(0) for layer in range(len(a))])
+        return scatter_cells(grad, maps, pairs)
     grad_a = torch.empty_like(a)
     for _, cells, size in pairs.runs():
         frames, grad = (values[:, cells].unflatten(1, (-1, *size)) for values in (a, grad_p))
@@ -81,7 +101,7 @@ def gradients(grad_p: Tensor, maps: Sequence[Tensor], pairs: GridPairs, fusion: 
 
 
 def scatter_cells(values: Tensor, maps: Sequence[Tensor], pairs: GridPairs) -> list[Tensor]:
-    """Values [layers, M] of the cells, written (or, where pairs may share columns, added) to zeros like every layer."""
+    """Write values [layers, M] of the cells, or where pairs may share columns add them, to zeros like every layer."""
     rows, columns = pairs.cells
     if pairs.disjoint:
         out = [torch.zeros_like(layer) for layer in maps]
@@ -97,7 +117,7 @@ def scatter_cells(values: Tensor, maps: Sequence[Tensor], pairs: GridPairs) -> l
 
 
 def _cells_of(maps: Sequence[Tensor], pairs: GridPairs) -> Tensor:
-    """a [layers, M] in the dtype of the computation."""
+    """Return a [layers, M] in the dtype of the computation."""
     rows, columns = pairs.cells
     a = maps[0].new_empty(len(maps), len(rows), dtype=compute_dtype(maps[0].dtype))
     for cells, layer in zip(a, maps, strict=True):
@@ -106,7 +126,7 @@ def _cells_of(maps: Sequence[Tensor], pairs: GridPairs) -> Tensor:
 
 
 def _min_max_gradient(grad_p: Tensor, log_f: Tensor) -> Tensor:
-    """∂log f of `min_max`, both [..., h, w]."""
+    """Return ∂log f of `min_max`, both [..., h, w]."""
     frame = (-2, -1)
     low, high = log_f.amin(frame, keepdim=True), log_f.amax(frame, keepdim=True)
     is_low, is_high = log_f == low, log_f == high
@@ -122,9 +142,9 @@ def _min_max_gradient(grad_p: Tensor, log_f: Tensor) -> Tensor:
 
 
 def _fusion_gradient(grad_log_f: Tensor, a: Tensor, fusion: str) -> Tensor:
-    """∂a [layers, P, h, w] of `log_fused`."""
+    """Return ∂a [layers, P, h, w] of `log_fused`."""
     floor = floor_of(a.dtype)
-    if fusion == "mean":
+    if fusion in ("mean", "add"):
         mean = a.mean(0, keepdim=True)
         return torch.where(mean >= floor, grad_log_f / (len(a) * mean), 0).expand_as(a)
     return torch.where(a >= floor, grad_log_f / a, 0)

@@ -13,7 +13,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.kernels.byte_counter import count_bytes
-from swim_kernels.grid_prediction import grid_prediction
 from swim_kernels.grid_prediction.triton import kernels as triton_kernels
 from swim_kernels.structs.grid_pairs import GridPairs
 from tests.kernels.grid_prediction_cases import (
@@ -21,10 +20,12 @@ from tests.kernels.grid_prediction_cases import (
     FLOOR,
     FUSIONS,
     assert_within_budget,
+    check_probability,
     formulas,
     hardly_any_spread,
     make_inputs,
     measures,
+    min_max_prediction,
     run,
     sample,
 )
@@ -51,6 +52,22 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(case, fusion, small_blocks):
     assert_within_budget([sample("triton", case, fusion, F32, seed) for seed in range(2)])
+
+
+@pytest.mark.parametrize("fusion", ["mean", "add", "product", "none"])
+@pytest.mark.parametrize("case", CASES)
+def test_probability(case, fusion, small_blocks):
+    for seed in range(2):
+        check_probability("triton", case, fusion, F32, seed)
+
+
+@arithmetic_with_nan
+@pytest.mark.parametrize("fusion", ["mean", "add", "product", "none"])
+def test_nan_stays_in_its_cell_of_a_probability(fusion):
+    layers = [torch.tensor([[0.1, math.nan, 0.3, 0.2]]), torch.full((1, 4), 0.25)]
+    pairs, grad = make_pairs([(0, 0, 2, 2, 0)]), torch.ones(2 if fusion == "none" else 1, 4)
+    p, _ = run(layers, pairs, grad, fusion=fusion, prediction="probability", backend="triton")
+    assert p[0].isnan().tolist() == [False, True, False, False]
 
 
 @each_fusion
@@ -172,7 +189,7 @@ def test_outside_the_frames_there_is_no_gradient(fusion, small_blocks):
 def test_no_pair(fusion):
     for shape in ((2, 7), (0, 0)):
         layers = [torch.rand(shape).requires_grad_() for _ in range(3)]
-        p = grid_prediction(layers, make_pairs([]), fusion=fusion, backend="triton")
+        p = min_max_prediction(layers, make_pairs([]), fusion=fusion, backend="triton")
         assert p.shape == (3 if fusion == "none" else 1, 0)
         p.sum().backward()
         assert all(torch.equal(layer.grad, torch.zeros_like(layer)) for layer in layers)
@@ -186,7 +203,7 @@ def test_no_pair(fusion):
 def test_one_launch_forward_and_one_backward(case, fusion, launches):
     layers, pairs, grad = make_inputs(case, fusion, F32)
     layers = [layer.requires_grad_() for layer in layers]
-    p = grid_prediction(layers, pairs, fusion=fusion, backend="triton")
+    p = min_max_prediction(layers, pairs, fusion=fusion, backend="triton")
     grid = (len(pairs), 3 if fusion == "none" else 1)
     assert [launch[:2] for launch in launches] == [("prediction", grid)]
     p.backward(grad.float())
@@ -216,7 +233,7 @@ def test_options_do_not_depend_on_lengths(launches):
 def test_layers_of_one_layout_are_not_copied(launches):
     layers = [layer.requires_grad_() for layer in torch.rand(3, 5, 60)[..., ::2]]  # slices of a larger tensor
     pairs = make_pairs([(0, 3, 2, 5, 0), (4, 1, 5, 5, 0)])
-    grid_prediction(layers, pairs, backend="triton")
+    min_max_prediction(layers, pairs, backend="triton")
     assert [layer.data_ptr() for layer in launches[0].arguments["maps"]] == [layer.data_ptr() for layer in layers]
     assert launches[0].arguments["column_stride"] == layers[0].stride(1) == 2
     assert launches[0].arguments["row_stride"] == layers[0].stride(0)
@@ -251,7 +268,7 @@ def test_nothing_is_kept_but_the_maps(fusion):
     layers = [layer.requires_grad_() for layer in layers]
     kept = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        grid_prediction(layers, pairs, fusion=fusion, backend="triton")
+        min_max_prediction(layers, pairs, fusion=fusion, backend="triton")
     allowed = {tensor.untyped_storage().data_ptr() for tensor in (*layers, pairs.table)}
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} == allowed and len(kept) == len(layers) + 1
 
@@ -261,9 +278,9 @@ def test_some_layers_need_no_gradient(fusion):
     layers, pairs, grad = make_inputs("softmaxes", fusion, F32)
     _, expected = run(layers, pairs, grad, fusion=fusion, backend="triton")
     layers[1].requires_grad_()
-    p = grid_prediction(layers, pairs, fusion=fusion, backend="triton")
+    p = min_max_prediction(layers, pairs, fusion=fusion, backend="triton")
     assert torch.equal(torch.autograd.grad(p, layers[1], grad.float())[0], expected[1])
-    assert not grid_prediction([t.detach() for t in layers], pairs, fusion=fusion, backend="triton").requires_grad
+    assert not min_max_prediction([t.detach() for t in layers], pairs, fusion=fusion, backend="triton").requires_grad
 
 
 def test_gradient_of_any_strides():
@@ -276,7 +293,7 @@ def test_gradient_of_any_strides():
 def test_second_derivative_is_refused():
     layers, pairs, _ = make_inputs("softmaxes", "product", F32)
     layers = [layer.requires_grad_() for layer in layers]
-    p = grid_prediction(layers, pairs, backend="triton")
+    p = min_max_prediction(layers, pairs, backend="triton")
     (grad,) = torch.autograd.grad(p.square().sum(), layers[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -287,7 +304,7 @@ def test_non_reentrant_checkpointing_and_autocast():
     expected = run(layers, pairs, grad, backend="triton")
     layers = [layer.requires_grad_() for layer in layers]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        p = checkpoint(lambda *maps: grid_prediction(maps, pairs, backend="triton"), *layers, use_reentrant=False)
+        p = checkpoint(lambda *maps: min_max_prediction(maps, pairs, backend="triton"), *layers, use_reentrant=False)
         gradients = torch.autograd.grad(p, layers, grad.float())
     assert torch.equal(p, expected[0]) and torch.equal(torch.stack(gradients), expected[1])
 
@@ -296,7 +313,7 @@ def test_float32_only():
     for dtype in (torch.float64, torch.bfloat16):
         layers, pairs, _ = make_inputs("softmaxes", "product", dtype)
         with pytest.raises(RuntimeError, match="it takes float32 maps"):
-            grid_prediction(layers, pairs, backend="triton")
+            min_max_prediction(layers, pairs, backend="triton")
 
 
 def test_offsets_beyond_32_bits():
@@ -315,8 +332,8 @@ def test_offsets_beyond_32_bits():
 
     layers = [far(layer) for layer in layers]
     assert step < 2**31 < (num_rows - 1) * step
-    assert torch.equal(backend.predict(layers, pairs, "mean"), expected[0])
-    assert torch.equal(torch.stack(backend.gradients(grad, layers, pairs, "mean")), expected[1])
+    assert torch.equal(backend.predict(layers, pairs, "mean", "min_max"), expected[0])
+    assert torch.equal(torch.stack(backend.gradients(grad, layers, pairs, "mean", "min_max")), expected[1])
 
 
 def test_bytes():
@@ -326,7 +343,7 @@ def test_bytes():
     layers = [layer.detach().requires_grad_() for layer in layers]
     grad = torch.randn(1, pairs.num_cells)
     with count_bytes() as forward:
-        p = grid_prediction(layers, pairs, backend="triton")
+        p = min_max_prediction(layers, pairs, backend="triton")
     with count_bytes() as backward:
         torch.autograd.grad(p, layers, grad)
     cells = pairs.num_cells * 4

@@ -1,12 +1,13 @@
 """Grid prediction, device code. Mathematics in `reference.py`, the gradient's formula in `torch_backend.py`.
 
-    p        prediction_kernel
-    ∂maps    gradient_kernel
+             "probability"             "min_max"
+    p        fusion_kernel             prediction_kernel
+    ∂maps    fusion_gradient_kernel    gradient_kernel
 
-One program does one frame (of one layer, for fusion "none"), block by block, in several passes over its cells; the
-layers' maps come as a tuple of pointers. log f is computed once, into the frame's part of the output, and read back
-from there: every pass sees the same bits of it, so that the cells at the minimum and maximum are found again. No
-atomics; every element of every output is written by exactly one program.
+One program does one patch (of one layer, for fusion "none"), block by block, for "min_max" in several passes over its
+cells; the layers' maps come as a tuple of pointers. log f is computed once, into the patch's part of the output, and
+read back from there: every pass sees the same bits of it, so that the cells at the minimum and maximum are found again.
+No atomics; every element of every output is written by exactly one program.
 
 A *term* is what one logarithm is taken of: log f is the sum over terms, which are the layers ("product"), one layer
 ("none") or the mean of all of them ("mean").
@@ -131,6 +132,70 @@ def _spread(low, high):
     """1 − m; 1 on a constant frame, where nothing lies between the extremes."""
     spread = -_expm1(low - high)
     return tl.where(spread == 0.0, 1.0, spread)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def fusion_kernel(
+    table, maps, p,
+    row_stride, column_stride, num_cells,
+    FUSION: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """p = f, "add" at most 1. Grid: P, 1 or layers."""
+    row, start, size, first_cell = _pair(table)
+    frame = row * row_stride + start * column_stride
+    p += tl.cast(tl.program_id(1), tl.int64) * num_cells + first_cell
+    first, end = _terms(maps, False, SEPARATE)
+    for begin in range(0, size, BLOCK):
+        cell = begin + tl.arange(0, BLOCK)
+        mask = cell < size
+        offset = frame + cell.to(tl.int64) * column_stride
+        values = _load_layer(maps, first, offset, mask)
+        for layer in range(first + 1, end):
+            if FUSION == "product":
+                values *= _load_layer(maps, layer, offset, mask)
+            else:
+                values += _load_layer(maps, layer, offset, mask)
+        if FUSION == "mean":
+            values = tl.div_rn(values, 1.0 * len(maps))
+        elif FUSION == "add":
+            values = tl.where(values > 1.0, 1.0, values)  # tl.minimum would hide NaN
+        tl.store(p + cell, values, mask=mask)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def fusion_gradient_kernel(
+    table, maps, grad_p, grad_maps,
+    row_stride, column_stride, num_cells, out_layer_stride, out_row_stride,
+    FUSION: tl.constexpr, SEPARATE: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """∂a of every layer on one patch, to maps [layers, R, N] (DENSE) or cells [layers, M]. Grid: P, 1 or layers."""
+    row, start, size, first_cell = _pair(table)
+    frame = row * row_stride + start * column_stride
+    grad_p += tl.cast(tl.program_id(1), tl.int64) * num_cells + first_cell
+    if DENSE:
+        grad_maps += row * out_row_stride + start
+    else:
+        grad_maps += first_cell
+    first, end = _terms(maps, False, SEPARATE)
+    for begin in range(0, size, BLOCK):
+        cell = begin + tl.arange(0, BLOCK)
+        mask = cell < size
+        offset = frame + cell.to(tl.int64) * column_stride
+        grad = tl.load(grad_p + cell, mask=mask, other=0.0)
+        if FUSION == "mean":
+            grad = tl.div_rn(grad, 1.0 * len(maps))
+        elif FUSION == "add":
+            total = _load_layer(maps, 0, offset, mask)
+            for layer in range(1, len(maps)):
+                total += _load_layer(maps, layer, offset, mask)
+            grad = tl.where(total > 1.0, 0.0, grad)
+        for layer in range(first, end):
+            values = grad
+            if FUSION == "product":
+                for other in range(first, end):
+                    a = _load_layer(maps, other, offset, mask)
+                    values *= tl.where(other == layer, 1.0, a)
+            tl.store(grad_maps + tl.cast(layer, tl.int64) * out_layer_stride + cell, values, mask=mask)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)

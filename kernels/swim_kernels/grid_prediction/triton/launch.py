@@ -20,34 +20,42 @@ from swim_kernels.grid_prediction.triton import kernels
 from swim_kernels.runtime.launch import launch
 from swim_kernels.structs.grid_pairs import GridPairs
 
-# One configuration for all. BLOCK: cells of a frame at a time; with 1024 ptxas spills a register in some builds.
+# One configuration for all. BLOCK: cells of a patch at a time; with 1024 ptxas spills a register in some builds.
 BLOCK, NUM_WARPS, NUM_STAGES = 512, 8, 1
 
 
-def grid_prediction_triton(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
+def grid_prediction_triton(maps: Sequence[Tensor], pairs: GridPairs, fusion: str, prediction: str) -> Tensor:
     """Return p [1 or layers, M] fp32; arguments as `grid_prediction`, already checked, fp32.
 
     Keeps the maps for backward, no copies. No double backward.
     """
-    return GridPrediction.apply(predict, gradients, pairs, fusion, *maps)
+    return GridPrediction.apply(predict, gradients, pairs, (fusion, prediction), *maps)
 
 
-def predict(maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> Tensor:
+def predict(maps: Sequence[Tensor], pairs: GridPairs, fusion: str, prediction: str) -> Tensor:
     """Return p [1 or layers, M]."""
     p = maps[0].new_empty(num_predictions(maps, fusion), pairs.num_cells)
-    _run(kernels.prediction_kernel, maps, pairs, fusion, p=p)
+    if prediction == "probability":
+        kernel, variant = kernels.fusion_kernel, {"FUSION": fusion}
+    else:
+        kernel, variant = kernels.prediction_kernel, {"MEAN": fusion in ("mean", "add")}
+    _run(kernel, maps, pairs, fusion, p=p, **variant)
     return p
 
 
-def gradients(grad_p: Tensor, maps: Sequence[Tensor], pairs: GridPairs, fusion: str) -> list[Tensor]:
+def gradients(grad_p: Tensor, maps: Sequence[Tensor], pairs: GridPairs, fusion: str, prediction: str) -> list[Tensor]:
     """Return ∂ of every layer [R, N]."""
     dense = pairs.disjoint
     shape = tuple(maps[0].shape) if dense else (pairs.num_cells,)
-    # frames fill only a part of the maps, but all of the cells
+    # patches fill only a part of the maps, but all of the cells
     grad = (torch.zeros if dense else torch.empty)(len(maps), *shape, dtype=torch.float32, device=grad_p.device)
     arguments = {"grad_p": grad_p.contiguous(), "grad_maps": grad, "DENSE": dense}
     arguments |= {"out_layer_stride": grad.stride(0), "out_row_stride": grad.stride(1) if dense else 0}
-    _run(kernels.gradient_kernel, maps, pairs, fusion, **arguments)
+    if prediction == "probability":
+        kernel, variant = kernels.fusion_gradient_kernel, {"FUSION": fusion}
+    else:
+        kernel, variant = kernels.gradient_kernel, {"MEAN": fusion in ("mean", "add")}
+    _run(kernel, maps, pairs, fusion, **arguments, **variant)
     return list(grad) if dense else scatter_cells(grad, maps, pairs)
 
 
@@ -65,7 +73,6 @@ def _run(kernel, maps: Sequence[Tensor], pairs: GridPairs, fusion: str, **argume
         row_stride=maps[0].stride(0),
         column_stride=maps[0].stride(1),
         num_cells=pairs.num_cells,
-        MEAN=fusion == "mean",
         SEPARATE=fusion == "none",
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
