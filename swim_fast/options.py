@@ -182,16 +182,18 @@ class NounRows(Options):
 
     query_position: Literal["noun", "predictor"] = "noun"
     """Rows of the noun's own tokens (`noun`), or of the tokens before them, which predict them (`predictor`)."""
-    softmax: Literal["causal", "full"] = "causal"
-    """The model's own softmax (`causal`), or one over all tokens of the sequence (`full`)."""
+    softmax: Literal["frame", "visual", "causal", "full"] = "frame"
+    """Tokens over which a row's softmax runs: those of one temporal patch (`frame`), all visual tokens (`visual`), all
+    up to its own, as the model's own attention (`causal`), or all of the sequence (`full`)."""
 
 
 class Supervision(NounRows):
     """Rows and columns of attention that a sample asks for."""
 
     read_out: Literal["all", "supervised"] = "all"
-    """Visual tokens at which maps are read out: `all`, which the normaliser of the paper's numerics needs, or those of
-    the temporal patches in which any object has a mask (`supervised`)."""
+    """Visual tokens at which maps are read out: `all`, which the normaliser of the released code needs, or those of the
+    temporal patches in which any object has a mask (`supervised`). A softmax over `frame` or `visual` tokens is read
+    out on these."""
 
 
 class Maps(NounRows):
@@ -210,19 +212,31 @@ class AttentionLoss(Maps):
     """Weight of the text loss."""
     mask_weight: float = Field(1.0, ge=0)
     """Weight of the mask loss; at 0 maps are measured but not trained."""
-    fusion: Literal["product", "mean", "none"] = "product"
+    fusion: Literal["mean", "add", "product", "none"] = "mean"
     """How the maps of the layers become one; `none` gives each layer a loss of its own, averaged."""
-    criterion: Literal["bce", "iou", "dice", "kl"] = "bce"
+    prediction: Literal["probability", "min_max", "released"] = "probability"
+    """What is compared with the mask: the attention probability itself, the map scaled to 0 … 1 in each temporal patch
+    (`min_max`), or the same with the released code's two epsilons (`released`)."""
+    criterion: Literal["bce", "focal", "iou", "dice", "kl", "mass"] = "bce"
     """What compares a map with its mask."""
-    numerics: Literal["stable", "paper"] = "stable"
-    """Maps normalised from their logarithms (`stable`), or with the released code's two epsilons (`paper`)."""
     resolution: Literal["mask", "grid"] = "mask"
     """Maps are enlarged to the mask (`mask`), or the mask is averaged down to the grid of visual tokens (`grid`)."""
     fused: bool = True
     """Compute attention output and map of a layer in one autograd node, where its attention allows it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_new_key(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "numerics" in values:
+            remedy = "write `prediction: min_max` for stable, `prediction: released` for paper; and name `fusion` and "
+            raise mistake("numerics", f"is gone: {remedy}`softmax`, whose defaults are now mean and frame")
+        return values
+
     @model_validator(mode="after")
     def _check(self):
+        if self.prediction == "released" and self.softmax == "frame":
+            text = "released normalises over the whole video, which {softmax} frame does not see: choose visual, causal"
+            raise mistake("prediction", f"{text} or full")
         if self.layers == []:
             remedy = "name layers, leave it out for every fifth, or write `attention_loss: null` to train on text alone"
             raise mistake("layers", f"is empty: {remedy}")
@@ -233,7 +247,7 @@ class AttentionLoss(Maps):
     @property
     def supervision(self) -> Supervision:
         """What samples must hold for this loss."""
-        read_out = "all" if self.numerics == "paper" else "supervised"
+        read_out = "all" if self.prediction == "released" else "supervised"
         return Supervision(query_position=self.query_position, softmax=self.softmax, read_out=read_out)
 
 

@@ -53,9 +53,13 @@ def view_record(record: Record, builder: SampleBuilder) -> RecordView:
     nouns = [conversation.text[start:end] for start, end in conversation.nouns]
     tokens = [*map(builder.encode.processor.tokenizer.decode, sample.inputs["input_ids"])]
     num_labels = int((sample.inputs["labels"] != IGNORED_LABEL).sum())
-    patches_of_row = defaultdict(list)
-    for row, start, height, width, _ in sample.pairs:
-        patches_of_row[row].append(sample.patches[start // (height * width)])
+    patches, keys = defaultdict(list), {}  # of a noun's token
+    for pair in sample.pairs:
+        row = sample.rows[pair.row]
+        token = sample.tags[pair.row], row.position
+        patches[token].append(sample.patch(pair))
+        span = f"{row.key_start} to {row.key_end - 1}"
+        keys[token] = span if keys.setdefault(token, span) == span else "of each patch by itself"
     view = RecordView(
         title=f"{Path(record.source).name}, record {record.number}" + (f" ({record.name})" if record.name else ""),
         facts=[("tokens", f"{len(tokens):,}", f"{num_labels:,} of them trained on")],
@@ -63,13 +67,12 @@ def view_record(record: Record, builder: SampleBuilder) -> RecordView:
         text=list(_cut_text(record, sample, builder)),
         tokens=list(_cut_tokens(tokens, sample, builder)),
         rows=[
-            (tag, tokens[position], position, f"{start} to {end - 1}", patches_of_row[row])
-            for row, ((position, start, end, _), tag) in enumerate(zip(sample.rows, sample.tags, strict=True))
+            (tag, tokens[position], position, keys[tag, position], where) for (tag, position), where in patches.items()
         ],
         notes=list(sample.notes),
     )
     if record.media is not None:
-        supervised = {(patch, sample.tags[row]) for row, patches in patches_of_row.items() for patch in patches}
+        supervised = {(patch, tag) for (tag, _), where in patches.items() for patch in where}
         _add_media(view, record, sample, builder, supervised)
     return view
 

@@ -52,13 +52,13 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     for folder in folders.values():
         maps.append(compute_noun_maps(load_model(folder), processor, encoding, config.attention_loss)[0])
     patch_size, columns = builder.encode.temporal_patch_size, []
-    for _, start, height, width, mask in sample.pairs[: len(sample.masks)]:  # of the first row
-        patch = sample.patches[start // (height * width)]
+    for pair in sample.pairs[: len(sample.masks)]:  # of the first token
+        patch = sample.patch(pair)
         slots = range(patch * patch_size, (patch + 1) * patch_size)
         shown = next(slot for slot in slots if sample.frames[slot] in record.objects[0])
         label = f"frame {sample.frames[shown]}"
         columns.append(
-            HeatmapColumn(pixels[shown], sample.masks[mask].numpy(), [found[patch] for found in maps], label)
+            HeatmapColumn(pixels[shown], sample.masks[pair.mask].numpy(), [found[patch] for found in maps], label)
         )
     (start, end), question = conversation.nouns[0], strip_tags(record.turns[0].text)[0].removeprefix("<video>\n")
     title = f"“{question}”  —  attention of “{conversation.text[start:end]}”"

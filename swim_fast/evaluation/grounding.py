@@ -85,7 +85,7 @@ def _choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str
     """Return fusion, query_position and softmax: as given, else as in training, else the defaults."""
     loss = (trained and trained.attention_loss) or AttentionLoss()
     how = {name: getattr(loss, name) for name in ("fusion", "query_position", "softmax")}
-    how["fusion"] = "mean" if loss.fusion == "mean" else "product"
+    how["fusion"] = "product" if loss.fusion == "none" else loss.fusion
     return how | {name: value for name, value in options.given().items() if name in how}
 
 

@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss) -> np.ndarray:
     """Return the fused map of each noun of a prompt on each temporal patch, averaged over the noun's tokens.
 
-    The map is the p of the mask loss (SWIM, arXiv 2605.18018) in stable numerics, under the model's own causal softmax.
-    Afterwards the model is as it was.
+    The map is that of the mask loss (SWIM, arXiv 2605.18018), scaled to 0 … 1 in each patch. Afterwards the model is as
+    it was.
 
     Args:
         model: stock, not attached.
         encoding: the prompt, with at least one noun.
-        loss: names the layers, their fusion (for "none" the product is shown) and the rows, the noun's own or those
-            that predict it. Its other choices do not matter here.
+        loss: names the layers, their fusion (for "none" the product is shown), the rows, the noun's own or those that
+            predict it, and their softmax. Its other choices do not matter here.
 
     Returns:
         fp32 [nouns, patches, h, w], from 0 to 1 in each patch of each token.
@@ -41,8 +41,20 @@ def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss)
     earlier = 1 if loss.query_position == "predictor" else 0
     tokens = [encoding.noun_tokens(index) for index in range(len(encoding.nouns))]
     positions = [token - earlier for noun in tokens for token in noun]
-    rows = [Row(position, 0, position + 1, 0) for position in positions]
-    batch = Collator(processor)([Sample("", encoding.inputs, rows=rows, key_sets=[encoding.visual()])])
+    height, width = encoding.patch_grid
+    visual, cells = encoding.visual(), height * width
+    num_rows, num_patches = len(positions), len(visual) // cells
+    row = torch.arange(num_rows * num_patches)
+    start = torch.zeros_like(row)
+    if loss.softmax == "frame":
+        key_sets = list(visual.view(-1, cells))
+        rows = [Row(position, 0, 0, patch) for position in positions for patch in range(num_patches)]
+    else:
+        key_sets, row, start = [visual], row // num_patches, row % num_patches * cells
+        ends = [len(encoding) if loss.softmax == "full" else position + 1 for position in positions]
+        rows = [Row(position, 0, end, 0) for position, end in zip(positions, ends, strict=True)]
+    over = "set" if loss.softmax in ("frame", "visual") else "range"
+    batch = Collator(processor)([Sample("", encoding.inputs, rows=rows, key_sets=key_sets, over=over)])
     inputs, queries = model_inputs(batch, model.device), batch["noun_queries"].to(model.device)
     attach_noun_attention(model, loss.layers)
     logger.info("attention of layers %s", ", ".join(map(str, get_attached_layers(model))))
@@ -50,12 +62,8 @@ def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss)
         maps = model(**inputs, noun_queries=queries, use_cache=False, logits_to_keep=1).attentions
     finally:
         detach_noun_attention(model)
-    height, width = encoding.patch_grid
-    num_rows, num_patches = len(rows), len(encoding.visual()) // (height * width)
-    row = torch.arange(num_rows).repeat_interleave(num_patches)
-    start = torch.arange(num_patches).repeat(num_rows) * height * width
     pairs = GridPairs.from_rows(row, start, [(height, width)] * len(row), torch.zeros_like(row))
-    fusion = "mean" if loss.fusion == "mean" else "product"
-    cells = grid_prediction(maps, pairs.to(maps[0].device), fusion=fusion)
-    by_row = cells.view(num_rows, num_patches, height, width).cpu()
+    fusion = "product" if loss.fusion == "none" else loss.fusion
+    p = grid_prediction(maps, pairs.to(maps[0].device), fusion=fusion, prediction="min_max")
+    by_row = p.view(num_rows, num_patches, height, width).cpu()
     return torch.stack([part.mean(0) for part in by_row.split([len(noun) for noun in tokens])]).numpy()

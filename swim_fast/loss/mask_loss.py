@@ -1,52 +1,51 @@
 """Mask loss: alignment of a noun's attention with its object's mask.
 
 Method: SWIM, "See What I Mean", arXiv 2605.18018. The maps come from `swim_kernels.noun_attention`, one `[R, N]` per
-supervised layer. A *pair* is one map row and one supervised temporal patch (a *frame* below): h x w columns of the
-row in row-major order, and one binary object mask of its own size. Per frame, with f the fusion of the layers,
+supervised layer. A *pair* is one map row and one supervised temporal patch: h x w columns of the row in row-major
+order, and one binary object mask of its own size. Per patch, with f the fusion of the layers,
 
-    p     = (f - min f) / (max f - min f)         the prediction, between 0 and 1
-    log f = sum_l log a_l                          for fusion "product", up to a constant per frame
+    f = 1/layers Σ_l a_l                          fusion "mean" (Eq. 6), or their sum, product, or none
+    p = f                                         prediction "probability" (Eq. 7)
+        (f - min f) / (max f - min f)             "min_max": the released p as its epsilons go to 0
+        `swim_fast/loss/released.py`              "released"
 
 and a criterion compares p (or log f) with the mask. `GridPredictions` holds both, for the loss, metrics and pictures.
-
-**stable numerics** work on log f with the frame's maximum subtracted, so that neither the product of many small
-probabilities nor the number of visual keys matters; `swim_kernels/grid_prediction/reference.py` defines the limits.
-Prediction and cross-entropy at the mask's resolution are ops of `swim_kernels` that keep the maps and a gradient on
-the grid.
-
-**paper numerics** are the released ones, with an epsilon of 1e-6 in the denominators of f and p: see
-`swim_fast/loss/paper.py`.
+Limits of "min_max" are defined in `swim_kernels/grid_prediction/reference.py`. Prediction and cross-entropy at the
+mask's resolution are ops of `swim_kernels` that keep the maps and a gradient on the grid.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from swim_fast.errors import OptionError
-from swim_fast.loss import paper
+from swim_fast.loss import released
 from swim_fast.loss.targets import MaskTargets, PairGroup
 from swim_kernels import grid_prediction, mask_bce
 from swim_kernels.grid_prediction import FUSIONS, floor_of, log_fused
 from swim_kernels.mask_bce import MARGIN
 from swim_kernels.runtime import exact_product, interpolation, no_autocast
 
-CRITERIA = ("bce", "iou", "dice", "kl")
+CRITERIA = ("bce", "focal", "iou", "dice", "kl", "mass")
+PREDICTIONS = ("probability", "min_max", "released")
 RESOLUTIONS = ("mask", "grid")
-NUMERICS = ("stable", "paper")
+FOCUS = 2  # γ of the focal loss
 
 
 def mask_alignment_loss(
     maps: Sequence[Tensor],
     targets: MaskTargets,
     *,
-    fusion: str = "product",
+    fusion: str = "mean",
     criterion: str = "bce",
-    numerics: str = "stable",
+    prediction: str = "probability",
     resolution: str = "mask",
     backend: str = "auto",
 ) -> Tensor:
@@ -55,32 +54,36 @@ def mask_alignment_loss(
     Args:
         maps: one [R, N] per layer, non-negative, any strides; bf16 and fp16 are computed in fp32, float64 stays.
         targets: P pairs on the maps' device.
-        fusion: f = "product" over layers of a, "mean" over layers, or "none": the loss per layer, averaged.
-        criterion:
-            "bce": binary cross-entropy, mean over pixels (cells). stable: p is mapped to 1e-6 + (1 - 2e-6) p before
-                the logarithms; paper: torch's `binary_cross_entropy`, whose logarithms end at -100 and whose gradient
+        fusion: f = "mean" over layers of a, "add", "product", or "none": the loss per layer, averaged.
+        criterion: of p (f for the last two) and the mask m, or its share of each cell.
+            "bce": binary cross-entropy, mean over pixels (cells). p is mapped to 1e-6 + (1 - 2e-6) p before the
+                logarithms; "released": torch's `binary_cross_entropy`, whose logarithms end at -100 and whose gradient
                 ends at 1e12.
+            "focal": the same with its terms weighted by (1 - p)^2 where m = 1 and p^2 where m = 0 (Lin et al.,
+                arXiv 1708.02002, gamma 2, no alpha).
             "iou": 1 - sum p m / sum (p + m - p m).
             "dice": 1 - 2 sum p m / (sum p + sum m).
-            "kl": cross-entropy -sum t log softmax(log f) over the frame's cells, t = each cell's share of the mask's
-                area. It compares distributions over *cells*, at either resolution. paper: the same on the paper's f,
-                its zeros at the floor of the stable numerics (the normaliser over the video cancels).
-        numerics: "stable" or "paper", see the module's docstring; "iou" and "dice" take the p of either.
+            "kl": cross-entropy -sum t log softmax(log f) over the patch's cells, t = each cell's share of the mask's
+                area. It compares distributions over *cells*, at either resolution. "released": the same on the
+                released f, its zeros at the floor of `grid_prediction` (the normaliser over the video cancels).
+            "mass": -log (sum m f / sum f), over cells as "kl".
+        prediction: "probability", "min_max" or "released", see the module's docstring. With "probability" and fusion
+            "add", p ends at 1.
         resolution: "mask": p is upsampled to Hm x Wm (bilinear, half-pixel centres, `align_corners=False`);
             "grid": the mask is averaged down to h x w by exact pixel-cell overlap and becomes a soft target.
         backend: of the ops in `swim_kernels`: "auto", "eager", "torch" or "triton".
 
     Returns:
         Scalar, float64 if the maps are, else fp32. P = 0 gives 0 with a graph that back-propagates zeros. A mask
-        without a pixel is an ordinary target for "bce"; the others have no gradient for it: "iou" and "dice" are 1 (no
-        overlap, also where the prediction is empty too), "kl" is 0 (no distribution to match).
+        without a pixel is an ordinary target for "bce" and "focal"; the others have no gradient for it: "iou" and
+        "dice" are 1 (no overlap, also where the prediction is empty too), "kl" and "mass" are 0 (nothing to match).
 
     Raises:
         OptionError: unknown choice.
         ValueError, TypeError: no map, shapes, dtypes or devices that do not fit.
         IndexError: rows or columns outside the maps (on CUDA a device assertion); `MaskTargets.check` names the pair.
     """
-    predictions = GridPredictions.from_maps(maps, targets, fusion=fusion, numerics=numerics, backend=backend)
+    predictions = GridPredictions.from_maps(maps, targets, fusion=fusion, prediction=prediction, backend=backend)
     return compute_pair_losses(predictions, criterion, resolution).sum() / max(len(targets), 1)
 
 
@@ -91,13 +94,13 @@ class GridPredictions:
     Attributes:
         maps: one [R, N] per layer, fp32 or float64.
         targets: P pairs with M cells in all.
-        fusion, numerics, backend: see `mask_alignment_loss`.
+        fusion, prediction, backend: see `mask_alignment_loss`.
     """
 
     maps: Sequence[Tensor]
     targets: MaskTargets
     fusion: str
-    numerics: str
+    prediction: str
     backend: str
 
     @classmethod
@@ -106,14 +109,14 @@ class GridPredictions:
         maps: Sequence[Tensor],
         targets: MaskTargets,
         *,
-        fusion: str = "product",
-        numerics: str = "stable",
+        fusion: str = "mean",
+        prediction: str = "probability",
         backend: str = "auto",
     ) -> GridPredictions:
         """Check the maps and bring them to fp32 (float64 stays). Arguments and errors as for `mask_alignment_loss`."""
         _check_choice("fusion", fusion, FUSIONS)
-        _check_choice("numerics", numerics, NUMERICS)
-        return cls(_check_maps(maps, targets), targets, fusion, numerics, backend)
+        _check_choice("prediction", prediction, PREDICTIONS)
+        return cls(_check_maps(maps, targets), targets, fusion, prediction, backend)
 
     def detach(self) -> GridPredictions:
         """Return the same predictions without a graph; what has been computed is not computed again."""
@@ -121,26 +124,36 @@ class GridPredictions:
         vars(detached).update({name: vars(self)[name].detach() for name in ("p", "log_f") if name in vars(self)})
         return detached
 
+    def as_min_max(self) -> GridPredictions:
+        """Return the predictions that are normalised per patch, of the same maps, without a graph."""
+        if self.prediction == "min_max":
+            return self.detach()
+        other = replace(self, maps=[layer.detach() for layer in self.maps], prediction="min_max")
+        if self.prediction == "probability" and "log_f" in vars(self):
+            vars(other)["log_f"] = self.log_f.detach()
+        return other
+
     @cached_property
     def p(self) -> Tensor:
-        """Min-max normalised predictions [K, M], in the order of the pairs; K = 1 or, with fusion "none", the layers.
+        """Predictions [K, M], in the order of the pairs; K = 1 or, with fusion "none", the layers.
 
         `targets.frames(group, p)` are those of one group.
         """
         with no_autocast(self.targets.device.type):
-            if self.numerics == "stable":
-                return grid_prediction(self.maps, self.targets.pairs, fusion=self.fusion, backend=self.backend)
-            frames = self._frames(paper.fuse(self.maps, self.fusion))
-            return torch.cat([paper.min_max(frame).flatten(1) for frame in frames], dim=1)
+            if self.prediction != "released":
+                how = {"fusion": self.fusion, "prediction": self.prediction, "backend": self.backend}
+                return grid_prediction(self.maps, self.targets.pairs, **how)
+            frames = self._frames(released.fuse(self.maps, self.fusion))
+            return torch.cat([released.min_max(frame).flatten(1) for frame in frames], dim=1)
 
     @cached_property
     def log_f(self) -> Tensor:
-        """Logarithm of f over its sum in the frame: [K, M], as `p`."""
+        """Logarithm of f over its sum in the patch: [K, M], as `p`."""
         with no_autocast(self.targets.device.type):
-            if self.numerics == "stable":
+            if self.prediction != "released":
                 logs = [log_fused(frame, self.fusion) for frame in self._frames(self.maps)]
-            else:  # the normaliser over the video, which the paper's f has, cancels
-                frames = self._frames(paper.fuse(self.maps, self.fusion))
+            else:  # the normaliser over the video, which the released f has, cancels
+                frames = self._frames(released.fuse(self.maps, self.fusion))
                 logs = [frame.clamp_min(floor_of(frame.dtype)).log() for frame in frames]
             return torch.cat([log.flatten(2).log_softmax(-1).flatten(1) for log in logs], dim=1)
 
@@ -155,19 +168,18 @@ def compute_pair_losses(predictions: GridPredictions, criterion: str = "bce", re
     """Return the terms of `mask_alignment_loss` before the mean: [P], in the order of the pairs."""
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("resolution", resolution, RESOLUTIONS)
-    targets, numerics = predictions.targets, predictions.numerics
+    targets, as_released = predictions.targets, predictions.prediction == "released"
     if len(targets) == 0:
         return torch.cat([layer[:0].flatten() for layer in predictions.maps])
     with no_autocast(targets.device.type):  # on CUDA it refuses `binary_cross_entropy`
-        if criterion == "kl":
-            return _compare(targets, predictions.log_f, _cross_entropy)
-        if criterion != "bce":
+        if criterion in ("kl", "mass"):
+            return _compare(targets, predictions.log_f, _cross_entropy if criterion == "kl" else _mass_loss)
+        if criterion in ("iou", "dice"):
             return _compare(targets, predictions.p, partial(_overlap_loss, criterion=criterion, resolution=resolution))
-        if resolution == "grid":
-            return _compare(targets, predictions.p, partial(_grid_bce, numerics=numerics))
-        if numerics == "paper":
-            return _compare(targets, predictions.p, paper.mask_bce)
-        return mask_bce(predictions.p, targets.pairs, targets.packed, backend=predictions.backend).mean(0)
+        if criterion == "bce" and resolution == "mask" and not as_released:
+            return mask_bce(predictions.p, targets.pairs, targets.packed, backend=predictions.backend).mean(0)
+        cost = partial(_pixel_cost, criterion=criterion, as_released=as_released)
+        return _compare(targets, predictions.p, partial(_grid_loss if resolution == "grid" else _mask_loss, cost=cost))
 
 
 def compute_mask_shares(targets: MaskTargets, group: PairGroup, dtype: torch.dtype) -> Tensor:
@@ -233,17 +245,49 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _compare(targets: MaskTargets, cells: Tensor, loss: Callable[[Tensor, MaskTargets, PairGroup], Tensor]) -> Tensor:
-    """[P] from cells [K, M]: the losses [K, P_g] of each group's frames [K, P_g, h, w], averaged over K."""
+    """Return [P] from cells [K, M]: the losses [K, P_g] of each group's frames [K, P_g, h, w], averaged over K."""
     losses = torch.cat([loss(targets.frames(group, cells), targets, group).mean(0) for group in targets.groups])
     order = torch.cat([group.pairs for group in targets.groups])
     return torch.empty_like(losses).index_copy(0, order, losses)
 
 
-def _grid_bce(p: Tensor, targets: MaskTargets, group: PairGroup, numerics: str) -> Tensor:
-    share = compute_mask_shares(targets, group, p.dtype)
-    if numerics == "paper":
-        return paper.bce(p, share).mean((-2, -1))
-    return -(share * _inside(p).log() + (1 - share) * _inside(1 - p).log()).mean((-2, -1))
+def _pixel_cost(p: Tensor, target: Tensor, criterion: str, as_released: bool) -> Tensor:
+    """Return cross-entropy or focal loss of every p in [0, 1] with targets in [0, 1] that broadcast to it."""
+    if as_released and criterion == "bce":
+        return released.bce(p, target)
+    if as_released:
+        inside, outside = (released.bce(p, torch.full_like(p, value)) for value in (1, 0))
+    else:
+        inside, outside = -_inside(p).log(), -_inside(1 - p).log()
+    if criterion == "focal":
+        inside, outside = (1 - p) ** FOCUS * inside, p**FOCUS * outside
+    return target * inside + (1 - target) * outside
+
+
+def _grid_loss(p: Tensor, targets: MaskTargets, group: PairGroup, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the mean cost over the cells [..., P_g] of a group's patches [..., P_g, h, w]."""
+    return cost(p, compute_mask_shares(targets, group, p.dtype)).mean((-2, -1))
+
+
+def _mask_loss(p: Tensor, targets: MaskTargets, group: PairGroup, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the mean cost over the pixels [..., P_g] of a group's patches [..., P_g, h, w].
+
+    p is upsampled to its mask's size (bilinear, half-pixel centres, `align_corners=False`), a few pairs at a time.
+    Nothing of the size of the pixels is kept: it is computed again in backward.
+    """
+    rows, columns = (interpolation(*sizes, like=p) for sizes in zip(group.mask_size, group.grid, strict=True))
+
+    def compute(p: Tensor, pairs: slice) -> Tensor:
+        indices = group.masks_of_pairs[pairs]
+        distinct = list(dict.fromkeys(indices))
+        index = torch.tensor([distinct.index(mask) for mask in indices]).to(p.device, non_blocking=True)
+        masks = targets.packed.unpack(distinct)[index].to(p.dtype)
+        return cost(exact_product(exact_product(rows, p), columns.mT), masks).mean((-2, -1))
+
+    step = max(1, targets.chunk_pixels // math.prod(group.mask_size))
+    parts = [slice(first, first + step) for first in range(0, len(group.masks_of_pairs), step)]
+    losses = [checkpoint(compute, p[:, part], part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(losses, dim=1)
 
 
 def _inside(p: Tensor) -> Tensor:
@@ -252,7 +296,7 @@ def _inside(p: Tensor) -> Tensor:
 
 
 def _overlap_loss(p: Tensor, targets: MaskTargets, group: PairGroup, criterion: str, resolution: str) -> Tensor:
-    """1 - soft IoU or Dice coefficient; the coefficient is 0 where both are empty.
+    """Return 1 - soft IoU or Dice coefficient; the coefficient is 0 where both are empty.
 
     Their sums are linear in p, and so is the upsampling: its transpose, applied to the mask, makes them sums over
     cells.
@@ -270,8 +314,17 @@ def _overlap_loss(p: Tensor, targets: MaskTargets, group: PairGroup, criterion: 
     return 1 - top / torch.where(bottom == 0, 1, bottom)
 
 
+def _mass_loss(log_f: Tensor, targets: MaskTargets, group: PairGroup) -> Tensor:
+    """Return -log of the share of f inside the mask; 0 for an empty mask."""
+    share = compute_mask_shares(targets, group, log_f.dtype)
+    inside = torch.where(share > 0, share, 1).log() + log_f
+    empty = (share == 0).all(-1).all(-1)
+    inside = inside.masked_fill((share == 0) & ~empty[..., None, None], float("-inf"))
+    return torch.where(empty, 0, -inside.flatten(-2).logsumexp(-1))
+
+
 def _cross_entropy(log_f: Tensor, targets: MaskTargets, group: PairGroup) -> Tensor:
-    """-sum t log f against the masked share of each cell; 0 for an empty mask."""
+    """Return -sum t log f against the masked share of each cell; 0 for an empty mask."""
     share = compute_mask_shares(targets, group, log_f.dtype)
     area = share.sum((-2, -1), keepdim=True)
     return -(share / torch.where(area == 0, 1, area) * log_f).sum((-2, -1))

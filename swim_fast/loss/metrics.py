@@ -15,13 +15,13 @@ soft_iou
     Wang, "Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation", ISVC 2016).
 
 All three are per pair: a noun of several tokens has several rows, and each counts. A pair whose mask has no pixel is
-left out, also of the number of pairs. All is in stable numerics, whatever the loss uses, so that runs can be compared.
+left out, also of the number of pairs. p is the min-max prediction, whatever the loss takes, so that runs can be
+compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,9 +38,7 @@ def sum_metrics(predictions: GridPredictions) -> Tensor:
         float64 [4], on the maps' device: sums in the order of `METRICS`, then the number of pairs with a mask; with
         fusion "none" [layers, 4]. Nothing is read back from the device.
     """
-    predictions = predictions.detach()
-    if predictions.numerics != "stable":
-        predictions = replace(predictions, numerics="stable")
+    predictions = predictions.as_min_max()
     targets, per_layer = predictions.targets, predictions.fusion == "none"
     sums = torch.zeros((len(predictions.maps) if per_layer else 1, 4), dtype=torch.float64, device=targets.device)
     for group in targets.groups:

@@ -27,6 +27,7 @@ class PairGroup:
         grid: (h, w) of the patch.
         mask_size: (Hm, Wm) of the masks.
         mask_indices: indices into `MaskTargets.masks`, each once.
+        masks_of_pairs: P_g indices into `MaskTargets.masks`, one for each pair.
         pairs: [P_g] int64, indices of the pairs.
         mask: [P_g] int64, each pair's mask as an index into `mask_indices`.
     """
@@ -34,6 +35,7 @@ class PairGroup:
     grid: tuple[int, int]
     mask_size: tuple[int, int]
     mask_indices: tuple[int, ...]
+    masks_of_pairs: tuple[int, ...]
     pairs: Tensor
     mask: Tensor
 
@@ -185,6 +187,7 @@ class MaskTargets:
                     grid=(height, width),
                     mask_size=(mask_size[0], mask_size[1]),
                     mask_indices=tuple(local),
+                    masks_of_pairs=tuple(self._table[pair][2] for pair in pairs),
                     pairs=torch.tensor(pairs, device=self.device),
                     mask=torch.tensor(mask, device=self.device),
                 )
@@ -198,10 +201,14 @@ class MaskTargets:
         index = first[:, None] + torch.arange(height * width, device=self.device)
         return cells.index_select(-1, index.flatten()).unflatten(-1, (len(group.pairs), height, width))
 
+    @property
+    def chunk_pixels(self) -> int:
+        """Pixels of masks to be unpacked at a time."""
+        return _CHUNK_PIXELS_CPU if self.device.type == "cpu" else _CHUNK_PIXELS_ACCELERATOR
+
     def mask_chunks(self, group: PairGroup) -> Iterator[Tensor]:
         """Yield the group's masks in the order of `mask_indices`, a few at a time: bool [n, Hm, Wm]."""
-        pixels = _CHUNK_PIXELS_CPU if self.device.type == "cpu" else _CHUNK_PIXELS_ACCELERATOR
-        step = max(1, pixels // (group.mask_size[0] * group.mask_size[1]))
+        step = max(1, self.chunk_pixels // (group.mask_size[0] * group.mask_size[1]))
         for first in range(0, len(group.mask_indices), step):
             yield self.packed.unpack(group.mask_indices[first : first + step])
 

@@ -105,7 +105,7 @@ class SwimTrainer(HookedTrainer):
             return like.new_zeros(()), like.new_zeros(len(METRICS) + 1)
         if loss.mask_weight == 0:
             maps = [layer.detach() for layer in maps]
-        choices = {"fusion": loss.fusion, "numerics": loss.numerics, "backend": loss.backend}
+        choices = {"fusion": loss.fusion, "prediction": loss.prediction, "backend": loss.backend}
         predictions = GridPredictions.from_maps(maps, targets, **choices)
         return compute_pair_losses(predictions, loss.criterion, loss.resolution).sum(), sum_metrics(predictions)
 

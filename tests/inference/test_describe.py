@@ -79,8 +79,7 @@ def training_maps(folder, model, noun, run, loss) -> dict[int, np.ndarray]:
     frames = targets.frames(group, GridPredictions.from_maps(maps, targets, fusion=loss.fusion).p[0])
     found = {}
     for pair, p in zip(group.pairs.tolist(), frames.numpy(), strict=True):
-        _, start, height, width, _ = sample.pairs[pair]
-        found.setdefault(sample.patches[start // (height * width)], []).append(p)
+        found.setdefault(sample.patch(sample.pairs[pair]), []).append(p)
     return {patch: np.mean(values, axis=0) for patch, values in found.items()}
 
 

@@ -75,7 +75,7 @@ def test_soft_iou_is_one_minus_the_loss():
     fields = (targets.row, targets.start, targets.height, targets.width, targets.mask)
     targets = MaskTargets(*(field[whole] for field in fields), masks=targets.masks)
     means = average_metrics(grounding_sums(maps, targets))
-    loss = mask_alignment_loss(maps, targets, criterion="iou", resolution="grid")
+    loss = mask_alignment_loss(maps, targets, criterion="iou", prediction="min_max", resolution="grid")
     assert means["soft_iou"] == pytest.approx(1 - loss.item())
 
 

@@ -134,8 +134,17 @@ def _noun_queries(samples: Sequence[Sample], starts: Sequence[tuple[int, int]]) 
         key_sets += [first + keys for keys in sample.key_sets]
     sequence, position, key_start, key_end, key_set = _columns(rows, 5)
     padded = pad_sequence(key_sets, batch_first=True, padding_value=-1) if key_sets else torch.empty(0, 0).long()
+    over = {sample.over for sample in samples if sample.rows}
+    if len(over) > 1:
+        raise ValueError("samples of a batch must have one kind of softmax, over ranges or over key sets")
     return NounQueries(
-        sequence=sequence, position=position, key_start=key_start, key_end=key_end, key_set=key_set, key_sets=padded
+        sequence=sequence,
+        position=position,
+        key_start=key_start,
+        key_end=key_end,
+        key_set=key_set,
+        key_sets=padded,
+        over=over.pop() if over else "range",
     )
 
 

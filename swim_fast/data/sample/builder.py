@@ -49,9 +49,11 @@ class Sample:
         inputs: `input_ids`, `labels`, `mm_token_type_ids` [L] int64 and the processor's visual tensors, of which a
             text-only record has none: `pixel_values_videos` [patches, values] fp32, `video_grid_thw` [1, 3],
             `second_per_grid_ts` [1] fp32, or `pixel_values`, `image_grid_thw`.
-        rows: R rows of attention.
-        key_sets: at most one [N] int64: the positions of the readout keys. Empty without rows.
-        patches: indices of the temporal patches to which they belong, in their order.
+        rows: R rows of attention: one for each token of a noun, or for each such token and temporal patch with a mask of
+            the noun, if the softmax runs over one patch.
+        key_sets: positions of the readout keys, [N] int64 each: one for all rows, or one a patch. Empty without rows.
+        over: see `NounQueries`.
+        patches: indices of the temporal patches to which the readout keys belong, in their order.
         pairs: P pairs of row and patch.
         masks: uint8 [Hm, Wm] each, one per noun and supervised temporal patch; all rows of a noun share them.
         tags: index of the tag that each row belongs to, R integers.
@@ -63,12 +65,17 @@ class Sample:
     inputs: dict[str, Tensor]
     rows: list[Row] = field(default_factory=list)
     key_sets: list[Tensor] = field(default_factory=list)
+    over: str = "range"
     patches: list[int] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
     tags: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def patch(self, pair: Pair) -> int:
+        """Return the temporal patch of a pair."""
+        return self.patches[self.rows[pair.row].key_set + pair.start // (pair.height * pair.width)]
 
 
 @dataclass(frozen=True)
@@ -276,7 +283,7 @@ class SampleBuilder:
         for tag in range(len(record.objects)):
             self._add_noun(sample, record, tag, plan.info, encoding)
         if sample.rows:
-            self._add_key_set(sample, encoding)
+            self._add_key_sets(sample, encoding)
         return sample
 
     def _add_noun(self, sample: Sample, record: Record, tag: int, info: MediaInfo, encoding: Encoding) -> None:
@@ -291,10 +298,13 @@ class SampleBuilder:
         height, width = encoding.patch_grid
         first_mask = len(sample.masks)
         sample.masks += [torch.from_numpy(np.ascontiguousarray(mask, dtype=np.uint8)) for mask in patches.values()]
-        last_visual = int(encoding.visual()[-1])
+        visual = encoding.visual()
+        first_visual, last_visual = int(visual[0]), int(visual[-1])
+        cells = height * width
         for token in encoding.noun_tokens(tag):
             position = token - 1 if self.supervision.query_position == "predictor" else token
-            key_end = len(encoding) if self.supervision.softmax == "full" else position + 1
+            softmax = self.supervision.softmax
+            key_end = len(encoding) if softmax == "full" else position + 1
             if key_end <= last_visual:
                 raise DataError(
                     f"the noun comes before the {record.kind}, to which it therefore cannot attend; "
@@ -302,17 +312,32 @@ class SampleBuilder:
                     key=f"tag {tag}",
                 )
             for mask, patch in enumerate(patches, start=first_mask):
-                sample.pairs.append(Pair(len(sample.rows), patch * height * width, height, width, mask))
-            sample.rows.append(Row(position, 0, key_end, 0))
-            sample.tags.append(tag)
+                start = 0 if softmax == "frame" else patch * cells
+                sample.pairs.append(Pair(len(sample.rows), start, height, width, mask))
+                if softmax == "frame":
+                    keys = visual[patch * cells : (patch + 1) * cells]
+                    sample.rows.append(Row(position, int(keys[0]), int(keys[-1]) + 1, patch))
+                    sample.tags.append(tag)
+            if softmax != "frame":
+                start, end = (first_visual, last_visual + 1) if softmax == "visual" else (0, key_end)
+                sample.rows.append(Row(position, start, end, 0))
+                sample.tags.append(tag)
 
-    def _add_key_set(self, sample: Sample, encoding: Encoding) -> None:
-        """Append the keys of all rows, one set for the sample, and count the pairs' patches within it."""
+    def _add_key_sets(self, sample: Sample, encoding: Encoding) -> None:
+        """Append the keys of the rows and say which patches they are; rows and pairs so far count all patches."""
         height, width = encoding.patch_grid
         cells = height * width
         by_patch = encoding.visual().view(-1, cells)
+        if self.supervision.softmax in ("frame", "visual"):
+            sample.over = "set"
+        if self.supervision.softmax == "frame":
+            sample.patches = sorted({row.key_set for row in sample.rows})
+            index = {patch: i for i, patch in enumerate(sample.patches)}
+            sample.rows = [row._replace(key_set=index[row.key_set]) for row in sample.rows]
+            sample.key_sets += list(by_patch[sample.patches])
+            return
         sample.patches = list(range(len(by_patch)))
-        if self.supervision.read_out == "supervised":
+        if self.supervision.read_out == "supervised" and sample.over == "range":
             sample.patches = sorted({pair.start // cells for pair in sample.pairs})
         start = {patch: index * cells for index, patch in enumerate(sample.patches)}
         sample.pairs = [pair._replace(start=start[pair.start // cells]) for pair in sample.pairs]

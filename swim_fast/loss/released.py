@@ -1,7 +1,7 @@
 """The mask loss of the released code (arXiv 2605.18018): eager, in fp32 or float64, with its two epsilons.
 
     f = Π_l a_l / (Σ Π_l a_l + 1e-6)              the sum is over all visual keys of the row
-    p = (f − min f) / (max f − min f + 1e-6)      per frame
+    p = (f − min f) / (max f − min f + 1e-6)      per patch
 
 and torch's `binary_cross_entropy`, whose logarithms end at −100 and whose gradient's denominator ends at 1e-12.
 """
@@ -13,10 +13,6 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-from swim_fast.loss.targets import MaskTargets, PairGroup
-from swim_kernels.runtime import exact_product, interpolation
 
 EPSILON = 1e-6
 
@@ -27,11 +23,13 @@ def fuse(maps: list[Tensor], fusion: str) -> list[Tensor]:
         maps = [reduce(torch.mul, maps)]
     elif fusion == "mean":
         maps = [torch.stack(maps).mean(0)]
+    elif fusion == "add":
+        maps = [torch.stack(maps).sum(0)]
     return [f / (f.sum(-1, keepdim=True) + EPSILON) for f in maps]
 
 
 def min_max(f: Tensor) -> Tensor:
-    """Return p of every frame [..., h, w]; 0 on a constant frame."""
+    """Return p of every patch [..., h, w]; 0 on a constant patch."""
     low, high = f.amin((-2, -1), keepdim=True), f.amax((-2, -1), keepdim=True)
     return torch.where(f == low, 0, (f - low) / (high - low + EPSILON))
 
@@ -42,18 +40,3 @@ def bce(p: Tensor, target: Tensor) -> Tensor:
     inside = p - (p - p.clamp(0, 1)).detach()
     loss = F.binary_cross_entropy(inside.nan_to_num(nan=0.0), target.to(p.dtype).expand_as(p), reduction="none")
     return torch.where(p.isnan(), p, loss)
-
-
-def mask_bce(p: Tensor, targets: MaskTargets, group: PairGroup) -> Tensor:
-    """Return the mean cross-entropy over the pixels [..., P_g] of a group's frames [..., P_g, h, w].
-
-    p is upsampled to its mask's size (bilinear, half-pixel centres, `align_corners=False`). Nothing of the size of the
-    pixels is kept: it is computed again in backward.
-    """
-    rows, columns = (interpolation(*sizes, like=p) for sizes in zip(group.mask_size, group.grid, strict=True))
-
-    def compute(p: Tensor) -> Tensor:
-        masks = torch.cat(list(targets.mask_chunks(group)))[group.mask]
-        return bce(exact_product(exact_product(rows, p), columns.mT), masks).mean((-2, -1))
-
-    return checkpoint(compute, p, use_reentrant=False, preserve_rng_state=False)
