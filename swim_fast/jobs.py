@@ -227,7 +227,7 @@ class Grounding(Evaluation, Maps):
     trained = AS_TRAINED | {"fusion", "query_position", "softmax"}
     layers: str | list[int] = "all"
     """Layers to look at: all, supervised, or indices such as 2,7,12."""
-    fusion: Literal["product", "mean"] = "product"
+    fusion: Literal["mean", "add", "product"] = "mean"
     """How the maps of the supervised layers become one."""
 
     @field_validator("layers", mode="before")

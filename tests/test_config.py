@@ -27,7 +27,8 @@ def write(tmp_path):
 def test_defaults_are_the_papers(write):
     loss = load_config(write()).attention_loss
     assert (loss.text_weight, loss.mask_weight) == (0.05, 1.0)
-    assert (loss.fusion, loss.criterion, loss.resolution) == ("product", "bce", "mask")
+    assert (loss.fusion, loss.criterion, loss.resolution) == ("mean", "bce", "mask")
+    assert (loss.softmax, loss.prediction, loss.query_position) == ("frame", "probability", "noun")
     assert load_config(write()).model.freeze == ["vision_tower"]
 
 
@@ -48,7 +49,7 @@ def test_yaml_1_1_does_not_turn_numbers_into_text_nor_no_into_false(write):
     [
         ("attention_loss.critereon=kl", "attention_loss.critereon is unknown; did you mean 'criterion'"),
         ("modle.path=x", "modle is unknown; did you mean 'model'"),
-        ("attention_loss.criterion=mse", "attention_loss.criterion is 'mse'; choose one of: bce, iou, dice, kl"),
+        ("attention_loss.criterion=mse", "attention_loss.criterion is 'mse'; choose one of: bce, focal, iou"),
         ("data.max_frames=many", "data.max_frames is 'many'; expected int"),
         ("data.max_frames=true", "data.max_frames is True; expected int"),
         ("data.fps=true", "data.fps is True; expected a number"),
@@ -180,11 +181,18 @@ def test_effective_configuration_reads_back(write, tmp_path):
     assert load_config(tmp_path / "again.yaml") == config
 
 
-@pytest.mark.parametrize(("numerics", "read_out"), [("stable", "supervised"), ("paper", "all")])
-def test_maps_are_read_out_where_the_numerics_need_them(numerics, read_out):
-    loss = AttentionLoss(numerics=numerics)
+@pytest.mark.parametrize(("prediction", "read_out"), [("min_max", "supervised"), ("released", "all")])
+def test_maps_are_read_out_where_the_prediction_needs_them(prediction, read_out):
+    loss = AttentionLoss(prediction=prediction, softmax="causal")
     config = RunConfig(model=ModelConfig(path="m"), data=DataConfig(), attention_loss=loss)
     assert config.supervision.read_out == read_out
+
+
+def test_what_the_released_prediction_needs_and_what_numerics_are_called_now(write):
+    with pytest.raises(ConfigError, match="attention_loss.prediction released normalises over the whole video, which "):
+        load_config(write(attention_loss={"prediction": "released"}))
+    with pytest.raises(ConfigError, match="numerics is gone: write `prediction: min_max` for stable, `prediction: rel"):
+        load_config(write(attention_loss={"numerics": "paper"}))
 
 
 def test_every_option_of_samples_that_data_names_reaches_them(write):

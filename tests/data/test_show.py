@@ -149,9 +149,11 @@ def test_tokens_and_their_roles(file, processor):
 
 
 def test_rows_name_token_range_and_patches(file, processor):
-    (noun, token, position, softmax, patches), second, *_ = view(file, processor, 0).rows
-    assert (noun, token, softmax, patches) == (0, " ball", f"0 to {position}", [1])
-    assert second[0] == 1 and second[-1] == [1, 4]
+    found = view(file, processor, 0)
+    (noun, token, position, softmax, patches), second, *_ = found.rows
+    assert (noun, token, softmax, patches) == (0, " ball", found.patches[1].tokens, [1])
+    assert position == int(found.rows[0][2]) and second[0] == 1
+    assert second[-2:] == ("of each patch by itself", [1, 4])
     assert view(file, processor, 1).rows == []
 
 

@@ -67,7 +67,7 @@ def test_grounding_looks_where_training_did(trained, annotated, tmp_path):
     assert main(arguments("grounding", trained, annotated, out, *few)) == 0
     found = results(out)
     assert found["fused_layers"] == [0] and found["settings"]["max_frames"] == 4
-    rows = {"fusion": "mean", "query_position": "predictor", "softmax": "causal"}
+    rows = {"fusion": "mean", "query_position": "predictor", "softmax": "frame"}
     assert {name: found["settings"][name] for name in rows} == rows
     other = tmp_path / "other"
     assert main(arguments("grounding", trained, annotated, other, *few, "--query-position", "noun")) == 0

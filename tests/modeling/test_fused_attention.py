@@ -158,8 +158,6 @@ def test_one_log_line_says_which(model, log):
         ("asked for", "sdpa", "dense"),
         ("are to be eager", "sdpa", "dense"),
         ("no provider for the attention 'eager'", "eager", "dense"),
-        ("key_end is not position + 1", "sdpa", "full"),
-        ("key_start is not 0", "sdpa", "own ranges"),
         ("row 2 has the keys", "sdpa", "other padding"),
         ("dropout", "sdpa", "dropout"),
         ("padded on the left", "flash_attention_2", "left padding"),
@@ -170,12 +168,7 @@ def test_one_log_line_says_which(model, log):
 def test_or_why_not(reason, attention, kind, model, flash, log, calls, monkeypatch):
     inputs, queries = batch({"other padding": "right padding"}.get(kind, kind))
     columns = list(queries.tensors())
-    if kind == "full":
-        columns[3] = torch.full_like(columns[3], 29)
-        columns[1] = torch.tensor([20, 13, 28])
-    elif kind == "own ranges":
-        columns[2] = torch.tensor([0, 3, 0])
-    elif kind == "other padding":
+    if kind == "other padding":
         columns[2] = torch.tensor([0, 0, 3])
     elif kind == "dropout":
         model.train()
@@ -195,6 +188,23 @@ def test_or_why_not(reason, attention, kind, model, flash, log, calls, monkeypat
     assert len(outputs.attentions) == len(LAYERS) and calls == []
     (line,) = log()
     assert f"noun maps behind {attention} on cpu: an op of their own (" in line and reason in line
+
+
+@pytest.mark.parametrize("kind", ["full", "own ranges", "sets"])
+def test_rows_with_a_softmax_of_their_own_stay_in_the_node(kind, model, calls):
+    inputs, queries = batch("dense")
+    columns = list(queries.tensors())
+    if kind == "full":
+        columns[3] = torch.full_like(columns[3], 29)
+        columns[1] = torch.tensor([20, 13, 28])
+    elif kind == "own ranges":
+        columns[2] = torch.tensor([0, 3, 0])
+    queries = NounQueries(*columns, over="set" if kind == "sets" else "range")
+    separate = results(attach_noun_attention(model, LAYERS, fused=False), inputs, queries, ("output", "maps"))
+    assert calls == []
+    fused = results(attach_noun_attention(model, LAYERS), inputs, queries, ("output", "maps"))
+    assert calls == ["torch_cpu"] * len(LAYERS)
+    assert_same(fused, separate)
 
 
 def test_autocast(model, calls):

@@ -49,8 +49,8 @@ class Sample:
         inputs: `input_ids`, `labels`, `mm_token_type_ids` [L] int64 and the processor's visual tensors, of which a
             text-only record has none: `pixel_values_videos` [patches, values] fp32, `video_grid_thw` [1, 3],
             `second_per_grid_ts` [1] fp32, or `pixel_values`, `image_grid_thw`.
-        rows: R rows of attention: one for each token of a noun, or for each such token and temporal patch with a mask of
-            the noun, if the softmax runs over one patch.
+        rows: R rows of attention: one for each token of a noun, or if the softmax runs over one patch, for each such
+            token and temporal patch with a mask of the noun.
         key_sets: positions of the readout keys, [N] int64 each: one for all rows, or one a patch. Empty without rows.
         over: see `NounQueries`.
         patches: indices of the temporal patches to which the readout keys belong, in their order.

@@ -13,7 +13,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.loss.mask_loss import MaskTargets, mask_alignment_loss
 from swim_fast.options import Sampling
 from swim_kernels import NounQueries
-from tests.data.conftest import box, rle
+from tests.data.conftest import box, builder_of, rle
 
 H, W = 64, 96
 NOT_FOR_THE_MODEL = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes")
@@ -21,7 +21,14 @@ NOT_FOR_THE_MODEL = ("labels", "noun_queries", "mask_targets", "samples", "probl
 
 @pytest.fixture(scope="module")
 def build(processor):
-    builder = SampleBuilder(processor, Sampling(max_frames=8))
+    builder = builder_of(processor, max_frames=8, softmax="causal")
+    yield builder
+    builder.reader.close()
+
+
+@pytest.fixture(scope="module")
+def build_frames(processor):
+    builder = builder_of(processor, max_frames=8)
     yield builder
     builder.reader.close()
 
@@ -71,6 +78,27 @@ def test_mixed_batch(build, processor, records):
     assert batch["samples"] == [sample.name for sample in samples]
     assert batch["problems"] == ["file.jsonl, record 7: is broken"]
     assert batch["notes"] == []
+
+
+def test_rows_over_patches_of_a_mixed_batch(build_frames, processor, records):
+    samples = [build_frames(record) for record in records]
+    batch = Collator(processor)(samples)
+    queries, targets = batch["noun_queries"], batch["mask_targets"]
+    queries.check(*batch["input_ids"].shape)
+    targets.check(rows=len(queries), columns=queries.key_sets.shape[1])
+    assert queries.over == "set" and queries.sequence.tolist() == [0, 0, 2, 4] and len(queries.key_sets) == 4
+    assert targets.row.tolist() == [0, 1, 2, 3] and targets.start.tolist() == [0] * 4
+    for row, (sequence, key_set) in enumerate(zip(queries.sequence, queries.key_set, strict=True)):
+        keys = queries.key_sets[key_set]
+        assert (keys >= 0).sum() == targets.height[row] * targets.width[row]
+        assert batch["mm_token_type_ids"][sequence][keys[keys >= 0]].all()
+        assert (int(queries.key_start[row]), int(queries.key_end[row])) == (int(keys[0]), int(keys.max()) + 1)
+
+
+def test_one_kind_of_softmax_a_batch(build, build_frames, processor, records):
+    assert Collator(processor)([build_frames(records[0]), build(records[1])])["noun_queries"].over == "set"
+    with pytest.raises(ValueError, match="one kind of softmax"):
+        Collator(processor)([build_frames(records[0]), build(records[2])])
 
 
 def test_queries_and_targets_of_a_mixed_batch(build, processor, records):

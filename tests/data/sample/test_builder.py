@@ -18,10 +18,11 @@ TOKENS = 6
 
 @pytest.fixture(scope="module")
 def build(processor):
-    """build(record, **options)."""
+    """build(record, **options), by default with a causal softmax: one row for each token of a noun."""
     builders = {}
 
     def make(record, **options):
+        options = {"softmax": "causal"} | options
         key = tuple(sorted(options.items()))
         if key not in builders:
             builders[key] = builder_of(processor, **options)
@@ -66,7 +67,7 @@ def shown_numbers(sample):
 
 
 def test_only_supervised_patches_are_read_out(build, video):
-    """Those of any object; the pairs count within them. The paper's numerics need all."""
+    """Those of any object; the pairs count within them. The released code's normaliser needs all."""
     first, second = mask(0, 0), mask(30, 60)
     record = video(
         "<video>\nWhat is the <ins>dog</ins> doing?",
@@ -81,8 +82,38 @@ def test_only_supervised_patches_are_read_out(build, video):
     visual = everything.key_sets[0].view(-1, TOKENS)
     assert torch.equal(sample.key_sets[0], visual[found].flatten()) and len(sample.key_sets) == 1
     for pair, full in zip(sample.pairs, everything.pairs, strict=True):
-        assert sample.patches[pair[1] // TOKENS] * TOKENS == full[1]
+        assert sample.patches[pair[1] // TOKENS] * TOKENS == full[1] and sample.patch(pair) == everything.patch(full)
         assert pair[::2] == full[::2] and pair[2:] == full[2:]
+
+
+def test_softmax_over_a_frame_has_a_row_for_each_token_and_patch(build, video):
+    record = video(
+        "<video>\nWhat is the <ins>dog</ins> doing?",
+        "The <ins>Löwenbändiger</ins> rolls.",
+        objects=({9: rle(mask(0, 0))}, {2: rle(mask(30, 60)), 9: rle(mask(10, 10))}),
+    )
+    plain, sample = build(record, max_frames=10, read_out="supervised"), build(record, max_frames=10, softmax="frame")
+    visual = torch.nonzero(sample.inputs["mm_token_type_ids"]).flatten().view(-1, TOKENS)
+    assert sample.over == "set" and plain.over == "range" and sample.patches == plain.patches
+    assert len(sample.key_sets) == 2 and torch.equal(torch.stack(sample.key_sets), visual[sample.patches])
+    tokens = len(plain.rows) - 1  # of the second noun
+    assert tokens > 2 and len(sample.rows) == 1 + 2 * tokens == len(sample.pairs) == len(sample.tags)
+    for index, (pair, before) in enumerate(zip(sample.pairs, plain.pairs, strict=True)):
+        row, old = sample.rows[pair.row], plain.rows[before.row]
+        assert pair == (index, 0, 2, 3, before.mask) and row.position == old.position
+        assert sample.patch(pair) == plain.patch(before) == sample.patches[row.key_set]
+        keys = sample.key_sets[row.key_set].tolist()
+        assert (row.key_start, row.key_end) == (keys[0], keys[-1] + 1)
+        assert sample.tags[pair.row] == plain.tags[before.row]
+
+
+def test_softmax_over_all_visual_tokens_is_read_out_on_all(build, video):
+    record = video("A <ins>dog</ins>", "a", objects=({3: rle(mask())},))
+    causal, sample = build(record), build(record, softmax="visual", read_out="supervised")
+    visual = torch.nonzero(sample.inputs["mm_token_type_ids"]).flatten()
+    assert sample.over == "set" and sample.pairs == causal.pairs
+    assert torch.equal(sample.key_sets[0], visual) and len(sample.key_sets) == 1
+    assert [row[1:3] for row in sample.rows] == [(int(visual[0]), int(visual[-1]) + 1)]
 
 
 def test_video_sample(build, video, tokenizer):
@@ -378,7 +409,7 @@ def test_no_warning_about_pixels_per_frame(build, video, caplog):
     ("options", "reason"),
     [
         ({"query_position": "middle"}, "query_position is 'middle'; choose one of: noun, predictor"),
-        ({"softmax": "none"}, "softmax is 'none'; choose one of: causal, full"),
+        ({"softmax": "none"}, "softmax is 'none'; choose one of: frame, visual, causal, full"),
         ({"reader": "vlc"}, "reader is 'vlc'; choose one of: decord, torchcodec, pyav"),
         ({"max_frames": 1}, "max_frames is 1; it must be at least 2"),
         ({"max_tokens": 0}, "max_tokens is 0; it must be positive"),
