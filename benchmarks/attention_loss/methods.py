@@ -96,7 +96,7 @@ def _text_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def swim_fast_loss(maps: Sequence[Tensor], step: Step) -> Tensor:
-    return mask_alignment_loss(maps, step.targets)
+    return mask_alignment_loss(maps, step.targets, fusion="product", prediction="min_max")
 
 
 def plain_loss(maps: Sequence[Tensor], step: Step, numerics: str = "stable") -> Tensor:

@@ -15,7 +15,7 @@ from tests.training.conftest import TEXTS, record, square_clip, text_record, wri
 CONFIGS = Path(__file__).parents[2] / "configs"
 GPUS = {  # how many, and GiB of each
     "qwen2_5_vl_7b_8xh100": (8, 80),
-    "paper_parity": (8, 80),
+    "released_code": (8, 80),
     "long_video": (8, 80),
     "lora_24gb": (1, 24),
 }
@@ -60,7 +60,7 @@ def test_number_of_parameters_of_the_parts(folder, data, tmp_path, monkeypatch):
     monkeypatch.setenv("SWIM_FAST_CACHE", str(tmp_path))
     overrides = [f"model.path={folder}", f"data.train=[{{path: {data}}}]", "data.reader=decord"]
     assert real_geometry.TOTAL == 8_292_166_656
-    text = str(dry_run(load_config(CONFIGS / "paper_parity.yaml", overrides), gpus=8))
+    text = str(dry_run(load_config(CONFIGS / "released_code.yaml", overrides), gpus=8))
     found = {}
     for line in text.splitlines():
         for part in ("vision tower", "merger", "language model", "head"):
@@ -91,9 +91,9 @@ def test_recipe_without_what_it_states_does_not_fit(name, override, folder, data
     assert report.estimates["limit"].total > memory * 2**30, str(report)
 
 
-def test_paper_parity_is_as_released():
-    loss = load_config(CONFIGS / "paper_parity.yaml").attention_loss
-    assert (loss.numerics, loss.query_position, loss.softmax) == ("paper", "predictor", "full")
+def test_released_code_is_as_released():
+    loss = load_config(CONFIGS / "released_code.yaml").attention_loss
+    assert (loss.prediction, loss.query_position, loss.softmax) == ("released", "predictor", "full")
     assert (loss.text_weight, loss.mask_weight, loss.fusion, loss.criterion) == (0.05, 1.0, "product", "bce")
     assert (loss.resolution, loss.layers) == ("mask", None)
 
