@@ -17,6 +17,7 @@ from swim_fast.data.source.records import RecordFile
 from swim_fast.demo.clips import write_demo_data
 from swim_fast.demo.texts import all_texts
 from swim_fast.demo.tiny_model import build_checkpoint
+from swim_fast.modeling.positions import set_position_rule
 from swim_fast.options import Sampling
 
 
@@ -28,6 +29,7 @@ def main(folder: Path, steps: int) -> list[tuple[float, float]]:
 
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    set_position_rule(model, "pretraining")  # of text behind long videos, which transformers from 5.3 on changes
     attach_noun_attention(model, layers=[1, 2, 3])  # the model's own attention still computes its output
 
     # A record becomes tokens, pixels, and the rows of its tagged nouns with their masks; samples become a batch.

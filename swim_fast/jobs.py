@@ -19,7 +19,7 @@ from swim_fast.options import (
     mistake,
 )
 
-AS_TRAINED = frozenset({*Sampling.model_fields, *Decoding.model_fields})
+AS_TRAINED = frozenset({*Sampling.model_fields, *Decoding.model_fields, "position_ids"})
 
 
 class Train(Options):

@@ -267,12 +267,15 @@ class Lora(Options):
 
 
 class Weights(Options):
-    """How the weights of a checkpoint are loaded."""
+    """How a checkpoint is loaded."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; `auto` takes the checkpoint's own."""
     attention: str | None = None
     """Implementation of attention, as `attn_implementation` of transformers: sdpa, eager, flash_attention_2, …"""
+    position_ids: Literal["pretraining", "library"] = "pretraining"
+    """Text behind a video is numbered from the video's largest position on, time included, as when the model was
+    pretrained (`pretraining`), or as the installed transformers does it (`library`); see docs/method.md."""
 
 
 class Inference(Weights):

@@ -13,13 +13,14 @@ ROOT = Path(__file__).parents[1]
 RULES = {
     "swim_kernels": "",
     "swim_fast.options": "",
+    "swim_fast.position_ids": "",
     "swim_fast.jobs": "options",
     "swim_fast.command_line": "options",
     "swim_fast.config": "options recipes",
     "swim_fast.files": "",
     "swim_fast.loss": "options swim_kernels",
-    "swim_fast.modeling": "options swim_kernels",
-    "swim_fast.data": "options jobs files loss.targets viz.record swim_kernels",
+    "swim_fast.modeling": "options position_ids swim_kernels",
+    "swim_fast.data": "options jobs files loss.targets position_ids viz.record swim_kernels",
     "swim_fast.llm": "files options",
     "swim_fast.nl_refer.english": "options",
     "swim_fast.viz": "files",
@@ -28,6 +29,7 @@ RULES = {
 # Room -> libraries that it does without.
 LIGHT = {
     "swim_kernels": "transformers",
+    "swim_fast.position_ids": "transformers numpy",
     "swim_fast.options": "torch transformers numpy",
     "swim_fast.jobs": "torch transformers numpy",
     "swim_fast.command_line": "torch transformers numpy",

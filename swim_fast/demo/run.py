@@ -64,11 +64,12 @@ def _train_and_score(config: RunConfig) -> dict[str, float]:
     from swim_fast.data.source.records import RecordFile
     from swim_fast.demo.answers import compute_accuracy
     from swim_fast.inference.loading import load_checkpoint
+    from swim_fast.options import Inference
     from swim_fast.training.run import train
 
     metrics = train(config)
     (name, source), *_ = config.data.eval.items()
-    checkpoint = load_checkpoint(config.training["output_dir"])
+    checkpoint = load_checkpoint(config.training["output_dir"], Inference(position_ids=config.model.position_ids))
     records = RecordFile(source.path, source.media)
     accuracy = compute_accuracy(checkpoint, records, config.sampling, config.decoding)
     scores = {key: metrics[f"eval_{name}_{key}"] for key in METRICS[:-1]} | {"answer_accuracy": accuracy}

@@ -22,7 +22,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.video.reader import MediaInfo
 from swim_fast.evaluation.predictions import Predictions, file_state, model_state
-from swim_fast.inference.loading import Checkpoint, choose_sampling, load_checkpoint, trained_as
+from swim_fast.inference.loading import Checkpoint, choose_inference, choose_sampling, load_checkpoint, trained_as
 from swim_fast.jobs import Evaluation
 from swim_fast.options import Decoding, Sampling, Supervision
 
@@ -93,7 +93,8 @@ class Run:
     """A checkpoint run over a file.
 
     Args:
-        options: model, file and sampling; what they do not say of the sampling is that of the run that made the model.
+        options: model, file and sampling; what they do not say of the sampling and of position ids is that of
+            the run that made the model.
         ranks: the processes of the run.
 
     Attributes:
@@ -111,10 +112,11 @@ class Run:
         self.indices = range(len(self.records) if options.limit is None else min(options.limit, len(self.records)))
         self.trained = trained_as(options.model)
         self.sampling, self.decoding = choose_sampling(options, self.trained)
+        self.inference = choose_inference(options, self.trained)
 
     def load(self) -> Checkpoint:
         """Load the model and its processor onto the rank's device."""
-        return load_checkpoint(self.options.model, self.options, self.ranks.device)
+        return load_checkpoint(self.options.model, self.inference, self.ranks.device)
 
     def sample_builder(self, processor: Any, **changes: Any) -> SampleBuilder:
         """Return what makes samples of records; `changes` are fields of `Supervision`."""
@@ -136,6 +138,7 @@ class Run:
             "folder_fps": options.folder_fps,
             "dtype": options.dtype,
             "attention": options.attention,
+            "position_ids": self.inference.position_ids,
             **more,
         }
 

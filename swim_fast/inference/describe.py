@@ -21,7 +21,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.decode_child import IMAGE_SUFFIXES
 from swim_fast.errors import OptionError
 from swim_fast.inference.generation import generate
-from swim_fast.inference.loading import choose_sampling, load_model, load_processor, trained_as
+from swim_fast.inference.loading import choose_inference, choose_sampling, load_model, load_processor, trained_as
 from swim_fast.inference.noun_maps import compute_noun_maps
 from swim_fast.inference.prompt import Prompt, encode_question, find_noun, plain_question
 from swim_fast.jobs import Describe
@@ -74,7 +74,7 @@ def describe(options: Describe) -> Description:
     builder = SampleBuilder(processor, *choose_sampling(options, run))
     with closing(builder.reader):
         prompt = encode_question(builder, media, kind, question, nouns)  # before the minutes that large weights take
-        model = load_model(options.model, options)
+        model = load_model(options.model, choose_inference(options, run))
         maps = compute_noun_maps(model, processor, prompt.encoding, loss) if nouns else None
         asked = Sample("", prompt.encoding.inputs)
         answer = generate(model, processor, [asked], options.max_new_tokens, stream=True)[0].strip()

@@ -13,6 +13,7 @@ import torch
 
 from swim_fast.config import ConfigError, RunConfig, load_config
 from swim_fast.errors import OptionError, UserError
+from swim_fast.modeling.positions import set_position_rule
 from swim_fast.options import Decoding, Inference, Options, Sampling
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,11 @@ def load_processor(path: str | Path) -> Any:
 
 
 def load_model(path: str | Path, options: Inference = DEFAULTS, device: str | None = None) -> Any:
-    """Load the weights of a checkpoint as stock transformers do, in evaluation mode.
+    """Load the weights of a checkpoint as stock transformers do, in evaluation mode, and set its rule of position ids.
 
     Args:
         path: folder, or name on the Hugging Face hub.
-        options: type of the weights, implementation of attention, and device.
+        options: type of the weights, implementation of attention, rule of position ids, and device.
         device: used where `options` name none; None: the GPU if there is one.
 
     Raises:
@@ -81,7 +82,7 @@ def load_model(path: str | Path, options: Inference = DEFAULTS, device: str | No
         )
     if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
         raise CheckpointError(f"model {str(path)!r} lacks {len(missing)} weights, such as {missing[0]}")
-    return model.to(device).eval()
+    return set_position_rule(model.to(device).eval(), options.position_ids)
 
 
 def trained_as(path: str | Path) -> RunConfig | None:
@@ -113,6 +114,14 @@ def choose_sampling(options: Options, run: RunConfig | None) -> tuple[Sampling, 
         sampling.replace(**{name: value for name, value in given if name in Sampling.model_fields}),
         decoding.replace(**{name: value for name, value in given if name in Decoding.model_fields}),
     )
+
+
+def choose_inference(options: Inference, run: RunConfig | None) -> Inference:
+    """Return how a checkpoint is loaded: as given in `options`, and with the position ids of the run that made it."""
+    inference = options.part(Inference)
+    if run is None or "position_ids" in options.model_fields_set:
+        return inference
+    return inference.replace(position_ids=run.model.position_ids)
 
 
 @contextmanager

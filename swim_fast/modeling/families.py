@@ -18,6 +18,7 @@ class UnsupportedModelError(UserError, ValueError):
 class Family:
     """Dotted paths below the `…ForConditionalGeneration` model of one `config.model_type`."""
 
+    numbering: str  # has `get_rope_index`, which numbers the tokens
     language_model: str  # decoder stack: has `.layers`, collects `outputs.attentions`
     attention: str  # self-attention inside one decoder layer
     visual: str  # called with (pixel values, grid_thw=…)
@@ -27,6 +28,7 @@ class Family:
 
 FAMILIES = {
     "qwen2_5_vl": Family(
+        numbering="model",
         language_model="model.language_model",
         attention="self_attn",
         visual="model.visual",

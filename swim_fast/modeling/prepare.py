@@ -5,7 +5,8 @@
 3. Freezing has the last word on what is trained.
 4. Noun attention answers the maps.
 5. The text loss is computed in the head, which may be wrapped by then.
-6. Packing, 7. offload and 8. the visual pass of every step wrap the calls of language model and vision tower.
+6. Position ids follow the rule of pretraining or the library's.
+7. Packing, 8. offload and 9. the visual pass of every step wrap the calls of language model and vision tower.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from swim_fast.modeling.liger import apply_liger, remove_liger
 from swim_fast.modeling.noun_attention import attach_noun_attention, detach_noun_attention
 from swim_fast.modeling.offload import offload_activations
 from swim_fast.modeling.packed import accept_packed_batches
+from swim_fast.modeling.positions import restore_position_rule, set_position_rule
 from swim_fast.modeling.text_loss import attach_text_loss, detach_text_loss
 
 
@@ -35,6 +37,7 @@ def prepare_model(
     layers: Sequence[int] | None = None,
     backend: str = "auto",
     fused: bool = True,
+    position_ids: str = "pretraining",
     packed: bool = False,
     activation_offload: bool = False,
     ranks: int = 1,
@@ -48,6 +51,7 @@ def prepare_model(
         lora, seed: options of adapters and the seed of their weights, see `add_adapters`; None: train the weights.
         frozen: parts that are not trained, see `freeze`.
         layers, backend, fused: see `attach_noun_attention`; an empty list: no maps.
+        position_ids: rule by which tokens are numbered, see `set_position_rule`.
         packed: take batches of several samples in one sequence.
         activation_offload: keep the decoder's activations in host memory.
         ranks, sharded: processes that train together, and ZeRO-3's division of the weights among them; see
@@ -71,6 +75,7 @@ def prepare_model(
         if layers is None or len(layers):
             attach_noun_attention(model, layers, backend, fused)
         attach_text_loss(model, liger)
+        set_position_rule(model, position_ids)
         if packed:
             accept_packed_batches(model)
         if activation_offload:
@@ -85,6 +90,7 @@ def prepare_model(
 
 def restore_model(model: nn.Module) -> nn.Module:
     """Undo `prepare_model` on a model or a copy of it, which is returned; adapters are dropped, not merged."""
+    restore_position_rule(model)
     detach_text_loss(model)
     detach_noun_attention(model)
     remove_hooks(model)

@@ -28,7 +28,7 @@ inputs = processor.apply_chat_template(
 answer = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1]:]
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 ```
-
+{positions}
 ## Training data
 
 | file | passes per epoch | records |
@@ -45,6 +45,11 @@ print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 
 ```yaml
 {config}```
+"""
+
+_POSITIONS = """
+It was trained with position ids by the rule of pretraining. transformers from 5.3 on numbers text behind long videos
+otherwise, unless `swim_fast.modeling.positions.set_position_rule(model, "pretraining")` is called on the model.
 """
 
 
@@ -82,6 +87,7 @@ def render_model_card(config: RunConfig, steps: int, metrics: dict[str, float]) 
         base=base,
         steps=steps,
         how=how,
+        positions=_POSITIONS if config.model.position_ids == "pretraining" else "",
         sources="\n".join(sources),
         metrics="\n".join(values),
         config=config.as_yaml(),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swim_fast.config import ConfigError, DataConfig, RunConfig
+from swim_fast.config import ConfigError, RunConfig
 from swim_fast.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
         seed=config.training.get("seed", 0),
         frozen=options.freeze,
         **(loss.model_dump(include={"layers", "backend", "fused"}) if loss else {"layers": []}),
+        position_ids=options.position_ids,
         packed=config.data.max_tokens_per_batch is not None,
         activation_offload=options.activation_offload,
         ranks=ranks,
@@ -100,7 +101,7 @@ def _build_trainer(run: ResolvedRun):
     train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
     packing = {}
     if train_dataset is not None and config.data.max_tokens_per_batch is not None:
-        packing = _build_packing(config.data, train_dataset, model, processor, args)
+        packing = _build_packing(config, train_dataset, model, processor, args)
     patience = config.optimization.early_stopping_patience
     return SwimTrainer(
         model=model,
@@ -117,7 +118,7 @@ def _build_trainer(run: ResolvedRun):
     )
 
 
-def _build_packing(data: DataConfig, dataset, model, processor, args) -> dict[str, Any]:
+def _build_packing(config: RunConfig, dataset, model, processor, args) -> dict[str, Any]:
     """Return the trainer's arguments for packed batches, after measuring the lengths of all samples."""
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.batch.dataset import MixtureSampler
@@ -129,12 +130,13 @@ def _build_packing(data: DataConfig, dataset, model, processor, args) -> dict[st
     sampler = PackingSampler(
         MixtureSampler(dataset, get_data_seed(args)),
         sample_lengths(dataset),
-        data.max_tokens_per_batch,
-        data.pack_look_ahead,
+        config.data.max_tokens_per_batch,
+        config.data.pack_look_ahead,
         args.process_index,
         args.world_size,
     )
-    return {"batch_sampler": sampler, "train_collator": Collator(processor, PositionIds(model.config))}
+    positions = PositionIds(model.config, config.model.position_ids)
+    return {"batch_sampler": sampler, "train_collator": Collator(processor, positions)}
 
 
 def train(config: RunConfig, resume: bool = False) -> dict[str, float]:

@@ -16,6 +16,7 @@ from swim_fast.evaluation.prompts import read_items
 from swim_fast.evaluation.questions import published_letter, read_question
 from swim_fast.evaluation.run import Ranks, Run
 from swim_fast.jobs import Questions
+from swim_fast.modeling.positions import set_position_rule
 from tests.evaluation.conftest import OPTIONS, arguments, lines, question, results, stable
 
 DIRECTLY = "Answer with the option's letter from the given choices directly."
@@ -25,7 +26,7 @@ class OneByOne:
     """The checkpoint, asked without padding."""
 
     def __init__(self, folder, clips):
-        self.model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        self.model = set_position_rule(AutoModelForImageTextToText.from_pretrained(folder).eval(), "pretraining")
         self.processor = AutoProcessor.from_pretrained(folder)
         self.clips = clips
 

@@ -5,11 +5,12 @@ import shutil
 import pytest
 
 from swim_fast.cli import main
-from swim_fast.config import DataConfig, ModelConfig, RunConfig
+from swim_fast.config import DataConfig, ModelConfig, RunConfig, load_config
 from swim_fast.evaluation.run import Ranks, Run
 from swim_fast.inference.loading import load_processor
 from swim_fast.jobs import Grounding, Questions
 from swim_fast.options import AttentionLoss
+from swim_fast.position_ids import compute_rope_index
 from tests.evaluation.conftest import arguments, lines, results
 
 
@@ -40,6 +41,25 @@ def test_what_is_not_given_is_that_of_training(trained, annotated, tmp_path):
     assert (given.sampling.max_frames, given.decoding.reader, given.sampling.fps) == (4, "decord", 1.5)
     # An option wins even where it has the default's value.
     assert run(trained, annotated, tmp_path, max_frames=32).sampling.max_frames == 32
+
+
+@pytest.mark.parametrize("rule", ["pretraining", "library"])
+def test_position_ids_are_those_of_training(trained, checkpoint, annotated, tmp_path, rule):
+    file = trained / "config.yaml"
+    config = load_config(file, [f"model.position_ids={rule}"])
+    file.write_text(config.as_yaml())
+    as_trained = run(trained, annotated, tmp_path)
+    assert as_trained.settings("questions")["position_ids"] == rule
+    assert follows_pretraining(as_trained.load().model) == (rule == "pretraining")
+    other = "library" if rule == "pretraining" else "pretraining"
+    given = run(trained, annotated, tmp_path, position_ids=other)
+    assert given.settings("questions")["position_ids"] == other
+    assert follows_pretraining(given.load().model) == (other == "pretraining")
+    assert run(checkpoint, annotated, tmp_path).inference.position_ids == "pretraining"
+
+
+def follows_pretraining(model):
+    return getattr(model.model.get_rope_index, "__func__", None) is compute_rope_index
 
 
 def test_it_is_recorded_and_said(trained, checkpoint, questions, tmp_path, caplog, capsys):

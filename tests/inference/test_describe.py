@@ -47,10 +47,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def trained(folder, path, loss: AttentionLoss | None, **data):
+def trained(folder, path, loss: AttentionLoss | None, model=None, **data):
     """A copy of the checkpoint as `swim-fast train` leaves it, with the configuration of its run."""
     shutil.copytree(folder / "model", path)
-    run = RunConfig(model=ModelConfig(path="start"), data=DataConfig(**data), attention_loss=loss)
+    run = RunConfig(model=ModelConfig(**model or {"path": "start"}), data=DataConfig(**data), attention_loss=loss)
     (path / "config.yaml").write_text(run.as_yaml())
     return path
 
@@ -129,6 +129,23 @@ def test_options_win_over_the_run(folder, tmp_path):
     assert np.array_equal(ask(clip, QUESTION, without_maps, **options).maps, other_layer)  # the default of 3 layers
     (model / "config.yaml").write_text("data: {max_frame: 2}")
     assert trained_as(model) is None and trained_as("owner/name") is None
+
+
+def test_position_ids_are_those_of_the_run(folder, tmp_path):
+    """On a clip of 20 s: where the model looks depends on the rule, which is the run's or the option's."""
+    square_clip(tmp_path / "long.mp4", 0, fps=0.3)
+    loss = AttentionLoss(layers=[0, 2])
+    maps = {}
+    for rule in ("pretraining", "library"):
+        model = trained(folder, tmp_path / rule, loss, model={"path": "start", "position_ids": rule})
+        for given in (None, "pretraining", "library"):
+            options = {"show": ["square"], "out": tmp_path / "a.png", "max_new_tokens": 1}
+            options |= {"position_ids": given} if given else {}
+            maps[rule, given] = ask(tmp_path / "long.mp4", QUESTION, model, **options).maps
+    for rule in ("pretraining", "library"):
+        for trained_with in ("pretraining", "library"):
+            assert np.array_equal(maps[trained_with, rule], maps[rule, None])
+    assert not np.allclose(maps["pretraining", None], maps["library", None], atol=1e-3)
 
 
 def test_samples_are_no_longer_than_in_training(folder, tmp_path):

@@ -124,6 +124,7 @@ def test_the_model_card_says_what_the_model_is(write_config, tmp_path):
     config = write_config(training={"max_steps": 3})
     run_here(config)
     card = (tmp_path / "run" / "README.md").read_text()
+    assert "trained with position ids by the rule of pretraining" in card
     for words in ("fine-tuned for 3 steps", "train.jsonl | 1 | all", "layers 0, 1", "train_loss", "criterion: kl"):
         assert words in card, words
     code = card.split("```python\n")[1].split("```")[0]

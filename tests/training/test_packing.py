@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from swim_fast.config import ConfigError, load_config
+from swim_fast.data.batch.collation import model_inputs
 from swim_fast.training.arguments import build_arguments
 from swim_kernels.flash_noun_attention.node import FlashNounAttention
 from tests.data.conftest import box
@@ -49,6 +50,36 @@ def trainer_of(config, *overrides):
     from swim_fast.training.run import build_trainer
 
     return build_trainer(load_config(config, overrides))
+
+
+@pytest.mark.parametrize("rule", ["pretraining", "library"])
+def test_position_ids_by_the_rule_of_the_run(write_config, tmp_path, rule):
+    """Packed and padded batches of the trainer, on a clip of 20 s: what the language model is handed."""
+    masks = square_clip(tmp_path / "long.mp4", 0, fps=0.3)
+    file = write_records(tmp_path / "long.jsonl", [record("long.mp4", masks)])
+    seen = []
+    for limit in (None, 2000):
+        trainer = trainer_of(
+            write_config(
+                data={"train": [{"path": str(file)}], "max_tokens_per_batch": limit, "max_frames": 6},
+                model={"position_ids": rule},
+                training={"per_device_train_batch_size": 1},
+            )
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        language_model = trainer.model.model.language_model
+        language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["position_ids"][-3:, 0]), with_kwargs=True
+        )
+        with torch.no_grad():
+            trainer.model(**model_inputs(batch))
+    types = batch["mm_token_type_ids"][0]
+    padded, packed = seen
+    assert torch.equal(padded[:, : len(types)], packed)
+    visual = types.nonzero().flatten()
+    first = packed[:, visual[0]]
+    assert packed[0, visual[-1]] - first[0] == 2 * 2 * 6  # three patches, 6.7 s apart
+    assert (packed[:, visual[-1] + 1] - first).tolist() == [25 if rule == "pretraining" else 3] * 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

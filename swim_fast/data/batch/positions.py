@@ -1,4 +1,4 @@
-"""Position ids of a sample by its model's own rule, without the model's weights."""
+"""Position ids of a sample as its model would number it, without the model's weights."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from swim_fast.data.source.errors import ProcessorError
+from swim_fast.position_ids import rope_index_function
 
 
 class PositionIds:
     """Position ids of one sample; picklable, so that it can work in worker processes.
 
-    They are computed by the model class's own `get_rope_index`: whatever the installed transformers makes of an
-    unpacked sample is what a packed one gets. (transformers 5.17 cuts `second_per_grid_ts` to whole seconds, later
-    releases do not.)
+    They are computed by the function that numbers unpacked samples in the model, see `swim_fast.position_ids`.
 
     Args:
         config: the model's configuration.
+        rule: `pretraining` or `library`, as for the model.
 
     Raises:
         ProcessorError: the model does not number its tokens in this way.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, rule: str = "pretraining"):
         from transformers import MODEL_MAPPING
 
         model_class = MODEL_MAPPING[type(config)]
@@ -34,6 +34,7 @@ class PositionIds:
         self._model = model_class.__new__(model_class)
         nn.Module.__init__(self._model)
         self._model.config = config
+        self._compute = rope_index_function(self._model, rule)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return int64 [4, L]: the position in the text, by which sequences are told apart, and time, height and width.
@@ -44,5 +45,5 @@ class PositionIds:
         ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
         about = {key: value.tolist() if key == "second_per_grid_ts" else value for key, value in inputs.items()}
         visual = {key: about[key] for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if key in about}
-        positions, _ = self._model.get_rope_index(ids[None], types[None], **visual)
+        positions, _ = self._compute(self._model, ids[None], types[None], **visual)
         return torch.cat((torch.arange(len(ids))[None], positions[:, 0]))

@@ -245,8 +245,8 @@ def seconds_per_patch(frames: Sequence[int], fps: float, temporal_patch_size: in
     covered by n distinct frames, each lasting until the next one, over n, times the frames of a patch. Repeated padding
     frames take no time. A single frame lasts 1 / fps.
 
-    It is handed over exactly; Qwen2.5-VL in transformers 5.17 then cuts it to whole seconds before it multiplies by the
-    positions per second, so that patches less than a second apart share one temporal position. Later releases do not
+    It is handed over exactly. `swim_fast.position_ids`, as transformers 5.17 itself, then cuts it to whole seconds, so
+    that patches less than a second apart share one temporal position. Later releases of transformers do not
     (https://github.com/huggingface/transformers/pull/48669).
     """
     distinct = sorted(set(frames))

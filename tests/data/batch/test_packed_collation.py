@@ -11,6 +11,7 @@ from swim_fast.data.batch.collation import Collator
 from swim_fast.data.batch.positions import PositionIds
 from swim_fast.data.source.errors import DataError
 from swim_fast.modeling.packed import accept_packed_batches
+from swim_fast.modeling.positions import set_position_rule
 from tests.data.batch.test_collation import inputs_of
 from tests.data.conftest import box, builder_of, rle
 
@@ -51,17 +52,22 @@ def samples(builders, records):
     return [builders["causal"](record) for record in records]
 
 
+@pytest.fixture(params=["pretraining", "library"])
+def rule(request):
+    return request.param
+
+
 @pytest.fixture
-def pack(processor, model):
+def pack(processor, model, rule):
     """A collator that packs, as it comes out of a worker process."""
-    return pickle.loads(pickle.dumps(Collator(processor, PositionIds(model.config))))
+    return pickle.loads(pickle.dumps(Collator(processor, PositionIds(model.config, rule))))
 
 
 @pytest.fixture
-def packable(model):
+def packable(model, rule):
     model = copy.deepcopy(model)
     accept_packed_batches(model)
-    return model
+    return set_position_rule(model, rule)
 
 
 def bounds(batch):
@@ -120,6 +126,21 @@ def test_positions_are_those_the_model_finds_by_itself(samples, pack, processor,
         time = own[0][samples[number].inputs["mm_token_type_ids"] == 2]
         intervals |= set(time.diff().tolist())
     assert intervals >= {0, 2, 4, 8}  # under a second, one, two, four
+
+
+def test_the_rule_matters_for_long_clips(samples, processor, model):
+    """By value: the first text behind each video, past its last moment or past its grid."""
+    found = {rule: PositionIds(model.config, rule) for rule in ("pretraining", "library")}
+    for sample in samples:
+        ours, library = (positions(sample.inputs)[1] for positions in found.values())
+        visual = sample.inputs["mm_token_type_ids"].nonzero().flatten()
+        if len(visual) == 0:
+            assert torch.equal(ours, library)
+            continue
+        behind = visual[-1] + 1
+        grid = sample.inputs["video_grid_thw" if 2 in sample.inputs["mm_token_type_ids"] else "image_grid_thw"][0]
+        assert library[behind] - library[visual[0]] == max(grid[1:]) // 2
+        assert ours[behind] - ours[visual[0]] == max(max(grid[1:]) // 2, ours[visual[-1]] - ours[visual[0]] + 1)
 
 
 @pytest.mark.parametrize("softmax", ["causal", "full"])
