@@ -1,0 +1,153 @@
+"""Train the demo's model with one choice of the mask loss, and measure where its attention lies on held-out clips."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.core import RecordFile, describe_machine
+
+POINTING = 0.9  # accuracy, the steps to which are counted
+EVAL_STEPS = 25
+
+
+class Choice(NamedTuple):
+    """A mask loss, by the names of `attention_loss`."""
+
+    softmax: str
+    fusion: str
+    prediction: str
+    criterion: str
+    query_position: str = "noun"
+
+    def __str__(self) -> str:
+        return " · ".join(self)
+
+
+def sensible_choices() -> list[Choice]:
+    """Return the paper's choice, all that differ from it in one respect, and the released code's and its limit."""
+    paper = Choice("frame", "mean", "probability", "bce")
+    criteria = [paper._replace(criterion=name) for name in ("focal", "iou", "dice", "kl", "mass")]
+    fusions = [paper._replace(fusion=name) for name in ("add", "product", "none")]
+    softmaxes = [paper._replace(softmax=name) for name in ("visual", "causal")]
+    scaled = [paper._replace(prediction="min_max", fusion=name) for name in ("mean", "product", "none")]
+    causal = [Choice("causal", "product", "min_max", name) for name in ("bce", "kl")]
+    released = Choice("full", "product", "released", "bce", "predictor")
+    return [paper, *criteria, *fusions, *softmaxes, *scaled, *causal, released]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of the CSV: one training run. Metrics are those of `swim-fast evaluate grounding` on held-out clips."""
+
+    softmax: str
+    fusion: str
+    prediction: str
+    criterion: str
+    query_position: str
+    seed: int
+    steps: int
+    steps_to_pointing: int | None  # of `POINTING`; None: not within the steps
+    pointing_accuracy: float
+    mass_in_mask: float
+    soft_iou: float
+    gamepoint_top_1pct: float
+    gamepoint_top_10pct: float
+    average_precision: float
+    text_loss: float
+    cpu: str = ""
+    threads: int = 0
+    torch: str = ""
+    python: str = ""
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(*astuple(self)[: len(Choice._fields)])
+
+
+def open_records(path: Path) -> RecordFile[Record]:
+    return RecordFile(path, Record, *Choice._fields, "seed", "steps")
+
+
+def measure_all(choices: Iterable[Choice], seeds: int, steps: int, clips: int, workers: int, path: Path) -> None:
+    """Measure what the CSV does not hold yet, a few runs at a time, each in a process with one thread.
+
+    Every record is written at once.
+    """
+    file, folder = open_records(path), path.parent / "bake_off_runs"
+    wanted = [job for job in itertools.product(range(seeds), choices) if (*job[1], job[0], steps) not in file.records]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+        for seed in sorted({seed for seed, _ in wanted}):
+            pool.submit(prepare, folder / str(seed), seed, clips).result()
+        running = {pool.submit(run, choice, folder / str(seed), seed, steps): choice for seed, choice in wanted}
+        for count, done in enumerate(as_completed(running), start=1):
+            record = done.result()
+            file.put(record)
+            print(f"{count} of {len(wanted)}: {running[done]}: {record.pointing_accuracy:.3f}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare(folder: Path, seed: int, clips: int) -> None:
+    """Render the demo's clips and make its model."""
+    from swim_fast.demo.clips import write_demo_data
+    from swim_fast.demo.texts import all_texts
+    from swim_fast.demo.tiny_model import build_checkpoint
+
+    write_demo_data(folder / "data", seed=seed, train_clips=clips, heldout_clips=60, progress=False)
+    build_checkpoint(str(folder / "start"), all_texts(), seed=seed)
+
+
+def run(choice: Choice, folder: Path, seed: int, steps: int) -> Record:
+    """Train with one choice, as the demo does but for the number of steps, and measure."""
+    import torch
+
+    from swim_fast.cli import main
+    from swim_fast.config import load_config
+    from swim_fast.training.run import train
+
+    torch.set_num_threads(1)
+    output = folder / "-".join(choice)
+    shutil.rmtree(output, ignore_errors=True)
+    heldout = folder / "data" / "heldout.jsonl"
+    values = {f"attention_loss.{name}": value for name, value in choice._asdict().items()}
+    values |= {
+        "model.path": folder / "start",
+        "data.train": f"[{{path: {folder / 'data' / 'train.jsonl'}}}]",
+        "data.eval": f"{{heldout: {{path: {heldout}}}}}",
+        "training.output_dir": output,
+        "training.max_steps": steps,
+        "training.eval_steps": EVAL_STEPS,
+        "training.save_strategy": "no",
+        "training.seed": seed,
+        "training.report_to": "none",
+        "training.disable_tqdm": "true",
+    }
+    metrics = train(load_config("demo", [f"{key}={value}" for key, value in values.items()]))
+    words = ["evaluate", "grounding", output, heldout, "--out", output / "out", "--layers", "supervised"]
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        if main([str(word) for word in words]):
+            raise RuntimeError(f"{choice}: evaluation failed")
+    results = json.loads((output / "out" / "results.json").read_text())
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    reached = [log["step"] for log in history if log.get("eval_heldout_pointing_accuracy", 0) >= POINTING]
+    names = ("gamepoint_top_1pct", "gamepoint_top_10pct", "average_precision")
+    return Record(
+        **choice._asdict(),
+        seed=seed,
+        steps=steps,
+        steps_to_pointing=min(reached, default=None),
+        **{name: round(value, 4) for name, value in results["fused"].items()},
+        **{name: round(results["ranking"]["fused"][name], 4) for name in names},
+        text_loss=round(metrics["eval_heldout_text_loss"], 4),
+        **describe_machine(),
+    )
