@@ -208,7 +208,7 @@ def _collect_settings(config: RunConfig, arguments, model, gpus: int) -> Setting
         eager=config.model.attention == "eager",
         vision_trained=any(p.requires_grad for p in visual.parameters()),
         supervised_layers=len(get_attached_layers(model)),
-        fused=bool(config.attention_loss and config.attention_loss.fused and config.attention_loss.softmax == "causal"),
+        fused=bool(config.attention_loss and config.attention_loss.fused),
         **{key: int(zero[name]) for key, name in limits.items() if isinstance(zero.get(name), (int, float))},
     )
 
