@@ -83,7 +83,7 @@ def test_position_ids_by_the_rule_of_the_run(write_config, tmp_path, rule):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("softmax", ["causal", "full"])
+@pytest.mark.parametrize("softmax", ["frame", "visual", "causal", "full"])
 def test_same_losses_and_gradients_as_padded(write_config, mixed, checkpointing, softmax, monkeypatch):
     nodes, apply = [], FlashNounAttention.apply
     monkeypatch.setattr(FlashNounAttention, "apply", lambda *args: (nodes.append(args[5].name), apply(*args))[1])
@@ -110,8 +110,8 @@ def test_same_losses_and_gradients_as_padded(write_config, mixed, checkpointing,
         trainer.compute_loss(trainer.model, batch).backward()
         gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
         found.append((vars(trainer.sums), gradients, batch["input_ids"].shape))
-    # forward of both, and again where checkpointing repeats it; a full softmax is not the attention's own
-    assert nodes == ["torch_cpu"] * (softmax == "causal") * 2 * 2 * (1 + checkpointing)
+    # forward of both, and again where checkpointing repeats it
+    assert nodes == ["torch_cpu"] * 2 * 2 * (1 + checkpointing)
     (padded_sums, padded, shape), (packed_sums, packed, (one, length)) = found
     sums, expected = dict(packed_sums), dict(padded_sums)
     assert one == 1 and sums["tokens"] == sums["token_slots"] == length == expected["tokens"] < shape.numel() / 1.2
