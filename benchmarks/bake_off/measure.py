@@ -18,6 +18,7 @@ from benchmarks.core import RecordFile, describe_machine
 
 POINTING = 0.9  # accuracy, the steps to which are counted
 EVAL_STEPS = 25
+HELDOUT_CLIPS = 30
 
 
 class Choice(NamedTuple):
@@ -103,7 +104,7 @@ def prepare(folder: Path, seed: int, clips: int) -> None:
     from swim_fast.demo.texts import all_texts
     from swim_fast.demo.tiny_model import build_checkpoint
 
-    write_demo_data(folder / "data", seed=seed, train_clips=clips, heldout_clips=60, progress=False)
+    write_demo_data(folder / "data", seed=seed, train_clips=clips, heldout_clips=HELDOUT_CLIPS, progress=False)
     build_checkpoint(str(folder / "start"), all_texts(), seed=seed)
 
 

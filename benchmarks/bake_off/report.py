@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.bake_off.measure import EVAL_STEPS, POINTING, Choice, Record, open_records
+from benchmarks.bake_off.measure import EVAL_STEPS, HELDOUT_CLIPS, POINTING, Choice, Record, open_records
 from benchmarks.core import markdown_table
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ METRICS = {
 _INTRODUCTION = """# Choices of the mask loss on the demo
 
 Written by `python -m benchmarks.bake_off`, on a CPU: the demo's tiny model, from random weights, {steps} steps each,
-{seeds} seeds. Mean over the seeds ± half of their range, on 60 held-out clips, each run under its own softmax and
+{seeds} seeds. Mean over the seeds ± half of their range, on {clips} held-out clips, each run under its own softmax and
 fusion. *Steps to {pointing}*: the first evaluation, of one every {every} steps, with that pointing accuracy; `>` if
 some seed never had it. The first row is the paper's choice, which is the default; the last is the released code's.
 
@@ -46,7 +46,8 @@ def draw_text(records: Iterable[Record]) -> str:
     header = ("softmax", "fusion", "prediction", "criterion", f"steps to {POINTING}", *METRICS.values())
     lines = markdown_table(header, "llll" + "r" * (1 + len(METRICS)), [_row(*item) for item in by_choice.items()])
     steps, seeds = records[0].steps, max(map(len, by_choice.values()))
-    text = _INTRODUCTION.format(steps=steps, seeds=seeds, pointing=POINTING, every=EVAL_STEPS)
+    sizes = {"steps": steps, "seeds": seeds, "clips": HELDOUT_CLIPS, "pointing": POINTING, "every": EVAL_STEPS}
+    text = _INTRODUCTION.format(**sizes)
     machines = {f"{record.cpu}, one thread a run; torch {record.torch}, Python {record.python}." for record in records}
     return "\n".join([text, "", *sorted(machines), "", *lines, ""])
 
