@@ -1,7 +1,7 @@
 """Inputs of one training step: a video of 16 temporal patches, all supervised, and 300 text tokens, R of them nouns.
 
-Only what the attention loss touches is there: query, key and value of every decoder layer, the gradient that arrives
-at its attention output, noun queries and mask targets.
+Only what the attention loss touches is there: hidden states, query, key and value of every decoder layer, the gradient
+that arrives at its attention output, noun queries and mask targets.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ class Geometry:
     mask_size: tuple[int, int] = (720, 1280)
     rows_per_object: int = 4
 
+    @property
+    def width(self) -> int:
+        """Size of the hidden states."""
+        return self.num_heads * self.head_dim
+
     def grid(self, length: int) -> tuple[int, int]:
         """Return (h, w) of a patch: the largest grid of about the masks' shape with which video and text fit."""
         cells = (length - self.text) // self.patches
@@ -51,8 +56,13 @@ class Step:
     Attributes:
         grid: (h, w) of every patch.
         layers: (query, key, value) of each layer, [1, Hq or Hkv, L, D]; layers may share them.
+        sources: (hidden [L, C], weights of the query [Hq · D, C] and of the key [Hkv · D, C]) from which `project`
+            makes a layer's query and key.
+        rotation: cosines and sines of the rotary embedding, [L, D] each.
         grad_output: [1, Hq, L, D], gradient that arrives at each layer's attention output.
-        queries, targets: made anew for each run by `fresh`, as every batch brings its own; the masks are bit-packed.
+        queries, targets: a row for each noun, read out on the video; made anew for each run by `fresh`, as every batch
+            brings its own; the masks are bit-packed.
+        patch_queries, patch_targets: the same with a row for each noun and patch, whose softmax is over the patch.
         masks: the same masks, unpacked, for a loss in plain operations.
         attention: the flash attention.
     """
@@ -60,9 +70,13 @@ class Step:
     geometry: Geometry
     grid: tuple[int, int]
     layers: Layers
+    sources: Layers
+    rotation: tuple[Tensor, Tensor]
     grad_output: Tensor
     queries: NounQueries
     targets: MaskTargets
+    patch_queries: NounQueries
+    patch_targets: MaskTargets
     masks: Sequence[Tensor]
     attention: Provider = field(default_factory=TorchCpu)
 
@@ -76,28 +90,42 @@ class Step:
 
     def fresh(self) -> Step:
         """Return the step with queries and targets for which nothing is cached yet."""
-        targets = MaskTargets(*self.indices(), self.targets.masks)
-        return replace(self, queries=NounQueries(*self.queries.tensors()), targets=targets)
+        queries = {n: replace(getattr(self, n)) for n in ("queries", "patch_queries")}
+        return replace(self, **queries, **{n: replace(getattr(self, n)) for n in ("targets", "patch_targets")})
 
     def cast(self, dtype: torch.dtype) -> Step:
-        layers = [tuple(tensor.to(dtype) for tensor in layer) for layer in self.layers]
-        return replace(self, layers=layers, grad_output=self.grad_output.to(dtype))
+        layers, sources = (
+            [tuple(t.to(dtype) for t in layer) for layer in part] for part in (self.layers, self.sources)
+        )
+        rotation = tuple(tensor.to(dtype) for tensor in self.rotation)
+        grad_output = self.grad_output.to(dtype)
+        return replace(self, layers=layers, sources=sources, rotation=rotation, grad_output=grad_output)
 
     def with_rows(self, num_rows: int) -> Step:
         return replace(self, **_supervise(self.length, num_rows, self.geometry, self.grid))
 
-    def indices(self) -> tuple[Tensor, ...]:
-        """Return row, start, height, width and mask of the pairs, [P] each."""
-        targets = self.targets
-        return targets.row, targets.start, targets.height, targets.width, targets.mask
-
     def tensors(self) -> list[Tensor]:
         """Return all tensors that exist before the step."""
-        packed = self.targets.packed
         replayed = self.attention.tensors() if isinstance(self.attention, Replayed) else ()
-        layers = [tensor for layer in self.layers for tensor in layer]
-        supervision = [*self.queries.tensors(), *self.indices(), packed.bits, packed.table, *self.masks]
-        return [*layers, self.grad_output, *replayed, *supervision]
+        layers = [tensor for layer in [*self.layers, *self.sources] for tensor in layer]
+        supervision = list(self.masks)
+        for queries, targets in ((self.queries, self.targets), (self.patch_queries, self.patch_targets)):
+            packed = targets.packed
+            supervision += [*queries.tensors(), *indices_of(targets), packed.bits, packed.table]
+        return [*layers, *self.rotation, self.grad_output, *replayed, *supervision]
+
+
+def indices_of(targets: MaskTargets) -> tuple[Tensor, ...]:
+    """Return row, start, height, width and mask of the pairs, [P] each."""
+    return targets.row, targets.start, targets.height, targets.width, targets.mask
+
+
+def project(hidden: Tensor, weight: Tensor, rotation: tuple[Tensor, Tensor], head_dim: int) -> Tensor:
+    """Return a query or key [heads, tokens, D] of hidden states [tokens, C], after rotary embedding."""
+    heads = (hidden @ weight.mT).unflatten(-1, (-1, head_dim)).transpose(0, 1)
+    first, second = heads.chunk(2, dim=-1)
+    cos, sin = rotation
+    return heads * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class Replayed(Provider):
@@ -136,19 +164,29 @@ def make_step(
     geometry = geometry or Geometry()
     generator = torch.Generator().manual_seed(seed)
 
-    def random(num_heads):
-        return torch.randn(1, num_heads, length, geometry.head_dim, generator=generator).to(dtype)
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
 
-    heads = (geometry.num_heads, geometry.num_key_heads, geometry.num_key_heads)
-    layers = [tuple(map(random, heads)) for _ in range(distinct)]
-    layers += layers[-1:] * (geometry.num_layers - distinct)
-    grad_output = random(geometry.num_heads)
+    def make_layer():
+        hidden = random(length, geometry.width)
+        weights = [random(n * geometry.head_dim, geometry.width) for n in (geometry.num_heads, geometry.num_key_heads)]
+        weights = [weight / geometry.width**0.5 for weight in weights]
+        query, key = (project(hidden, weight, rotation, geometry.head_dim)[None].contiguous() for weight in weights)
+        value = random(1, geometry.num_key_heads, length, geometry.head_dim)
+        return (query, key, value), (hidden, *weights)
+
+    angle = torch.arange(length)[:, None] * 1e6 ** -(torch.arange(0, geometry.head_dim, 2) / geometry.head_dim)
+    rotation = tuple(f(angle).repeat(1, 2).to(dtype) for f in (torch.cos, torch.sin))
+    made = [make_layer() for _ in range(distinct)]
+    made += made[-1:] * (geometry.num_layers - distinct)
+    layers, sources = zip(*made, strict=True)
+    grad_output = random(1, geometry.num_heads, length, geometry.head_dim)
     grid = geometry.grid(length)
-    return Step(geometry, grid, layers, grad_output, **_supervise(length, num_rows, geometry, grid))
+    return Step(geometry, grid, layers, sources, rotation, grad_output, **_supervise(length, num_rows, geometry, grid))
 
 
 def _supervise(length: int, num_rows: int, geometry: Geometry, grid: tuple[int, int]) -> dict[str, object]:
-    """Return `queries`, `targets` and `masks` of a step: every row with every patch, an object's rows share masks."""
+    """Return queries, targets and masks of a step: every row with every patch, an object's rows share masks."""
     first = length - geometry.text
     position = first + (torch.arange(num_rows) + 1) * geometry.text // (num_rows + 1)  # spread over the text
     zeros = torch.zeros_like(position)
@@ -161,8 +199,15 @@ def _supervise(length: int, num_rows: int, geometry: Geometry, grid: tuple[int, 
     patch = torch.arange(geometry.patches).repeat(num_rows)
     height, width = (torch.full_like(row, size) for size in grid)
     mask = row // geometry.rows_per_object * geometry.patches + patch
-    targets = MaskTargets(row, patch * math.prod(grid), height, width, mask, PackedMasks.pack(masks))
-    return {"queries": queries, "targets": targets, "masks": masks}
+    packed = PackedMasks.pack(masks)
+    targets = MaskTargets(row, patch * math.prod(grid), height, width, mask, packed)
+
+    by_patch, zeros = video.view(geometry.patches, -1), torch.zeros_like(row)
+    start, end = by_patch[patch, 0], by_patch[patch, -1] + 1
+    patch_queries = NounQueries(zeros, position[row], start, end, patch, by_patch, over="set")
+    patch_targets = MaskTargets(torch.arange(len(row)), zeros, height, width, mask, packed)
+    parts = {"queries": queries, "targets": targets, "patch_queries": patch_queries, "patch_targets": patch_targets}
+    return parts | {"masks": masks}
 
 
 def _ellipse(geometry: Geometry, index: int, time: int) -> Tensor:

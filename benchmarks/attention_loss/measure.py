@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.attention_loss.inputs import AT, Geometry, Replayed, Step, make_step
-from benchmarks.attention_loss.methods import LOSSES, METHODS, OURS, Method, run_step
+from benchmarks.attention_loss.methods import CAUSAL, LOSSES, METHODS, OURS, Method, run_step
 from benchmarks.core import RecordFile, describe_machine
 from benchmarks.memory import count_allocations, watch_saved
 from swim_kernels.flash_noun_attention.providers.torch import TorchCpu
@@ -249,7 +249,8 @@ def measure_length(
                 runs.append(Run(name, step, method, layers, rounds or method.rounds(num_rows)))
         for record in measure(runs):
             yield record
-            assert record.method != OURS or not record.full_size_saved, f"{OURS} saves {record.full_size_saved}"
+            own = record.method in (OURS, CAUSAL)
+            assert not own or not record.full_size_saved, f"{record.method} saves {record.full_size_saved}"
         runs.clear()
 
 
@@ -266,7 +267,7 @@ def count_layers(step: Step, method: Method, budget: int) -> int:
 def describe_missing_memory(step: Step, method: Method, layers: int) -> str | None:
     """Return why a method in plain operations does not fit into this machine's memory; None if it does."""
     path = Path("/proc/meminfo")
-    if method is METHODS[OURS] or not path.exists():
+    if method in (METHODS[OURS], METHODS[CAUSAL]) or not path.exists():
         return None
     available = next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("MemAvailable"))
     # backward of one layer takes three times what the layer keeps; of the loss as much as is kept
@@ -277,9 +278,9 @@ def describe_missing_memory(step: Step, method: Method, layers: int) -> str | No
 
 
 def _layer_bytes(step: Step, method: Method) -> int:
-    """Return what a layer keeps: the softmax in fp32, the same rounded, and of all text rows the repeated keys."""
+    """Return what a layer keeps: the softmax in fp32, the same rounded, and at every layer the repeated keys."""
     geometry, size = step.geometry, step.grad_output.element_size()
-    rows = geometry.text if method.every_layer else len(step.queries)
+    rows = geometry.text if method.text_rows else len(step.queries)
     repeated = geometry.head_dim * size if method.every_layer else 0
     return geometry.num_heads * step.length * (rows * (4 + size) + repeated)
 
