@@ -114,13 +114,14 @@ def _forward(query_rows, key, queries, scale, lse):
     maps = query_rows.new_zeros(num_rows, queries.key_sets.shape[1], dtype=dtype)
     for rows in _group_rows(queries, key.shape[0], key.shape[2]):
         q = _stack_heads(rows.take(query_rows).to(dtype), key.shape[1])
+        scores = _only_scores(q, key, rows, num_heads, scale)
         if not given:
-            rows.put(lse, _log_sum_exp(q, key, rows, num_heads, scale).t())
+            rows.put(lse, _log_sum_exp(q, key, rows, num_heads, scale, scores).t())
         row_lse = rows.take(lse).t()
         first, end = rows.range
         means = maps.new_zeros(len(rows.start), end - first)  # head mean of p, per key of the range
         for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.read, dtype):
-            p = _probabilities(q, k, scale, row_lse, outside)
+            p = _probabilities(q, k, scale, row_lse, outside, scores)
             torch.mean(p, dim=0, out=means[:, lo - first : hi - first])
         columns, absent = _columns(queries, rows)
         rows.put(maps, means.gather(1, columns).masked_fill_(absent, 0.0))
@@ -139,11 +140,14 @@ def _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, queries, sc
         q = _stack_heads(rows.take(query_rows).to(dtype), key.shape[1])
         row_lse = rows.take(lse).t()
         w = _weights(grad_maps, num_heads, queries, rows, dtype).mul_(scale)  # so that ds is scaled
-        delta = _deltas(q, key, rows, row_lse, w, scale) if with_delta else torch.zeros_like(row_lse)  # [Hq, rows]
+        scores = _only_scores(q, key, rows, num_heads, scale)
+        delta = torch.zeros_like(row_lse)  # [Hq, rows]
+        if with_delta:
+            delta = _deltas(q, key, rows, row_lse, w, scale, None if scores is None else scores.clone())
         grad_q = None if grad_query is None else torch.zeros_like(q)
         first = rows.range[0]
         for lo, hi, k, outside in _key_chunks(key, rows, num_heads, rows.range if with_delta else rows.read, dtype):
-            ds = _probabilities(q, k, scale, row_lse, outside)  # [Hq, rows, keys]
+            ds = _probabilities(q, k, scale, row_lse, outside, scores)  # [Hq, rows, keys]
             ds = ds.mul_(w[:, lo - first : hi - first] - delta[..., None]).view(len(k), -1, hi - lo)
             if grad_q is not None:  # ds is [Hkv, g·rows, keys]
                 grad_q.baddbmm_(ds, k)
@@ -155,11 +159,11 @@ def _add_gradients(grad_query, grad_key, grad_maps, query_rows, key, queries, sc
         _add_rows(grad_query, queries, grad_rows)
 
 
-def _deltas(q, key, rows, row_lse, w, scale):
+def _deltas(q, key, rows, row_lse, w, scale, scores=None):
     """Σ_j p · w [Hq, n] of the rows of a group, over the keys that are read out."""
     delta, first = torch.zeros_like(row_lse), rows.range[0]
     for lo, hi, k, outside in _key_chunks(key, rows, len(row_lse), rows.read, q.dtype):
-        p = _probabilities(q, k, scale, row_lse, outside)
+        p = _probabilities(q, k, scale, row_lse, outside, scores)
         delta += p.mul_(w[:, lo - first : hi - first]).sum(dim=-1)
     return delta
 
@@ -276,8 +280,7 @@ def _key_chunks(
     The pieces are the same for every span, so that every pass sees the same bits of a score: if lse and p came from
     differently rounded scores, p would not sum to one and ds = p·(w − δ) would be off where p is near one.
     """
-    budget = _CHUNK_SCORES_CPU if key.device.type == "cpu" else _CHUNK_SCORES_ACCELERATOR
-    step = max(128, budget // (num_heads * len(rows.start)) // 128 * 128)
+    step = _chunk_keys(key, rows, num_heads)
     for lo in range(rows.range[0], rows.range[1], step):
         hi = min(lo + step, rows.range[1])
         if hi <= span[0] or lo >= span[1]:
@@ -292,6 +295,20 @@ def _key_chunks(
         yield lo, hi, key[rows.sequence, :, lo:hi].to(dtype), outside
 
 
+def _chunk_keys(key: Tensor, rows: _RowGroup, num_heads: int) -> int:
+    """Return the number of keys of a piece."""
+    budget = _CHUNK_SCORES_CPU if key.device.type == "cpu" else _CHUNK_SCORES_ACCELERATOR
+    return max(128, budget // (num_heads * len(rows.start)) // 128 * 128)
+
+
+def _only_scores(q: Tensor, key: Tensor, rows: _RowGroup, num_heads: int, scale: float) -> Tensor | None:
+    """Return s [Hq, n, C] of rows whose keys are one piece, as those of a patch often are, to be computed once."""
+    first, end = rows.range
+    if end - first > _chunk_keys(key, rows, num_heads):
+        return None
+    return _scores(q, key[rows.sequence, :, first:end].to(q.dtype), scale, len(rows.start))
+
+
 def _stack_heads(query_rows: Tensor, num_key_heads: int) -> Tensor:
     """[n, Hq, D] → [Hkv, g·n, D]: one matrix for every key head. Read as [Hq, n, D] it has one for every query head."""
     return query_rows.transpose(0, 1).reshape(num_key_heads, -1, query_rows.shape[-1])
@@ -302,19 +319,26 @@ def _scores(q: Tensor, k: Tensor, scale: float, num_rows: int) -> Tensor:
     return torch.bmm(q, k.transpose(1, 2)).mul_(scale).view(-1, num_rows, k.shape[1])
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float, lse: Tensor, outside: Tensor | None) -> Tensor:
-    """p [Hq, n, C] of queries [Hkv, g·n, D], keys [Hkv, C, D] and lse [Hq, n]; exactly 0 outside the rows' ranges."""
-    p = _scores(q, k, scale, lse.shape[1]).sub_(lse[..., None]).exp_()
+def _probabilities(
+    q: Tensor, k: Tensor, scale: float, lse: Tensor, outside: Tensor | None, scores: Tensor | None = None
+) -> Tensor:
+    """Return p [Hq, n, C] of queries [Hkv, g·n, D], keys [Hkv, C, D] and lse [Hq, n]; exactly 0 outside the rows'
+    softmax. Scores that are there already are used up."""
+    if scores is None:
+        scores = _scores(q, k, scale, lse.shape[1])
+    p = scores.sub_(lse[..., None]).exp_()
     return p if outside is None else p.masked_fill_(outside, 0.0)
 
 
-def _log_sum_exp(q: Tensor, key: Tensor, rows: _RowGroup, num_heads: int, scale: float) -> Tensor:
-    """lse [Hq, n] over each row's range; 0 where there is no key."""
+def _log_sum_exp(
+    q: Tensor, key: Tensor, rows: _RowGroup, num_heads: int, scale: float, scores: Tensor | None = None
+) -> Tensor:
+    """Return lse [Hq, n] over each row's range; 0 where there is no key."""
     num_rows = len(rows.start)
     lowest = torch.finfo(q.dtype).min
     maxima, sums = [], []  # of the chunks
     for _, _, k, outside in _key_chunks(key, rows, num_heads, rows.range, q.dtype):
-        s = _scores(q, k, scale, num_rows)
+        s = _scores(q, k, scale, num_rows) if scores is None else scores.clone()
         if outside is not None:
             s.masked_fill_(outside, float("-inf"))
         maxima.append(s.amax(dim=-1).clamp_(min=lowest))  # not −inf: −inf − (−inf) is NaN
