@@ -162,9 +162,22 @@ class RunConfig(Options):
             if part in self.model.freeze:
                 text = "is of a part that {model.freeze} keeps from training: remove it from one of the two"
                 yield f"optimization.learning_rates.{part}", text
+        yield from self._source_mistakes()
         yield from self._training_mistakes()
         yield from self._evaluation_mistakes()
         yield from self._deepspeed_mistakes()
+
+    def _source_mistakes(self) -> Iterator[tuple[str, str]]:
+        train, loss = self.data.train, self.attention_loss
+        sources = {f"data.train[{index}]": source for index, source in enumerate(train)}
+        for key, source in (sources | {f"data.eval.{name}": file for name, file in self.data.eval.items()}).items():
+            try:
+                self.sampling.replace(**source.own_sampling)
+            except OptionError as error:
+                yield key, f"contradicts the limits of all files: {error}; change one of them"
+        if train and loss and loss.mask_weight and not any(source.use_tags for source in train):
+            text = "needs tagged nouns, but use_tags is false in every file of {data.train}: read the tags of one, or "
+            yield "attention_loss", text + "write `attention_loss: null` to train on text alone"
 
     def _training_mistakes(self) -> Iterator[tuple[str, str]]:
         fields = training_fields()
@@ -194,8 +207,11 @@ class RunConfig(Options):
         if not training.get("load_best_model_at_end") and training.get("save_strategy") != "best":
             return
         key = "training." + ("load_best_model_at_end" if training.get("load_best_model_at_end") else "save_strategy")
-        metrics = ("loss", "text_loss", "mask_loss", *METRICS)
-        known = [f"eval_{name}_{metric}" for name in self.data.eval for metric in metrics]
+        known = [
+            f"eval_{name}_{metric}"
+            for name, source in self.data.eval.items()
+            for metric in ("loss", "text_loss", *(("mask_loss", *METRICS) if source.use_tags else ()))
+        ]
         if not known:
             yield key, "chooses the best checkpoint by an evaluation, but {data.eval} names no file"
         elif metric is None:

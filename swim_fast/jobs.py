@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from swim_fast.options import (
     Asking,
     Decoding,
+    Excerpt,
     File,
     Inference,
     InputFile,
@@ -88,7 +89,7 @@ class Describe(Inference, Sampling, Decoding):
         return self
 
 
-class Check(InputFile, Media, Limited, Sampling, Decoding):
+class Check(InputFile, Media, Limited, Excerpt, Sampling, Decoding):
     """Read every record of a file and report every problem."""
 
     words = ("file",)
@@ -100,7 +101,7 @@ class Check(InputFile, Media, Limited, Sampling, Decoding):
     """Processes that read; 0 reads in this one."""
 
 
-class Show(InputFile, Media, Sampling, Decoding):
+class Show(InputFile, Media, Excerpt, Sampling, Decoding):
     """Show one record as training sees it: frames, masks, tagged nouns, tokens."""
 
     words = ("file", "index")

@@ -37,6 +37,7 @@ RANKING_METRICS = {  # name -> heading of a column; of `evaluate grounding`, as 
 Base = TypeVar("Base", bound="Options")
 File = Annotated[str, BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path)]
 Positive = Field(gt=0)
+PIXEL_LIMITS = ("min_pixels", "max_pixels")  # of sampling, of which a source may have its own
 
 
 class _OptionsClass(ModelMetaclass):
@@ -130,7 +131,16 @@ class Limited(Options):
     """Use only so many records, from the first."""
 
 
-class Source(Media, Limited):
+class Excerpt(Options):
+    """Part of each record that is used."""
+
+    use_tags: bool = True
+    """Read tagged nouns and their masks; without, the tags are removed and the record trains on text alone."""
+    turns: Annotated[int, Positive] | None = None
+    """Use only so many exchanges of question and answer, from the first."""
+
+
+class Source(Media, Limited, Excerpt):
     """One file of a mixture."""
 
     path: File
@@ -139,11 +149,22 @@ class Source(Media, Limited):
     """Passes over the file per epoch: 2 takes every record twice, 0.5 a random half, another one each epoch."""
     name: str | None = None
     """Name of the file in tables; without one, the file's own."""
+    min_pixels: Annotated[int, Positive] | None = None
+    """Least pixels of a frame of this file, in place of the min_pixels of all."""
+    max_pixels: Annotated[int, Positive] | None = None
+    """Most pixels of a frame of this file, in place of the max_pixels of all."""
+
+    @property
+    def own_sampling(self) -> dict[str, int]:
+        """Options of sampling that this file has its own values of."""
+        return {name: value for name, value in self.given().items() if name in PIXEL_LIMITS and value is not None}
 
 
 class Sampling(Options):
-    """Frames, pixels and tokens of a sample."""
+    """Text, frames, pixels and tokens of a sample."""
 
+    system_prompt: str | None = None
+    """System turn of records that have none: a text, or "" for no such turn; without it, the chat template's own."""
     max_frames: int = Field(32, ge=2)
     """Most frames taken from a video; two make one temporal patch."""
     fps: Annotated[float, Positive] | None = None
@@ -157,6 +178,9 @@ class Sampling(Options):
     """Most pixels of all frames of a video together: its frames are made smaller, down to min_pixels, then fewer."""
     max_tokens: Annotated[int, Positive] | None = None
     """Longest sample in tokens; a longer one gets fewer frames."""
+    seconds_per_patch: Literal["measured", "one"] = "measured"
+    """Time from one temporal patch to the next, of which the model's positions are made: that of the frames taken
+    (`measured`), or one second in any video (`one`), as the released code has it."""
 
     @model_validator(mode="after")
     def _check_pixels(self):

@@ -204,6 +204,45 @@ def test_every_option_of_samples_that_data_names_reaches_them(write):
     assert found == (2.0, 64, 100, 200, 900)
 
 
+def test_options_of_a_source_that_contradict_others(write):
+    train = (
+        "data={max_pixels: 200, train: [{path: a}, {path: b, min_pixels: 300}], eval: {x: {path: c, min_pixels: 201}}}"
+    )
+    with pytest.raises(ConfigError) as error:
+        load_config(write(), [train])
+    for key in ("data.train[1] contradicts the limits of all files: min_pixels 300", "data.eval.x contradicts"):
+        assert key in str(error.value)
+    assert "min_pixels 201 is above max_pixels 200; change one of them" in str(error.value)
+    config = load_config(write(), ["data={max_pixels: 200, train: [{path: b, min_pixels: 300, max_pixels: 400}]}"])
+    assert config.data.train[0].own_sampling == {"min_pixels": 300, "max_pixels": 400}
+
+
+def test_an_attention_loss_needs_tags(write):
+    no_tags = {"train": [{"path": "a", "use_tags": False}, {"path": "b", "use_tags": False}]}
+    with pytest.raises(ConfigError, match="attention_loss needs tagged nouns, but use_tags is false in every file of"):
+        load_config(write(data=no_tags))
+    assert load_config(write(data=no_tags, attention_loss=None)).attention_loss is None
+    assert load_config(write(data=no_tags, attention_loss={"mask_weight": 0})).attention_loss
+    no_tags["train"][0]["use_tags"] = True
+    assert load_config(write(data=no_tags)).attention_loss
+
+
+def test_a_file_without_tags_gives_no_metric_of_maps(write):
+    eval_ = {"heldout": {"path": "heldout.jsonl", "use_tags": False}}
+    with pytest.raises(ConfigError, match="'heldout_pointing_accuracy', which no evaluation gives"):
+        load_config(write(data=MINIMAL["data"] | {"eval": eval_}, training=BEST))
+    best = BEST | {"metric_for_best_model": "eval_heldout_text_loss"}
+    load_config(write(data=MINIMAL["data"] | {"eval": eval_}, training=best))
+
+
+def test_system_prompt_is_text(write):
+    for prompt in ("Look: closely.", "", None):
+        config = load_config(write(data=MINIMAL["data"] | {"system_prompt": prompt}))
+        assert config.sampling.system_prompt == prompt
+    with pytest.raises(ConfigError, match="data.system_prompt is 3; expected text"):
+        load_config(write(), ["data.system_prompt=3"])
+
+
 def test_what_deepspeed_cannot_do_is_told_before_the_model_is_loaded(write, tmp_path):
     path = tmp_path / "deepspeed.json"
     path.write_text('{"zero_optimization": {"stage": 3}}')

@@ -19,7 +19,7 @@ from swim_fast.data.source.masks import stated_size
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.jobs import Check
-from swim_fast.options import Decoding, Sampling
+from swim_fast.options import Decoding, Excerpt, Sampling
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class _RecordChecks(Dataset):
 
     def __init__(self, options: Check, processor: Any):
         self.options = options
-        self.file = RecordFile(options.file, options.media)
+        self.file = RecordFile(options.file, options.media, options.part(Excerpt))
         self.builder = None
         if processor is not None:
             self.builder = SampleBuilder(processor, options.part(Sampling), options.part(Decoding))

@@ -15,7 +15,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.errors import OptionError
 from swim_fast.jobs import Show
-from swim_fast.options import Decoding, Sampling
+from swim_fast.options import Decoding, Excerpt, Sampling
 from swim_fast.viz.record import Frame, Patch, Piece, RecordView, draw_frames, write_record_page
 
 
@@ -30,7 +30,8 @@ def show_record(options: Show, processor: Any) -> Path:
         DataError: a record that cannot be used, or that the file does not have.
         OptionError: a PNG of a record without frames.
     """
-    out, index, records = Path(options.out), options.index, RecordFile(options.file, options.media)
+    out, index = Path(options.out), options.index
+    records = RecordFile(options.file, options.media, options.part(Excerpt))
     builder = SampleBuilder(processor, options.part(Sampling), options.part(Decoding))
     if not 0 <= index < len(records):
         raise DataError(f"there is no record {index}: the file has {len(records)}, counted from 0", source=options.file)

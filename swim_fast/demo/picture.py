@@ -42,7 +42,7 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid
 
     source = next(iter(config.data.eval.values()))
-    records = RecordFile(source.path, source.media)
+    records = RecordFile.from_source(source)
     processor = load_processor(config.model.path)
     builder = SampleBuilder(processor, config.sampling, config.decoding, config.supervision)
     record, sample = max(((record, builder(record)) for record in records), key=lambda pair: len(pair[1].masks))

@@ -70,7 +70,7 @@ def _train_and_score(config: RunConfig) -> dict[str, float]:
     metrics = train(config)
     (name, source), *_ = config.data.eval.items()
     checkpoint = load_checkpoint(config.training["output_dir"], Inference(position_ids=config.model.position_ids))
-    records = RecordFile(source.path, source.media)
+    records = RecordFile.from_source(source)
     accuracy = compute_accuracy(checkpoint, records, config.sampling, config.decoding)
     scores = {key: metrics[f"eval_{name}_{key}"] for key in METRICS[:-1]} | {"answer_accuracy": accuracy}
     return {key: round(value, 4) for key, value in scores.items()}

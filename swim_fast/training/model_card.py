@@ -28,7 +28,7 @@ inputs = processor.apply_chat_template(
 answer = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1]:]
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 ```
-{positions}
+{positions}{differs}
 ## Training data
 
 | file | passes per epoch | records |
@@ -50,6 +50,10 @@ print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 _POSITIONS = """
 It was trained with position ids by the rule of pretraining. transformers from 5.3 on numbers text behind long videos
 otherwise, unless `swim_fast.modeling.positions.set_position_rule(model, "pretraining")` is called on the model.
+"""
+
+_DIFFERS = """
+Give it the same input as in training: {options}.
 """
 
 
@@ -79,6 +83,11 @@ def render_model_card(config: RunConfig, steps: int, metrics: dict[str, float]) 
         how += (
             f", through adapters of rank {config.model.lora.rank} (alone in `adapter/`, here merged into the weights)"
         )
+    differs, prompt = [], config.data.system_prompt
+    if prompt is not None:
+        differs.append(f"the system turn {prompt!r}" if prompt else "no system turn")
+    if config.data.seconds_per_patch == "one":
+        differs.append("`second_per_grid_ts` 1 for every video")
     sources = [f"| {source.path} | {source.weight:g} | {source.limit or 'all'} |" for source in config.data.train]
     values = [f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, (int, float))]
     return _CARD.format(
@@ -88,6 +97,7 @@ def render_model_card(config: RunConfig, steps: int, metrics: dict[str, float]) 
         steps=steps,
         how=how,
         positions=_POSITIONS if config.model.position_ids == "pretraining" else "",
+        differs=_DIFFERS.format(options=" and ".join(differs)) if differs else "",
         sources="\n".join(sources),
         metrics="\n".join(values),
         config=config.as_yaml(),

@@ -18,10 +18,12 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
     Raises:
         CheckpointError: `model.path` is no checkpoint that can be loaded.
         OptionError: an option that does not fit the model, see `prepare_model`.
+        ProcessorError: options of samples that its processor contradicts.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from swim_fast.data.batch.dataset import builder_of_source
     from swim_fast.inference.loading import explain_failure, load_processor
     from swim_fast.modeling.adapters import build_quantization_config
     from swim_fast.modeling.prepare import prepare_model
@@ -32,6 +34,9 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
         compute = getattr(torch, "bfloat16" if options.dtype == "auto" else options.dtype)
         quantized = {"quantization_config": build_quantization_config(options.lora.quantize, compute)}
     processor = load_processor(options.path)
+    builder = build_sample_builder(config, processor)  # what does not fit is told before the weights are read
+    for source in (*config.data.train, *config.data.eval.values()):
+        builder_of_source(builder, source)
     with explain_failure(options.path):
         model = AutoModelForImageTextToText.from_pretrained(
             options.path, dtype=options.dtype, attn_implementation=options.attention, **quantized
@@ -51,6 +56,13 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
         sharded=sharded,
     )
     return model, processor
+
+
+def build_sample_builder(config: RunConfig, processor):
+    """Return what makes samples of a run's records. Errors as for `SampleBuilder`."""
+    from swim_fast.data.sample.builder import SampleBuilder
+
+    return SampleBuilder(processor, config.sampling, config.decoding, config.supervision)
 
 
 @dataclass(frozen=True)
@@ -91,12 +103,11 @@ def build_trainer(config: RunConfig):
 def _build_trainer(run: ResolvedRun):
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.batch.dataset import SwimDataset
-    from swim_fast.data.sample.builder import SampleBuilder
     from swim_fast.training.callbacks import EarlyStopping
     from swim_fast.training.trainer import SwimTrainer
 
     config, args, model, processor = run.config, run.arguments, run.model, run.processor
-    builder = SampleBuilder(processor, config.sampling, config.decoding, config.supervision)
+    builder = build_sample_builder(config, processor)
 
     train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
     packing = {}

@@ -165,3 +165,30 @@ def test_report_without_problems(tmp_path):
 def test_unreadable_file(tmp_path):
     with pytest.raises(DataError, match="nowhere.jsonl"):
         check_file(Check(file=str(tmp_path / "nowhere.jsonl")))
+
+
+def test_only_the_part_of_the_records_that_is_used_is_checked(file, processor):
+    """Without tags, annotations that do not match and masks that do not decode are no problem."""
+    report = check_file(Check(file=file, max_frames=4, workers=0, use_tags=False), processor, progress=False)
+    assert [problem.record for problem in report.problems] == [4, 5, 8, 9, 10]
+    assert (report.counts["tags"], report.counts["masks"], report.counts["usable"]) == (0, 0, 6)
+
+
+def test_later_turns_are_not_checked(tmp_path, processor):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    bad = [{"from": "human", "value": "And <|im_end|>?"}, {"from": "gpt", "value": "This."}]
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": turns + bad}]))
+    options = {"file": str(tmp_path / "a.json"), "workers": 0}
+    assert len(check_file(Check(**options), processor, progress=False).problems) == 1
+    assert check_file(Check(**options, turns=1), processor, progress=False).problems == []
+
+
+def test_system_prompt_counts(tmp_path, processor):
+    (tmp_path / "a.json").write_text(json.dumps([entry("x", "What?")]))
+    options = {"file": str(tmp_path / "a.json"), "workers": 0}
+    plain, none = (
+        check_file(Check(**options, **more), processor, progress=False).tokens["most"]
+        for more in ({}, {"system_prompt": ""})
+    )
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    assert plain - none == len(processor.tokenizer(system)["input_ids"])

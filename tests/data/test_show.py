@@ -176,6 +176,13 @@ def test_facts_and_notes(file, processor):
     assert view(file, processor, 6).notes == ["“ball” has no mask in these frames: its attention is not trained"]
 
 
+def test_the_part_of_the_record_that_is_used_is_shown(file, processor, tmp_path):
+    out = show(file, 0, tmp_path / "a.html", processor, use_tags=False, system_prompt="Look closely.")
+    page = out.read_text("utf-8")
+    assert "Look closely." in page and "You are a helpful assistant." not in page
+    assert '<mark class="n0' not in page and "tagged nouns: 0" in page
+
+
 def test_a_damaged_mask_in_a_frame_that_is_not_taken_is_a_problem(file, processor):
     found = view(file, processor, 5, max_frames=2)
     assert [frame.label for frame in found.patches[0].frames] == ["frame 1, 0.25 s", "frame 9, 2.25 s"]

@@ -43,6 +43,26 @@ def test_what_is_not_given_is_that_of_training(trained, annotated, tmp_path):
     assert run(trained, annotated, tmp_path, max_frames=32).sampling.max_frames == 32
 
 
+def test_text_and_seconds_are_those_of_training(trained, checkpoint, annotated, tmp_path):
+    file = trained / "config.yaml"
+    file.write_text(load_config(file, ["data.system_prompt=Look.", "data.seconds_per_patch=one"]).as_yaml())
+
+    def text(model, **options):
+        made = run(model, annotated, tmp_path, **options)
+        processor = load_processor(trained)
+        inputs = made.sample_builder(processor)(made.records[0]).inputs
+        settings = made.settings("questions")
+        assert settings["system_prompt"] == made.sampling.system_prompt
+        return processor.tokenizer.decode(inputs["input_ids"]), inputs["second_per_grid_ts"].item()
+
+    found, seconds = text(trained, max_frames=6)
+    assert found.startswith("<|im_start|>system\nLook.<|im_end|>\n") and seconds == 1.0
+    found, seconds = text(trained, max_frames=6, system_prompt="", seconds_per_patch="measured")
+    assert found.startswith("<|im_start|>user\n") and seconds == pytest.approx(5 / 6)  # at 1.5 frames per second
+    found, seconds = text(checkpoint, max_frames=6)
+    assert found.startswith("<|im_start|>system\nYou are a helpful") and seconds == 0.5
+
+
 @pytest.mark.parametrize("rule", ["pretraining", "library"])
 def test_position_ids_are_those_of_training(trained, checkpoint, annotated, tmp_path, rule):
     file = trained / "config.yaml"
@@ -72,7 +92,7 @@ def test_it_is_recorded_and_said(trained, checkpoint, questions, tmp_path, caplo
     assert {name: settings[name] for name in expected} == expected
     assert lines(tmp_path / "out" / "predictions-rank0.jsonl")[0]["settings"] == settings
     assert f"options that are not given are those of training ({trained / 'config.yaml'})" in caplog.text
-    assert "sampling: max_frames 2, fps 1.5, max_pixels 2048, reader pyav" in caplog.text
+    assert "sampling: max_frames 2, fps 1.5, max_pixels 2048, seconds_per_patch measured, reader pyav" in caplog.text
     assert "up to 2 frames" in capsys.readouterr().out
     # Another number of frames is another run.
     assert main([*words, "--out", str(tmp_path / "out"), "--max-frames", "4", "--limit", "3"]) == 2

@@ -110,6 +110,22 @@ def test_maps_are_those_of_training(folder, tmp_path, monkeypatch, noun, loss):
         np.testing.assert_allclose(found.maps[0, patch], p, atol=1e-4)
 
 
+def test_the_question_comes_with_the_system_turn_of_training(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def answer(model, processor, prompts, *_, stream):
+        asked.append(processor.tokenizer.decode(prompts[0].inputs["input_ids"]))
+        return ["answer"]
+
+    monkeypatch.setattr("swim_fast.inference.describe.generate", answer)
+    model = trained(folder, tmp_path / "run", None, max_frames=2, system_prompt="Look.")
+    ask(folder / "clip.mp4", QUESTION, model)
+    ask(folder / "clip.mp4", QUESTION, model, system_prompt="")
+    rest = asked[1]
+    assert rest.startswith("<|im_start|>user\n") and rest.endswith("zebra?<|im_end|>\n<|im_start|>assistant\n")
+    assert asked[0] == "<|im_start|>system\nLook.<|im_end|>\n" + rest
+
+
 def test_options_win_over_the_run(folder, tmp_path):
     model = trained(folder, tmp_path / "run", AttentionLoss(layers=[0]), max_frames=2)
     shutil.copytree(model, model / "checkpoint-7", ignore=shutil.ignore_patterns("config.yaml"))

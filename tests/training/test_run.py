@@ -47,6 +47,39 @@ def test_a_run_over_broken_clips_ends_and_reports_them(write_config, tmp_path, c
     assert rows == round(rows) >= 1  # every other clip was trained on
 
 
+def test_what_contradicts_the_processor_is_told_before_the_weights_are_read(write_config, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    from swim_fast.config import load_config
+    from swim_fast.errors import UserError
+    from swim_fast.training.run import load_model
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", None)  # would be a TypeError
+    path = write_config()
+    for override, message in {
+        "data.system_prompt=a<|im_end|>": "system_prompt holds '<.im_end.>', a special token of this model",
+        "data.train=[{path: a.jsonl, max_pixels: 700}]": "a.jsonl: min_pixels .* is above max_pixels 700, one of which",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_model(load_config(path, [override]))
+
+
+def test_a_mixture_of_tagged_clips_and_text_alone(write_config, records, tmp_path):
+    """Two passes over one file: with its masks, and as questions and answers alone."""
+    source = {"path": str(records)}
+    runs = {"tagged": [source], "both": [source, {**source, "use_tags": False, "turns": 1, "max_pixels": 28 * 28 * 4}]}
+    for name, train in runs.items():
+        run_here(
+            write_config(
+                name, data={"train": train, "system_prompt": ""}, training={"max_steps": -1, "num_train_epochs": 1}
+            )
+        )
+    pairs = {name: sum(entry["pairs_per_step"] for entry in history(tmp_path / name)) for name in runs}
+    assert pairs["tagged"] == pairs["both"] > 0
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "Give it the same input as in training: no system turn." in card
+
+
 def test_odd_clips_of_ones_own_train(write_config, tmp_path):
     """1 to 3 frames, odd sizes, an odd number of frames, variable frame rate; masks as hand-drawn polygons."""
     clips = {

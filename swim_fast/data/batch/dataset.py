@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from swim_fast.data.batch.workers import keep_freed_memory
 from swim_fast.data.sample.builder import Sample
-from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.errors import DataError, ProcessorError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.errors import OptionError
 from swim_fast.options import Source
@@ -27,11 +27,15 @@ class SwimDataset(Dataset):
 
     Args:
         sources: at least one.
-        builder: makes a sample of a record, a `SampleBuilder`.
+        builder: makes a sample of a record, a `SampleBuilder`; sources with pixel limits of their own get a copy of it.
 
     Raises:
-        OptionError: no sources.
+        OptionError: no sources, or pixel limits of a source that contradict the others.
         DataError: a source that cannot be read at all.
+        ProcessorError: pixel limits of a source that contradict the processor's.
+
+    Attributes:
+        builders: what makes the samples of each source.
     """
 
     def __init__(self, sources: Sequence[Source], builder: Callable[[Record], Sample]):
@@ -39,7 +43,8 @@ class SwimDataset(Dataset):
             raise OptionError("no data: name at least one file")
         self.sources = tuple(sources)
         self.builder = builder
-        self.files = [RecordFile(source.path, source.media) for source in self.sources]
+        self.builders = [builder_of_source(builder, source) for source in self.sources]
+        self.files = [RecordFile.from_source(source) for source in self.sources]
         self.names = [source.name or os.path.basename(source.path) for source in self.sources]
         self.lengths = [
             len(file) if source.limit is None else min(source.limit, len(file))
@@ -65,9 +70,19 @@ class SwimDataset(Dataset):
         keep_freed_memory()
         source, record = self.locate(index)
         try:
-            return self.builder(self.files[source][record])
+            return self.builders[source](self.files[source][record])
         except DataError as error:
             return error.within(source=self.sources[source].path, record=record)
+
+
+def builder_of_source(builder: Callable[[Record], Sample], source: Source) -> Callable[[Record], Sample]:
+    """Return what makes the samples of a source. Errors as for `SampleBuilder.replace`, naming the source."""
+    if not source.own_sampling:
+        return builder
+    try:
+        return builder.replace(**source.own_sampling)
+    except (OptionError, ProcessorError) as error:
+        raise type(error)(f"{source.path}: {error}") from error
 
 
 class MixtureSampler(Sampler[int]):

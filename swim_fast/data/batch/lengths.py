@@ -2,8 +2,8 @@
 
 A length is exactly that of the sample which `SampleBuilder` builds: conversation, tokenizer, choice of frames and the
 processor's rule for their size are the same code. It costs opening each clip once. The lengths of a file are kept under
-its path, size and time of change, its media folder, the options and the processor; a clip that is replaced under its
-name is not noticed. Records that could not be measured are tried again each time.
+its path, size and time of change, its media folder, the options (its own, too) and the processor; a clip that is
+replaced under its name is not noticed. Records that could not be measured are tried again each time.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class _Measured(Dataset):
     def __getitem__(self, index: int) -> int:
         source, record = self.dataset.locate(int(self.items[index]))
         try:
-            return self.dataset.builder.length(self.dataset.files[source][record])
+            return self.dataset.builders[source].length(self.dataset.files[source][record])
         except DataError:
             return _BAD
 
@@ -136,7 +136,9 @@ class _KeptLengths:
         path = Path(dataset.sources[source].path)
         self._records, self._used = len(dataset.files[source]), dataset.lengths[source]
         self._file, self._version = file_key(path)
-        settings = [FORMAT, str(Path(dataset.files[source].media_root).resolve()), *_settings(dataset.builder)]
+        records = dataset.files[source]
+        about = [str(Path(records.media_root).resolve()), records.excerpt.model_dump()]
+        settings = [FORMAT, *about, *_settings(dataset.builders[source])]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:20]
         self._folder = cache_folder("lengths")
         self._path = self._folder / f"{self._file}-{self._version}-{digest}.npy"

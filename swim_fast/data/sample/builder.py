@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -182,12 +183,13 @@ class SampleBuilder:
 
     Args:
         processor: Qwen2.5-VL's processor, or one like it, with a fast tokenizer and a chat template.
-        sampling: frames, pixels and tokens of a sample.
+        sampling: text, frames, pixels and tokens of a sample.
         decoding: how videos are decoded.
         supervision: rows and readout keys of tagged nouns.
 
     Raises:
-        ProcessorError: a processor that cannot be used, or pixel limits that contradict the processor's.
+        ProcessorError: a processor that cannot be used, or options that contradict the processor's.
+        OptionError: a special token in the system prompt.
     """
 
     def __init__(
@@ -198,9 +200,21 @@ class SampleBuilder:
         supervision: Supervision = Supervision(),
     ):
         self.sampling, self.supervision = sampling, supervision
-        self.render = ConversationRenderer(processor)
+        self.render = ConversationRenderer(processor, sampling.system_prompt)
         self.encode = Encoder(processor, sampling)
         self.reader = MediaReader(decoding)
+
+    def replace(self, **changes: Any) -> SampleBuilder:
+        """Return a builder with other values of sampling, which shares the decoder of this one.
+
+        Raises:
+            OptionError: values that contradict the others.
+            ProcessorError: pixel limits that contradict the processor's.
+        """
+        other = copy.copy(self)
+        other.sampling = self.sampling.replace(**changes)
+        other.encode = Encoder(self.encode.processor, other.sampling)
+        return other
 
     def __call__(self, record: Record) -> Sample:
         """Build the sample of one record.

@@ -10,6 +10,7 @@ from typing import Any
 from swim_fast.data.source.errors import DataError, ProcessorError
 from swim_fast.data.source.records import Record, Turn
 from swim_fast.data.source.tags import strip_tags
+from swim_fast.errors import OptionError
 
 Span = tuple[int, int]
 
@@ -55,25 +56,39 @@ class ConversationRenderer:
 
     Args:
         processor: a processor with a chat template, `tokenizer`, `image_token` and `video_token`.
+        system_prompt: text of the system turn of records that have none of their own, "" for no such turn; None: what
+            the chat template puts there.
 
     Raises:
-        ProcessorError: the processor has no chat template or one that cannot be trained with, see `__call__`.
+        ProcessorError: the processor has no chat template or one that cannot be trained with, see `__call__`; one that
+            does not show the system prompt, or whose system turn cannot be left out.
+        OptionError: a special token in the system prompt.
 
     Attributes:
         special_tokens: pattern that finds the special tokens of the tokenizer.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any, system_prompt: str | None = None):
         self.processor = processor
+        self._system_prompt, self._left_out = system_prompt, ""
         special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
         special |= {processor.image_token, processor.video_token}
         self.special_tokens = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        if special := self.special_tokens.search(system_prompt or ""):
+            raise OptionError(f"system_prompt holds {special.group()!r}, a special token of this model; remove it")
         # A template that fits no record is the processor's fault: say so before the first record is blamed.
         probe = Record("", 0, "", (Turn("user", "a"), Turn("assistant", "b")) * 2, "text", None, ())
         try:
-            self(probe)
+            if system_prompt == "":
+                self._left_out = self._default_system_turn()
+            text = self(probe).text
         except DataError as error:
             raise ProcessorError(f"this processor cannot be used for training: {error.reason}") from error
+        if system_prompt and system_prompt not in text:
+            raise ProcessorError(
+                "the chat template does not show system_prompt as it is (no system turn, or white space at its ends is "
+                "dropped); change it or leave it out"
+            )
 
     def __call__(self, record: Record) -> Conversation:
         """Render one record.
@@ -104,6 +119,20 @@ class ConversationRenderer:
                 raise DataError("no user turn in which the video or image could be shown", key="conversations")
             turns[roles.index("user")].insert(0, _MEDIA)
         return self._render(roles, turns, record.kind)
+
+    def _default_system_turn(self) -> str:
+        """Return the text that the chat template puts before the first turn of a conversation without system turn."""
+        system, user = [_Part("a")], [_Part("b")]
+        alone, followed = (self._apply(["system", "user"][:n], [system, user][:n], "text") for n in (1, 2))
+        first, plain = followed.removeprefix(alone), self._apply(["user"], [user], "text")
+        before = plain.removesuffix(first)
+        bos = self.processor.tokenizer.bos_token
+        if len(first) == len(followed) or len(before) == len(plain) or (bos and before.startswith(bos)):
+            raise ProcessorError(
+                "system_prompt is '', but the system turn cannot be told from the rest of the chat template; give a "
+                "text, or leave it out for the template's own"
+            )
+        return before
 
     def _parts(self, turn: Turn, has_media: bool) -> list[_Part]:
         text, nouns = strip_tags(turn.text)
@@ -203,6 +232,9 @@ class ConversationRenderer:
     ) -> str:
         from jinja2 import TemplateError
 
+        own = roles[0] == "system"
+        if self._system_prompt and not own:
+            roles, turns = ["system", *roles], [[_Part(self._system_prompt)], *turns]
         messages = [
             {
                 "role": role,
@@ -213,6 +245,9 @@ class ConversationRenderer:
             for role, parts in zip(roles, turns, strict=True)
         ]
         try:
-            return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
         except (TemplateError, ValueError) as error:
             raise DataError(f"the chat template refuses the conversation: {error}", key="conversations") from error
+        if own or text.startswith(self._left_out):
+            return text if own else text[len(self._left_out) :]
+        raise DataError("the chat template's system turn changes with the conversation and cannot be left out")

@@ -62,7 +62,7 @@ class Encoder:
 
     Args:
         processor: Qwen2.5-VL's processor, or one like it.
-        sampling: limits on the pixels of a frame or image.
+        sampling: limits on the pixels of a frame or image, and seconds per temporal patch.
 
     Raises:
         ProcessorError: the tokenizer is not a fast one, the limits contradict the processor's, or a temporal patch is
@@ -74,7 +74,7 @@ class Encoder:
             raise ProcessorError(
                 "the tokenizer has no character offsets; nouns can only be located with a fast tokenizer"
             )
-        self.processor = processor
+        self.processor, self.sampling = processor, sampling
         self.temporal_patch_size: int = processor.video_processor.temporal_patch_size
         if self.temporal_patch_size not in (1, 2):
             raise ProcessorError(f"a temporal patch of {self.temporal_patch_size} frames; only 1 and 2 are supported")
@@ -195,7 +195,8 @@ class Encoder:
             },
         )
         if "second_per_grid_ts" in encoding.inputs:  # the processor takes any frames for uniformly spaced ones
-            seconds = seconds_per_patch(frames, info.fps, self.temporal_patch_size)
+            measured = self.sampling.seconds_per_patch == "measured"
+            seconds = seconds_per_patch(frames, info.fps, self.temporal_patch_size) if measured else 1.0
             encoding.inputs["second_per_grid_ts"] = torch.tensor([seconds], dtype=torch.float32)
         return encoding
 

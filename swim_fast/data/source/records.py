@@ -13,6 +13,8 @@ from typing import Any
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.record_index import record_offsets
+from swim_fast.data.source.tags import strip_tags
+from swim_fast.options import Excerpt, Source
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -64,19 +66,25 @@ class RecordFile(Sequence[Record]):
     Args:
         path: the file.
         media_root: folder against which relative video and image paths are resolved; by default the file's own.
+        excerpt: part of each record that is used.
 
     Raises:
         DataError: the file is missing, empty, or no JSON.
     """
 
-    def __init__(self, path: str | Path, media_root: str | Path | None = None):
-        self.path = path
+    def __init__(self, path: str | Path, media_root: str | Path | None = None, excerpt: Excerpt = Excerpt()):
+        self.path, self.excerpt = path, excerpt
         self.media_root = Path(path).parent if media_root is None else Path(media_root)
         try:
             self._offsets = record_offsets(Path(path))
         except DataError as error:
             raise DataError(error.reason, source=str(path)) from None
         self._signature = _signature(os.stat(path))
+
+    @classmethod
+    def from_source(cls, source: Source) -> RecordFile:
+        """Return the records of one file of a mixture. Errors as for the constructor."""
+        return cls(source.path, source.media, source.part(Excerpt))
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -114,7 +122,7 @@ class RecordFile(Sequence[Record]):
         """
         name = record_name(entry)
         try:
-            return _record(entry, str(self.path), number, name, self.media_root)
+            return _record(entry, str(self.path), number, name, self.media_root, self.excerpt)
         except DataError as error:
             raise error.within(source=str(self.path), record=number, name=name) from None
 
@@ -168,13 +176,37 @@ def record_name(entry: dict) -> str:
     return str(value) if isinstance(value, str | int) else ""
 
 
-def _record(entry: dict, source: str, number: int, name: str, media_root: Path) -> Record:
+def _record(entry: dict, source: str, number: int, name: str, media_root: Path, excerpt: Excerpt) -> Record:
     turns = read_turns(entry)
     kind, media = _media(entry, media_root)
-    objects = _objects(entry, turns)
+    _refuse_placeholders(entry, turns)
+    objects = _objects(entry, turns) if excerpt.use_tags else ()
     if objects and kind == "text":
         raise DataError("the record has masks but neither video nor image", key="annotation")
+    if excerpt.turns is not None:
+        turns = _first_exchanges(turns, excerpt.turns)
+        objects = objects[: _count_tags(turns)]
+    if not excerpt.use_tags:
+        turns = tuple(_without_tags(index, turn) for index, turn in enumerate(turns))
     return Record(source, number, name, turns, kind, media, objects)
+
+
+def _first_exchanges(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
+    """Return the turns before exchange `count`, each of which begins where the user speaks after somebody else."""
+    speakers = ["", *(turn.role for turn in turns)]
+    begins = [i for i in range(len(turns)) if speakers[i + 1] == "user" and speakers[i] != "user"]
+    return turns[: begins[count]] if count < len(begins) else turns
+
+
+def _without_tags(index: int, turn: Turn) -> Turn:
+    try:
+        return Turn(turn.role, strip_tags(turn.text)[0])
+    except DataError as error:
+        raise error.within(key=f"conversations[{index}]") from error
+
+
+def _count_tags(turns: tuple[Turn, ...]) -> int:
+    return sum(turn.text.count("<ins>") for turn in turns)
 
 
 def read_turns(entry: dict) -> tuple[Turn, ...]:
@@ -226,20 +258,23 @@ def _media(entry: dict, media_root: Path) -> tuple[str, Path | None]:
     return next(iter(found.items()), ("text", None))
 
 
+def _refuse_placeholders(entry: dict, turns: tuple[Turn, ...]) -> None:
+    text = "\n".join(turn.text for turn in turns)
+    if not _count_tags(turns) and (_OBJECT_REGION.search(text) or (entry.get("annotation") and _REGION.search(text))):
+        raise DataError(
+            "this is a raw VideoRefer record: its text holds <object…><region> placeholders instead of tagged nouns; "
+            "turn the file into NL-Refer first",
+            key="conversations",
+        )
+
+
 def _objects(entry: dict, turns: tuple[Turn, ...]) -> tuple[dict[int, Any], ...]:
     annotation = entry.get("annotation")
     if annotation is None:
         annotation = []
     if not isinstance(annotation, list):
         raise DataError(f"is a {type(annotation).__name__}, not a list with one entry per <ins> tag", key="annotation")
-    text = "\n".join(turn.text for turn in turns)
-    tags = text.count("<ins>")
-    if not tags and (_OBJECT_REGION.search(text) or (annotation and _REGION.search(text))):
-        raise DataError(
-            "this is a raw VideoRefer record: its text holds <object…><region> placeholders instead of tagged nouns; "
-            "turn the file into NL-Refer first",
-            key="conversations",
-        )
+    tags = _count_tags(turns)
     if tags != len(annotation):
         raise DataError(
             f"the conversation has {tags} <ins> tags but there are {len(annotation)} annotations; the i-th annotation "

@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 from swim_fast.data.batch.collation import Collator
 from swim_fast.data.batch.dataset import MixtureSampler, SwimDataset
 from swim_fast.data.sample.builder import Sample, SampleBuilder
-from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.errors import DataError, ProcessorError
+from swim_fast.errors import OptionError
 from swim_fast.options import Sampling, Source
 from tests.data.conftest import box, rle
 
@@ -54,6 +55,44 @@ def test_media_folder(tmp_path):
     path = write(tmp_path / "a.jsonl", [{**text_entry(0), "video": "clip.mp4"}])
     assert SwimDataset([Source(path=path)], identity)[0].media == tmp_path / "clip.mp4"
     assert SwimDataset([Source(path=path, media="/media")], identity)[0].media.as_posix() == "/media/clip.mp4"
+
+
+def test_every_source_has_its_own_excerpt_and_pixels(tmp_path, clip, processor):
+    """The same file three times: as it is, as text of one exchange, and with smaller frames."""
+    turns = [{"from": "human", "value": "<video>\nA <ins>dog</ins>?"}, {"from": "gpt", "value": "Yes."}]
+    turns += [{"from": "human", "value": "And the <ins>dog</ins>?"}, {"from": "gpt", "value": "Too."}]
+    mask = rle(box(H, W, 0, 20, 0, 30))
+    entry = {"video": str(clip(6)), "conversations": turns, "annotation": [{"2": mask}, {"3": mask}]}
+    path = write(tmp_path / "a.jsonl", [entry])
+    sources = [
+        Source(path=path),
+        Source(path=path, use_tags=False, turns=1),
+        Source(path=path, max_pixels=28 * 28, min_pixels=28 * 28),
+    ]
+    dataset = SwimDataset(sources, SampleBuilder(processor, Sampling(max_frames=4)))
+    whole, text, small = (dataset[i] for i in range(3))
+    assert [len(sample.masks) for sample in (whole, text, small)] == [2, 0, 2] and text.rows == []
+    assert [sample.inputs["video_grid_thw"].tolist() for sample in (whole, text, small)] == [
+        [[2, 4, 6]],
+        [[2, 4, 6]],
+        [[2, 2, 2]],
+    ]
+    decode = processor.tokenizer.decode
+    assert decode(text.inputs["input_ids"]).endswith("A dog?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n")
+    first, _, third = dataset.builders
+    assert first is dataset.builder and third.reader is first.reader and third.sampling.max_frames == 4
+    assert first.sampling.max_pixels is None
+    dataset.builder.reader.close()
+
+
+def test_pixels_of_a_source_that_contradict_the_others(texts, processor):
+    builder = SampleBuilder(processor, Sampling(max_pixels=2000))
+    with pytest.raises(OptionError, match="text1.jsonl: min_pixels 3000 is above max_pixels 2000"):
+        SwimDataset([Source(path=texts(1), min_pixels=3000)], builder)
+    with pytest.raises(
+        ProcessorError, match="text1.jsonl: min_pixels .* is above max_pixels 700, one of which is Qwen"
+    ):
+        SwimDataset([Source(path=texts(1), max_pixels=700)], builder)
 
 
 def test_bad_data_comes_back_as_an_error(tmp_path, texts):

@@ -171,6 +171,29 @@ def test_lengths_are_kept(dataset, entries, measured, clip, tmp_path):
     assert sample_lengths(dataset(entries)).tolist() == mended.tolist()
 
 
+def test_options_of_a_source_have_lengths_of_their_own(dataset, entries, measured):
+    """Those of one file are not taken for those of another choice of its records, turns or pixels."""
+    whole = sample_lengths(dataset(entries))
+    assert measured() == list(range(len(entries)))
+    for source in ({"use_tags": False}, {"turns": 1}, {"max_pixels": 5000}, {"max_pixels": 5000, "turns": 1}):
+        data = dataset(entries, source=source)
+        found = sample_lengths(data)
+        assert measured() == list(range(len(entries)))
+        assert found.tolist() == [len(data[number].inputs["input_ids"]) for number in range(len(data))]
+        assert (found == whole).all() == (source == {"use_tags": False})
+        assert sample_lengths(dataset(entries, source=source)).tolist() == found.tolist() and measured() == []
+    assert sample_lengths(dataset(entries, max_pixels=5000)).tolist() != whole.tolist()
+    assert measured() == []  # as if all files had those limits
+
+
+def test_two_choices_of_one_file_in_a_mixture(dataset, entries, processor, tmp_path):
+    path = dataset(entries).sources[0].path
+    sources = [Source(path=path), Source(path=path, turns=1), Source(path=path, max_pixels=5000, limit=3)]
+    data = SwimDataset(sources, SampleBuilder(processor))
+    assert sample_lengths(data).tolist() == [len(data[number].inputs["input_ids"]) for number in range(len(data))]
+    data.builder.reader.close()
+
+
 def test_a_part_of_the_samples(dataset, entries, measured):
     """Evenly spread ones, of which the whole makes use; so do sources that take a part of the file."""
     data = dataset(entries)

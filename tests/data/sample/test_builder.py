@@ -235,6 +235,24 @@ def test_seconds_per_patch_of_sparse_frames(build, video, fps):
     assert sample.inputs["second_per_grid_ts"].tolist() == pytest.approx([2 * 20 / fps])
 
 
+def test_seconds_per_patch_as_the_released_code_has_them(build, video):
+    record = video("a", "b", count=61, fps=4)
+    measured, one = build(record, max_frames=4), build(record, max_frames=4, seconds_per_patch="one")
+    assert measured.inputs["second_per_grid_ts"].tolist() == [10.0]
+    assert one.inputs["second_per_grid_ts"].tolist() == [1.0] and one.frames == measured.frames
+    assert one.inputs["second_per_grid_ts"].dtype == torch.float32
+
+
+def test_system_prompt_reaches_the_tokens(build, video, tokenizer):
+    record = video("<video>\nWhat?", "This.")
+    plain, other, none = (build(record, system_prompt=prompt) for prompt in (None, "Look.", ""))
+    texts = [tokenizer.decode(sample.inputs["input_ids"]) for sample in (plain, other, none)]
+    assert texts[0].startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+    assert texts[1] == texts[0].replace("You are a helpful assistant.", "Look.")
+    assert texts[2] == texts[0][texts[0].index("<|im_start|>user") :]
+    assert [labelled(sample, tokenizer) for sample in (plain, other, none)] == [["This.<|im_end|>"]] * 3
+
+
 def test_seconds_per_patch_formula():
     assert seconds_per_patch([0, 1, 2, 10, 10], fps=5, temporal_patch_size=2) == pytest.approx(2 * 10 / 3 / 5)
     assert seconds_per_patch([7, 7], fps=5, temporal_patch_size=2) == pytest.approx(2 / 5)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from swim_fast.data.sample.conversation import ConversationRenderer
-from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.errors import DataError, ProcessorError
+from swim_fast.errors import OptionError
 
 VIDEO = {"kind": "video", "media": Path("clip.mp4")}
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -84,6 +85,57 @@ def test_image_and_text_records(render, make_record):
 def test_own_system_prompt_replaces_the_default(render, make_record):
     conversation = render(make_record(("system", "Be brief."), "What?", "This.", **VIDEO))
     assert conversation.text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "system"),
+    [
+        (None, SYSTEM),
+        ("Look closely.", "<|im_start|>system\nLook closely.<|im_end|>\n"),
+        (" two\nlines ", "<|im_start|>system\n two\nlines <|im_end|>\n"),
+        ("", ""),
+    ],
+)
+def test_system_prompt_of_all_records(processor, make_record, prompt, system):
+    render = ConversationRenderer(processor, prompt)
+    plain = ConversationRenderer(processor)
+    texts_of = ("The <ins>dog</ins>?", "A <ins>dog</ins>.", "And?", "dog", "Bye")
+    conversation, before = render(make_record(*texts_of, **VIDEO)), plain(make_record(*texts_of, **VIDEO))
+    assert conversation.text == system + before.text.removeprefix(SYSTEM)
+    for name in ("nouns", "answers"):
+        spans = getattr(conversation, name)
+        assert texts(conversation, spans) == texts(before, getattr(before, name)) and len(spans) == 2
+    assert texts(conversation, [conversation.media]) == ["<|video_pad|>"]
+    own = make_record(("system", "Be brief."), "What?", "This.", **VIDEO)
+    assert render(own) == plain(own)  # a record's own goes before
+    assert pickle.loads(pickle.dumps(render))(make_record("a", "b")) == render(make_record("a", "b"))
+
+
+def test_system_prompts_that_cannot_be_used(processor):
+    with pytest.raises(OptionError, match=r"system_prompt holds '<\|im_end\|>', a special token of this model; remove"):
+        ConversationRenderer(processor, "a<|im_end|>")
+    other = copy_of(processor)
+    other.chat_template = template(turn="{% if m.role != 'system' %}" + QWEN, end="<|im_end|>\n{% endif %}")
+    with pytest.raises(ProcessorError, match="the chat template does not show system_prompt as it is"):
+        ConversationRenderer(other, "Look closely.")
+    other.chat_template = template(turn=QWEN.replace("p.text if", "p.text|trim if"))
+    with pytest.raises(ProcessorError, match="white space at its ends is dropped"):
+        ConversationRenderer(other, "Look closely. ")
+    numbered = "{% for m in messages %}{{ loop.index }}/{{ messages|length }}" + QWEN + "<|im_end|>\n{% endfor %}"
+    other.chat_template = numbered
+    with pytest.raises(ProcessorError, match="the system turn cannot be told from the rest of the chat template"):
+        ConversationRenderer(other, "")
+
+
+def test_a_template_without_default_system_turn_has_none_to_leave_out(processor, make_record):
+    other = copy_of(processor)
+    other.chat_template = template()
+    record = make_record("a", "b")
+    assert ConversationRenderer(other, "")(record) == ConversationRenderer(other)(record)
+    changing = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system%d' % (messages|length > 3) }}{% endif %}"
+    other.chat_template = changing + template()
+    with pytest.raises(ProcessorError, match="system turn changes with the conversation and cannot be left out"):
+        ConversationRenderer(other, "")
 
 
 def test_a_conversation_that_ends_with_a_question(render, make_record):

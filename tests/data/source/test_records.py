@@ -6,6 +6,7 @@ import pytest
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile, Turn
+from swim_fast.options import Excerpt, Source
 from tests.helpers.record_files import MASK, make_entry, names_of
 
 
@@ -196,3 +197,62 @@ def test_text_that_is_not_utf8(tmp_path):
     assert RecordFile(path)[0].name == "clip_0"
     with pytest.raises(DataError, match=f"record 1: is not UTF-8 at byte {place} of the file; save it as UTF-8"):
         RecordFile(path)[1]
+
+
+CHAT = [
+    ("system", "Be brief."),
+    ("human", "<video>\nWhere is the <ins>cub</ins>?"),
+    ("gpt", "By the <ins>ball</ins>."),
+    ("human", "Which <ins>ball</ins>?"),
+    ("human", "And why?"),
+    ("gpt", "The red one."),
+    ("human", "Bye."),
+]
+
+
+def _chat(tmp_path, **changes):
+    turns = [{"from": role, "value": text} for role, text in CHAT]
+    annotation = [{"0": {"segmentation": MASK}}, {}, {"7": {"segmentation": MASK}}]
+    return _write(tmp_path, make_entry(0, conversations=turns, annotation=annotation, **changes))
+
+
+@pytest.mark.parametrize(("turns", "kept", "frames"), [(1, 3, [0]), (2, 6, [0, 7]), (3, 7, [0, 7]), (9, 7, [0, 7])])
+def test_only_the_first_exchanges(tmp_path, turns, kept, frames):
+    path = _chat(tmp_path)
+    whole, record = RecordFile(path)[0], RecordFile(path, excerpt=Excerpt(turns=turns))[0]
+    assert record.turns == whole.turns[:kept]
+    assert record.objects == whole.objects[: len(record.objects)]
+    assert [frame for segmentations in record.objects for frame in segmentations] == frames
+    assert len(record.objects) == sum(turn.text.count("<ins>") for turn in record.turns)
+
+
+def test_without_tags_a_record_is_text_and_its_masks_are_not_read(tmp_path):
+    path = _chat(tmp_path)
+    whole, record = RecordFile(path)[0], RecordFile(path, excerpt=Excerpt(use_tags=False))[0]
+    assert [turn.text for turn in record.turns] == [text.replace("<ins>", "").replace("</ins>", "") for _, text in CHAT]
+    assert record.objects == () and (record.kind, record.media, record.name) == (whole.kind, whole.media, whole.name)
+    unread = [{"no frame": 3}, "nothing of use"]
+    broken = _write(tmp_path, make_entry(0, annotation=unread), make_entry(1, annotation=...))
+    assert all(record.objects == () for record in RecordFile(broken, excerpt=Excerpt(use_tags=False)))
+    first = Excerpt(use_tags=False, turns=1)
+    assert RecordFile(_chat(tmp_path), excerpt=first)[0].turns[-1] == Turn("assistant", "By the ball.")
+
+
+def test_without_tags_bad_text_is_still_refused(tmp_path):
+    def problem(text, **changes):
+        turns = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": text}]
+        path = _write(tmp_path, make_entry(0, conversations=turns, **changes))
+        with pytest.raises(DataError) as error:
+            RecordFile(path, excerpt=Excerpt(use_tags=False))[0]
+        return str(error.value)
+
+    assert "record 0 (clip_0), conversations[1]: <ins> is never closed" in problem("a <ins>cub")
+    assert "this is a raw VideoRefer record" in problem("<object1><region> runs")
+    assert "this is a raw VideoRefer record" in problem("the <region> runs")
+
+
+def test_the_records_of_a_source(tmp_path):
+    source = Source(path=str(_chat(tmp_path)), media="/media", turns=1, use_tags=False)
+    records = RecordFile.from_source(source)
+    assert records.excerpt == Excerpt(turns=1, use_tags=False) and records.media_root == Path("/media")
+    assert len(records[0].turns) == 3 and pickle.loads(pickle.dumps(records))[0] == records[0]
