@@ -26,6 +26,7 @@ from swim_fast.options import (
     METRICS,
     AttentionLoss,
     Decoding,
+    Labels,
     Lora,
     Options,
     Positive,
@@ -61,7 +62,7 @@ class ModelConfig(Weights):
     """Train adapters instead of the weights."""
 
 
-class DataConfig(Sampling, Decoding):
+class DataConfig(Sampling, Labels, Decoding):
     """The files, and how their records become batches."""
 
     train: list[Source] = []
@@ -119,8 +120,9 @@ class RunConfig(Options):
 
     @property
     def supervision(self) -> Supervision:
-        """What samples hold for the attention loss."""
-        return self.attention_loss.supervision if self.attention_loss else Supervision(read_out="supervised")
+        """What samples hold for both losses."""
+        rows = self.attention_loss.supervision if self.attention_loss else Supervision(read_out="supervised")
+        return rows.replace(label_header=self.data.label_header)
 
     def as_yaml(self) -> str:
         """Return the YAML text that reads back as this configuration."""

@@ -14,9 +14,11 @@ from swim_fast.options import (
     Limited,
     Maps,
     Media,
+    NounRows,
     Options,
     Positive,
     Sampling,
+    Supervision,
     mistake,
 )
 
@@ -101,7 +103,7 @@ class Check(InputFile, Media, Limited, Excerpt, Sampling, Decoding):
     """Processes that read; 0 reads in this one."""
 
 
-class Show(InputFile, Media, Excerpt, Sampling, Decoding):
+class Show(InputFile, Media, Excerpt, Sampling, Decoding, Supervision):
     """Show one record as training sees it: frames, masks, tagged nouns, tokens."""
 
     words = ("file", "index")
@@ -225,7 +227,7 @@ class Descriptions(Evaluation, Asking):
 class Grounding(Evaluation, Maps):
     """Where the attention of tagged nouns lies, by layer."""
 
-    trained = AS_TRAINED | {"fusion", "query_position", "softmax"}
+    trained = AS_TRAINED | {"fusion", *NounRows.model_fields}
     layers: str | list[int] = "all"
     """Layers to look at: all, supervised, or indices such as 2,7,12."""
     fusion: Literal["mean", "add", "product"] = "mean"

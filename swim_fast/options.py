@@ -201,18 +201,28 @@ class Decoding(Options):
     """Seconds that a clip may take to open, and again to decode."""
 
 
+class Labels(Options):
+    """Tokens of the text loss."""
+
+    label_header: bool = False
+    """Train on the header that the chat template writes before each answer too, as the released code does."""
+
+
 class NounRows(Options):
-    """Rows of attention that belong to a tagged noun."""
+    """Rows of attention that belong to a tagged noun, and their masks."""
 
     query_position: Literal["noun", "predictor"] = "noun"
     """Rows of the noun's own tokens (`noun`), or of the tokens before them, which predict them (`predictor`)."""
     softmax: Literal["frame", "visual", "causal", "full"] = "frame"
     """Tokens over which a row's softmax runs: those of one temporal patch (`frame`), all visual tokens (`visual`), all
     up to its own, as the model's own attention (`causal`), or all of the sequence (`full`)."""
+    supervise: Literal["either", "second"] = "either"
+    """Frames of a temporal patch whose masks supervise it: `either`, with the union of both, or the `second` alone, as
+    in the released code."""
 
 
-class Supervision(NounRows):
-    """Rows and columns of attention that a sample asks for."""
+class Supervision(NounRows, Labels):
+    """Labels, and rows and columns of attention, that a sample asks for."""
 
     read_out: Literal["all", "supervised"] = "all"
     """Visual tokens at which maps are read out: `all`, which the normaliser of the released code needs, or those of the
@@ -272,7 +282,7 @@ class AttentionLoss(Maps):
     def supervision(self) -> Supervision:
         """What samples must hold for this loss."""
         read_out = "all" if self.prediction == "released" else "supervised"
-        return Supervision(query_position=self.query_position, softmax=self.softmax, read_out=read_out)
+        return Supervision(**self.part(NounRows).given(), read_out=read_out)
 
 
 class Lora(Options):

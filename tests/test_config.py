@@ -235,6 +235,14 @@ def test_a_file_without_tags_gives_no_metric_of_maps(write):
     load_config(write(data=MINIMAL["data"] | {"eval": eval_}, training=best))
 
 
+@pytest.mark.parametrize("attention_loss", [{"supervise": "second", "softmax": "full"}, None])
+def test_labels_and_masks_reach_the_samples(write, attention_loss):
+    config = load_config(write(attention_loss=attention_loss), ["data.label_header=true"])
+    assert config.supervision.label_header
+    assert config.supervision.supervise == ("second" if attention_loss else "either")
+    assert not load_config(write()).supervision.label_header
+
+
 def test_system_prompt_is_text(write):
     for prompt in ("Look: closely.", "", None):
         config = load_config(write(data=MINIMAL["data"] | {"system_prompt": prompt}))

@@ -15,7 +15,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.errors import OptionError
 from swim_fast.jobs import Show
-from swim_fast.options import Decoding, Excerpt, Sampling
+from swim_fast.options import Decoding, Excerpt, Sampling, Supervision
 from swim_fast.viz.record import Frame, Patch, Piece, RecordView, draw_frames, write_record_page
 
 
@@ -32,7 +32,7 @@ def show_record(options: Show, processor: Any) -> Path:
     """
     out, index = Path(options.out), options.index
     records = RecordFile(options.file, options.media, options.part(Excerpt))
-    builder = SampleBuilder(processor, options.part(Sampling), options.part(Decoding))
+    builder = SampleBuilder(processor, *map(options.part, (Sampling, Decoding, Supervision)))
     if not 0 <= index < len(records):
         raise DataError(f"there is no record {index}: the file has {len(records)}, counted from 0", source=options.file)
     with contextlib.closing(builder.reader):
@@ -101,7 +101,8 @@ def _add_media(
     masks = defaultdict(dict)  # frame -> tag -> mask
     for tag, segmentations in enumerate(record.objects):
         if tag not in sample.tags:
-            view.notes.append(f"“{view.nouns[tag]}” has no mask in these frames: its attention is not trained")
+            where = "the second frame of a patch" if builder.supervision.supervise == "second" else "these frames"
+            view.notes.append(f"“{view.nouns[tag]}” has no mask in {where}: its attention is not trained")
         for frame in segmentations:
             try:
                 mask = decode_mask(record, tag, frame, info.height, info.width)
@@ -134,7 +135,7 @@ def _cut_text(record: Record, sample: Sample, builder: SampleBuilder) -> Iterato
     nouns: list[int | None] = [None] * len(conversation.text)
     special = [match.span() for match in builder.render.special_tokens.finditer(conversation.text)]
     media = [conversation.media] if conversation.media else []
-    for role, spans in (("special", special), ("answer", conversation.answers), ("visual", media)):
+    for role, spans in (("special", special), ("answer", conversation.labels), ("visual", media)):
         for start, end in spans:
             roles[start:end] = [role] * (end - start)
     for tag, (start, end) in enumerate(conversation.nouns):

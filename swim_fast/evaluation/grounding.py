@@ -19,7 +19,7 @@ from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
 from swim_fast.loss.ranking_metrics import sum_ranking_metrics
 from swim_fast.modeling import attach_noun_attention
 from swim_fast.modeling.families import get_attentions, get_default_layers
-from swim_fast.options import RANKING_METRICS, AttentionLoss
+from swim_fast.options import RANKING_METRICS, AttentionLoss, NounRows
 
 # Sums of a prediction by the layer's name, or "fused" -> the metrics that they are sums of. Ranking pixels costs a sort
 # per map and mask, so that only the fused layers are ranked, each and together.
@@ -49,7 +49,7 @@ def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | Non
     """
     run, layers = Run(options, ranks), options.layers
     how = _choose_maps(options, run.trained)
-    fusion, rows = how["fusion"], {name: how[name] for name in ("query_position", "softmax")}
+    fusion, rows = how["fusion"], {name: how[name] for name in NounRows.model_fields}
     settings = run.settings("grounding", layers=layers, **how, metrics=[*METRICS, *RANKING_METRICS])
 
     def prepare() -> Work:
@@ -82,9 +82,9 @@ def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | Non
 
 
 def _choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str]:
-    """Return fusion, query_position and softmax: as given, else as in training, else the defaults."""
+    """Return fusion and the options of `NounRows`: as given, else as in training, else the defaults."""
     loss = (trained and trained.attention_loss) or AttentionLoss()
-    how = {name: getattr(loss, name) for name in ("fusion", "query_position", "softmax")}
+    how = {name: getattr(loss, name) for name in ("fusion", *NounRows.model_fields)}
     how["fusion"] = "product" if loss.fusion == "none" else loss.fusion
     return how | {name: value for name, value in options.given().items() if name in how}
 

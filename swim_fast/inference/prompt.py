@@ -114,7 +114,8 @@ def encode_question(builder: SampleBuilder, media: Path, kind: str, question: st
         raise DataError(error.reason, key=key) from error
     (start, _), (end, _) = plan.conversation.nouns[0], plan.conversation.answers[0]
     spans = tuple((start + first, start + last) for first, last in nouns)
-    conversation = dataclasses.replace(plan.conversation, text=plan.conversation.text[:end], nouns=spans, answers=())
+    nothing = {"answers": (), "labels": ()}
+    conversation = dataclasses.replace(plan.conversation, text=plan.conversation.text[:end], nouns=spans, **nothing)
     for note in plan.notes:
         logger.info("%s", note)
     logger.info("%d of the %d frames are shown to the model", len(set(plan.frames)), plan.info.num_frames)

@@ -183,6 +183,24 @@ def test_the_part_of_the_record_that_is_used_is_shown(file, processor, tmp_path)
     assert '<mark class="n0' not in page and "tagged nouns: 0" in page
 
 
+def test_labels_and_supervision_are_those_asked_for(file, processor, tmp_path):
+    found = view(file, processor, 0, supervise="second", label_header=True)
+    assert [patch.nouns for patch in found.patches] == [[], [0, 1], [], [], [1], []]  # frames 3 and 9
+    labels = "".join(token.text for token in found.tokens if token.role == "label")
+    assert labels.startswith("<|im_start|>assistant\nThe blue cup ")
+    answer = "".join(piece.text for piece in found.text if piece.role == "answer")
+    assert answer == "<|im_start|>assistant\nThe blue cup 小 🐶.<|im_end|>"
+    page = show(file, 0, tmp_path / "a.html", processor, supervise="second", label_header=True).read_text("utf-8")
+    assert page.count("data:image/jpeg;base64,") == 12
+
+
+def test_a_noun_without_a_mask_in_a_second_frame_is_noted(file, processor):
+    found = view(file, processor, 3, supervise="second")  # of 0, 1, 2, 2 the last
+    assert [patch.nouns for patch in found.patches] == [[], [0]]
+    found = view(file, processor, 0, supervise="second", max_frames=2)
+    assert found.notes == ["“ball” has no mask in the second frame of a patch: its attention is not trained"]
+
+
 def test_a_damaged_mask_in_a_frame_that_is_not_taken_is_a_problem(file, processor):
     found = view(file, processor, 5, max_frames=2)
     assert [frame.label for frame in found.patches[0].frames] == ["frame 1, 0.25 s", "frame 9, 2.25 s"]

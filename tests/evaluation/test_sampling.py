@@ -107,8 +107,13 @@ def test_grounding_looks_where_training_did(trained, annotated, tmp_path):
     assert main(arguments("grounding", trained, annotated, out, *few)) == 0
     found = results(out)
     assert found["fused_layers"] == [0] and found["settings"]["max_frames"] == 4
-    rows = {"fusion": "mean", "query_position": "predictor", "softmax": "frame"}
+    rows = {"fusion": "mean", "query_position": "predictor", "softmax": "frame", "supervise": "either"}
     assert {name: found["settings"][name] for name in rows} == rows
+    second = tmp_path / "second"
+    file = trained / "config.yaml"
+    file.write_text(load_config(file, ["attention_loss.supervise=second"]).as_yaml())
+    assert main(arguments("grounding", trained, annotated, second, *few)) == 0
+    assert results(second)["settings"]["supervise"] == "second"
     other = tmp_path / "other"
     assert main(arguments("grounding", trained, annotated, other, *few, "--query-position", "noun")) == 0
     assert results(other)["settings"]["query_position"] == "noun" and results(other)["fused"] != found["fused"]

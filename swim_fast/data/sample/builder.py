@@ -185,7 +185,7 @@ class SampleBuilder:
         processor: Qwen2.5-VL's processor, or one like it, with a fast tokenizer and a chat template.
         sampling: text, frames, pixels and tokens of a sample.
         decoding: how videos are decoded.
-        supervision: rows and readout keys of tagged nouns.
+        supervision: labels, and rows, masks and readout keys of tagged nouns.
 
     Raises:
         ProcessorError: a processor that cannot be used, or options that contradict the processor's.
@@ -200,7 +200,7 @@ class SampleBuilder:
         supervision: Supervision = Supervision(),
     ):
         self.sampling, self.supervision = sampling, supervision
-        self.render = ConversationRenderer(processor, sampling.system_prompt)
+        self.render = ConversationRenderer(processor, sampling.system_prompt, supervision.label_header)
         self.encode = Encoder(processor, sampling)
         self.reader = MediaReader(decoding)
 
@@ -306,7 +306,7 @@ class SampleBuilder:
         masks = {frame: decode_mask(record, tag, frame, info.height, info.width) for frame in frames}
         temporal_patch_size = self.encode.temporal_patch_size if record.kind == "video" else 1
         with _at(f"annotation[{tag}]"):
-            patches = supervised_patches(sample.frames, masks, temporal_patch_size)
+            patches = supervised_patches(sample.frames, masks, temporal_patch_size, self.supervision.supervise)
         if not patches:
             return
         height, width = encoding.patch_grid

@@ -28,12 +28,14 @@ class Conversation:
         text: rendered by the template, the video or image as one placeholder token that is not yet expanded.
         nouns: span of each tagged noun, in the order of the tags.
         answers: span of each assistant turn: its text and the special token that ends the turn.
+        labels: spans that are trained on: the answers, with their headers if these are labelled too.
         media: span of the placeholder token; None in a conversation without video or image.
     """
 
     text: str
     nouns: tuple[Span, ...]
     answers: tuple[Span, ...]
+    labels: tuple[Span, ...]
     media: Span | None
 
 
@@ -58,19 +60,20 @@ class ConversationRenderer:
         processor: a processor with a chat template, `tokenizer`, `image_token` and `video_token`.
         system_prompt: text of the system turn of records that have none of their own, "" for no such turn; None: what
             the chat template puts there.
+        label_header: also train on the header that the template writes before each answer.
 
     Raises:
         ProcessorError: the processor has no chat template or one that cannot be trained with, see `__call__`; one that
-            does not show the system prompt, or whose system turn cannot be left out.
+            does not show the system prompt, or whose system turn cannot be left out; one without header to label.
         OptionError: a special token in the system prompt.
 
     Attributes:
         special_tokens: pattern that finds the special tokens of the tokenizer.
     """
 
-    def __init__(self, processor: Any, system_prompt: str | None = None):
+    def __init__(self, processor: Any, system_prompt: str | None = None, label_header: bool = False):
         self.processor = processor
-        self._system_prompt, self._left_out = system_prompt, ""
+        self._system_prompt, self._left_out, self._header = system_prompt, "", ""
         special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
         special |= {processor.image_token, processor.video_token}
         self.special_tokens = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
@@ -82,6 +85,8 @@ class ConversationRenderer:
             if system_prompt == "":
                 self._left_out = self._default_system_turn()
             text = self(probe).text
+            if label_header:
+                self._header = self._assistant_header()
         except DataError as error:
             raise ProcessorError(f"this processor cannot be used for training: {error.reason}") from error
         if system_prompt and system_prompt not in text:
@@ -134,6 +139,14 @@ class ConversationRenderer:
             )
         return before
 
+    def _assistant_header(self) -> str:
+        """Return the text that the chat template puts before an answer."""
+        question = ["user"], [[_Part("a")]], "text"
+        before, prompt = self._apply(*question), self._apply(*question, add_generation_prompt=True)
+        if not prompt.startswith(before) or prompt == before:
+            raise ProcessorError("label_header is on, but the chat template writes no header before an answer")
+        return prompt[len(before) :]
+
     def _parts(self, turn: Turn, has_media: bool) -> list[_Part]:
         text, nouns = strip_tags(turn.text)
         if special := self.special_tokens.search(text):
@@ -176,7 +189,8 @@ class ConversationRenderer:
         rendered, length = [template[0]], len(template[0])
         nouns: list[Span] = []
         answers: list[Span] = []
-        for (number, part), following in zip(texts, template[2::2], strict=True):
+        labels: list[Span] = []
+        for (number, part), before, following in zip(texts, template[:-1:2], template[2::2], strict=True):
             end = length + len(part.text)
             nouns += [(length + first, length + last) for first, last in part.nouns]
             if roles[number] == "assistant":
@@ -188,7 +202,14 @@ class ConversationRenderer:
                         "the model would never learn to stop",
                         key=f"conversations[{number}]",
                     )
+                if not before.endswith(self._header):
+                    raise DataError(
+                        f"the chat template begins this answer with {before[-30:]!r} instead of the header "
+                        f"{self._header!r}, which label_header would train on",
+                        key=f"conversations[{number}]",
+                    )
                 answers.append((length, end + end_of_turn.end()))
+                labels.append((length - len(self._header), end + end_of_turn.end()))
             rendered += [part.text, following]
             length = end + len(following)
         text = "".join(rendered)
@@ -198,7 +219,7 @@ class ConversationRenderer:
                 "so that nouns and answers cannot be located; change the text or the template",
                 key="conversations",
             )
-        return Conversation(text, tuple(nouns), tuple(answers), self._media_span(text, kind))
+        return Conversation(text, tuple(nouns), tuple(answers), tuple(labels), self._media_span(text, kind))
 
     def _check_beginning(
         self, skeleton: str, roles: Sequence[str], turns: Sequence[Sequence[_Part]], number: int, kind: str

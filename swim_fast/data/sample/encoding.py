@@ -215,8 +215,8 @@ class Encoder:
         replacements = inputs.pop("text_replacement_offsets")[0]
         for key in ("input_ids", "mm_token_type_ids"):
             inputs[key] = inputs[key][0]
-        answers = [_shifted(span, replacements) for span in conversation.answers]
-        inputs["labels"] = label_answers(inputs["input_ids"], offsets, answers)
+        spans = [_shifted(span, replacements) for span in conversation.labels]
+        inputs["labels"] = label_spans(inputs["input_ids"], offsets, spans)
         nouns = tuple(_shifted(span, replacements) for span in conversation.nouns)
         return Encoding(inputs, offsets, nouns, self._patch_grid(inputs))
 
@@ -255,8 +255,8 @@ def seconds_per_patch(frames: Sequence[int], fps: float, temporal_patch_size: in
     return temporal_patch_size * spacing / fps
 
 
-def label_answers(input_ids: Tensor, offsets: Tensor, answers: Sequence[Span]) -> Tensor:
-    """Return labels [L]: the token where it lies wholly inside an answer, elsewhere -100.
+def label_spans(input_ids: Tensor, offsets: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Return labels [L]: the token where it lies wholly inside a span, elsewhere -100.
 
     A token that joins the end of the template's header with the beginning of an answer (two newlines, say) is left out:
     at inference the header is tokenised alone, so the model never has to predict it.
@@ -264,10 +264,10 @@ def label_answers(input_ids: Tensor, offsets: Tensor, answers: Sequence[Span]) -
     Args:
         input_ids: [L] int64.
         offsets: [L, 2] character range of each token.
-        answers: character spans of the assistant's turns, end-of-turn token included.
+        spans: character spans of the answers, end-of-turn token included.
     """
     inside = torch.zeros_like(input_ids, dtype=torch.bool)
-    for start, end in answers:
+    for start, end in spans:
         inside |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 0] < offsets[:, 1])
     return torch.where(inside, input_ids, IGNORED_LABEL)
 

@@ -160,7 +160,10 @@ def choose_frames(num_frames: int, annotated: Iterable[int], max_frames: int) ->
 
 
 def supervised_patches(
-    frames: Sequence[int], masks: Mapping[int, np.ndarray | None], temporal_patch_size: int = 2
+    frames: Sequence[int],
+    masks: Mapping[int, np.ndarray | None],
+    temporal_patch_size: int = 2,
+    supervise: str = "either",
 ) -> dict[int, np.ndarray]:
     """Return the temporal patches in which one object is annotated.
 
@@ -168,6 +171,8 @@ def supervised_patches(
         frames: the chosen frames of the clip, as many as fill whole patches; patch p holds frames
             `p * temporal_patch_size` to `(p + 1) * temporal_patch_size - 1` of this list.
         masks: the object's masks, uint8 [h, w], by frame index; frames that were not chosen are ignored.
+        temporal_patch_size: frames of a patch.
+        supervise: `either` takes the masks of all frames of a patch, `second` those of its last frame alone.
 
     Returns:
         patch index -> union of the object's masks in that patch, in ascending order, only where there is a mask.
@@ -179,8 +184,9 @@ def supervised_patches(
         raise ValueError(f"{len(frames)} frames do not fill patches of {temporal_patch_size}")
     patches = {}
     for patch in range(len(frames) // temporal_patch_size):
-        inside = dict.fromkeys(frames[patch * temporal_patch_size : (patch + 1) * temporal_patch_size])
-        mask = union(masks.get(frame) for frame in inside)
+        inside = frames[patch * temporal_patch_size : (patch + 1) * temporal_patch_size]
+        counted = inside[-1:] if supervise == "second" else dict.fromkeys(inside)
+        mask = union(masks.get(frame) for frame in counted)
         if mask is not None:
             patches[patch] = mask
     return patches

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swim_fast.data.sample.builder import Sample, SampleBuilder
-from swim_fast.data.sample.encoding import label_answers, seconds_per_patch
+from swim_fast.data.sample.encoding import label_spans, seconds_per_patch
 from swim_fast.data.source.errors import DataError
 from swim_fast.options import Sampling
 from tests.data.conftest import box, builder_of, rle
@@ -158,12 +158,24 @@ def test_all_assistant_turns_are_labelled_and_nothing_else(build, video, tokeniz
     assert labelled(sample, tokenizer) == expected
 
 
-def test_label_answers_takes_tokens_wholly_inside():
+def test_headers_are_labelled_if_asked_for(build, video, tokenizer):
+    record = video("Watch", "", "What?", "assistant", "Bye")
+    plain, sample = build(record), build(record, label_header=True)
+    assert labelled(sample, tokenizer) == [
+        "<|im_start|>assistant\n<|im_end|>",
+        "<|im_start|>assistant\nassistant<|im_end|>",
+    ]
+    assert torch.equal(sample.inputs["input_ids"], plain.inputs["input_ids"])
+    added = (sample.inputs["labels"] != plain.inputs["labels"]).sum()
+    assert added == 2 * len(tokenizer("<|im_start|>assistant\n")["input_ids"])
+
+
+def test_label_spans_takes_tokens_wholly_inside():
     """The second token begins in the template's header, the fourth has no characters, the last lies behind."""
     offsets = torch.tensor([[0, 4], [4, 6], [6, 9], [9, 9], [9, 12], [12, 13]])
-    labels = label_answers(torch.arange(10, 16), offsets, [(5, 12)])
+    labels = label_spans(torch.arange(10, 16), offsets, [(5, 12)])
     assert labels.tolist() == [-100, -100, 12, -100, 14, -100]
-    assert label_answers(torch.arange(10, 16), offsets, []).tolist() == [-100] * 6
+    assert label_spans(torch.arange(10, 16), offsets, []).tolist() == [-100] * 6
 
 
 def test_noun_of_several_tokens_gives_several_rows_that_share_masks(build, video, tokenizer):
@@ -185,6 +197,33 @@ def test_mask_of_a_patch_is_the_union_of_its_frames(build, video):
     sample = build(video("A <ins>dog</ins>", "a", objects=objects))
     assert sample.pairs == [(0, 3 * TOKENS, 2, 3, 0)]  # a null mask and one without pixels supervise nothing
     assert np.array_equal(sample.masks[0], mask(0, 0) | mask(40, 60))
+
+
+@pytest.mark.parametrize("softmax", ["causal", "frame"])
+def test_only_the_second_frame_of_a_patch_supervises(build, video, softmax):
+    """Frames 2 and 3, 7, and 8 have masks; the pairs of frames are (2, 3), (6, 7) and (8, 9)."""
+    objects = ({2: rle(mask(0, 0)), 3: rle(mask(20, 20)), 7: rle(mask(40, 60)), 8: rle(mask(0, 60))},)
+    record = video("A <ins>dog</ins>", "a", objects=objects)
+    either = build(record, softmax=softmax)
+    sample = build(record, softmax=softmax, supervise="second")
+    assert [either.patch(pair) for pair in either.pairs] == [1, 3, 4]
+    assert [sample.patch(pair) for pair in sample.pairs] == [1, 3] and sample.frames == either.frames
+    assert np.array_equal(either.masks[0], mask(0, 0) | mask(20, 20))
+    assert len(sample.masks) == 2
+    assert np.array_equal(sample.masks[0], mask(20, 20)) and np.array_equal(sample.masks[1], mask(40, 60))
+    first_alone = build(video("A <ins>dog</ins>", "a", objects=({2: rle(mask())},)), supervise="second")
+    assert (first_alone.rows, first_alone.masks, first_alone.key_sets) == ([], [], [])
+
+
+def test_the_repeated_last_frame_is_the_second_of_its_patch(build, video, make_record, tmp_path):
+    from PIL import Image
+
+    record = video("A <ins>dog</ins>", "a", objects=({2: rle(mask())},), count=3)
+    sample = build(record, supervise="second")
+    assert sample.frames == [0, 1, 2, 2] and sample.pairs == [(0, TOKENS, 2, 3, 0)]
+    Image.new("RGB", (W, H)).save(tmp_path / "a.png")
+    image = make_record("A <ins>dog</ins>", "a", kind="image", media=tmp_path / "a.png", objects=({0: rle(mask())},))
+    assert len(build(image, supervise="second").pairs) == 1
 
 
 def test_noun_without_masks_has_no_rows(build, video):

@@ -138,6 +138,34 @@ def test_a_template_without_default_system_turn_has_none_to_leave_out(processor,
         ConversationRenderer(other, "")
 
 
+def test_headers_of_the_answers_are_labelled_if_asked_for(processor, render, make_record):
+    record = make_record(("system", "assistant"), "assistant?", "assistant", "And?", "", "Bye", **VIDEO)
+    plain, found = render(record), ConversationRenderer(processor, label_header=True)(record)
+    assert plain.labels == plain.answers
+    assert dataclasses.replace(found, labels=plain.labels) == plain
+    assert texts(found, found.labels) == [
+        "<|im_start|>assistant\nassistant<|im_end|>",
+        "<|im_start|>assistant\n<|im_end|>",
+    ]
+    assert [end for _, end in found.labels] == [end for _, end in found.answers]
+
+
+def test_templates_without_a_header_to_label(processor, make_record):
+    other = copy_of(processor)
+    other.chat_template = "{% for m in messages %}{{ m.content[-1].text }}<|im_end|>{% endfor %}"
+    ConversationRenderer(other)
+    with pytest.raises(ProcessorError, match="label_header is on, but the chat template writes no header before an an"):
+        ConversationRenderer(other, label_header=True)
+    ends = "{{ '<|im_start|>%s\n' % ('assistant' if messages|length < 3 else 'helper') if add_generation_prompt }}"
+    role = "{{ 'helper' if loop.index > 2 and m.role == 'assistant' else m.role }}"
+    turn = QWEN.replace("{{ m.role }}", role) + "<|im_end|>\n"
+    other.chat_template = "{% for m in messages %}" + turn + "{% endfor %}" + ends
+    assert len(ConversationRenderer(other)(make_record("a", "b", "c", "d")).answers) == 2
+    render = ConversationRenderer(other, label_header=True)
+    with pytest.raises(DataError, match="begins this answer with .*helper.n' instead of the header '<.im_start.>assis"):
+        render(make_record("a", "b", "c", "d"))
+
+
 def test_a_conversation_that_ends_with_a_question(render, make_record):
     conversation = render(make_record("a", "b", "c"))
     assert texts(conversation, conversation.answers) == ["b<|im_end|>"]

@@ -111,6 +111,17 @@ def test_other_patch_sizes_and_the_repeated_last_frame():
     assert supervised_patches([0, 1], {}) == {}
 
 
+def test_the_second_frame_alone():
+    masks = {10: _mask((0, 0)), 11: _mask((1, 1)), 30: _mask((2, 2)), 40: _mask((0, 1)), 41: None, 50: _mask((1, 3))}
+    patches = supervised_patches([5, 10, 10, 11, 30, 31, 40, 41, 50, 50], masks, supervise="second")
+    assert list(patches) == [0, 1, 4]
+    for patch, frame in ((0, 10), (1, 11), (4, 50)):
+        np.testing.assert_array_equal(patches[patch], masks[frame])
+    assert list(supervised_patches([10, 11], masks, 1, "second")) == [0, 1]
+    different = {0: np.ones((3, 4), np.uint8), 1: np.ones((6, 8), np.uint8)}
+    assert supervised_patches([0, 1], different, supervise="second")[0].shape == (6, 8)  # never joined
+
+
 def test_masks_of_different_sizes_in_one_patch():
     masks = {0: np.ones((3, 4), np.uint8), 1: np.ones((6, 8), np.uint8)}
     with pytest.raises(DataError, match="differ in size"):
