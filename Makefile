@@ -50,7 +50,7 @@ bench-train: $(STAMP)
 
 # Ahead-of-time builds of every kernel configuration and bytes counted in the interpreter: an hour on two cores.
 kernel-report: $(STAMP)
-	PYTHONPATH=kernels $(BIN)/python -m benchmarks.kernels.report
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.kernels $(ARGS)
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -3,50 +3,63 @@
     TRITON_INTERPRET=1 python -m benchmarks.kernels.noun_attention_bytes     # minutes; writes noun_attention_bytes.csv
 
 One layer of 28 query and 4 key heads, head_dim 128, bf16: a video of most of the sequence, read out by a few tokens at
-its end. `kernel_report.py` draws the table.
+its end, under the model's own softmax or under one over each patch.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-CSV = Path(__file__).with_name("noun_attention_bytes.csv")
-FIELDS = ["rows", "length", "phase", "launch", "kernel", "tensor", "access", "issued", "unique", "floor"]
+from benchmarks.kernels.records import TrafficRecord, open_traffic
+
 NUM_HEADS, NUM_KEY_HEADS, HEAD_DIM, BYTES = 28, 4, 128, 2
+PATCHES = 16
 PHASES = ("forward, lse given", "forward, lse computed", "backward", "backward, added")
+CASES = ((4, 16384, "causal"), (16, 16384, "causal"), (4, 16384, "patches"))
 
 
 @dataclass(frozen=True)
 class Floor:
     """The least traffic of each phase: every needed byte once.
 
-    Forward reads the keys that are read out, or, where lse is computed, all of the range; it writes the maps.
-    Backward reads the keys of the range and the maps' gradient and writes ∂k; in the attention's own node, where it is
-    added to the attention's, ∂k is read as well. Query rows and their gradients, R · Hq · D, are left out: they are
-    small.
+    Forward reads the keys that are read out, or, where lse is computed, all of the softmax; it writes the maps.
+    Backward reads the keys of the softmax and the maps' gradient and writes ∂k; in the attention's own node, where it
+    is added to the attention's, ∂k is read as well, as far as the softmax reaches. Query rows and their gradients,
+    R · Hq · D, are left out: they are small.
     """
 
     read_out: int
-    range: int
+    softmax: int
     maps: int
     key: int
+    added: int
 
     def of(self, phase: str) -> int:
         return {
             "forward, lse given": self.read_out + self.maps,
-            "forward, lse computed": self.range + self.maps,
-            "backward": self.range + self.maps + self.key,
-            "backward, added": self.range + self.maps + 2 * self.key,
+            "forward, lse computed": self.softmax + self.maps,
+            "backward": self.softmax + self.maps + self.key,
+            "backward, added": self.softmax + self.maps + 2 * self.added,
         }[phase]
 
 
-def measure(num_rows: int, length: int, *, num_heads: int = NUM_HEADS, num_key_heads: int = NUM_KEY_HEADS):
-    """Traffic of each phase, and the floor."""
+def key_bytes(num_keys: int, num_key_heads: int = NUM_KEY_HEADS) -> int:
+    return num_keys * num_key_heads * HEAD_DIM * BYTES
+
+
+def measure(
+    num_tokens: int,
+    length: int,
+    softmax: str = "causal",
+    *,
+    num_heads: int = NUM_HEADS,
+    num_key_heads: int = NUM_KEY_HEADS,
+):
+    """Return the traffic of each phase, and the floor."""
     import torch
 
     from benchmarks.kernels.byte_counter import count_bytes
@@ -57,19 +70,21 @@ def measure(num_rows: int, length: int, *, num_heads: int = NUM_HEADS, num_key_h
     query = torch.randn(1, num_heads, length, HEAD_DIM, generator=generator).bfloat16()
     key = torch.randn(1, num_key_heads, length, HEAD_DIM, generator=generator).bfloat16()
     query.requires_grad_(), key.requires_grad_()
-    position = length - 1 - 3 * torch.arange(num_rows)
-    columns = torch.arange(16, length - 8 * num_rows)[None]
-    zeros = torch.zeros_like(position)
-    queries = NounQueries(zeros, position, zeros, position + 1, zeros, columns)
+    position = length - 1 - 3 * torch.arange(num_tokens)
+    columns = torch.arange(16, length - 8 * num_tokens)[None]
+    if softmax == "patches":
+        columns = columns[:, : columns.shape[1] // PATCHES * PATCHES].view(PATCHES, -1)
+        position, patch = position.repeat_interleave(PATCHES), torch.arange(PATCHES).repeat(num_tokens)
+        zeros = torch.zeros_like(position)
+        queries = NounQueries(zeros, position, zeros, zeros, patch, columns, over="set")
+    else:
+        zeros = torch.zeros_like(position)
+        queries = NounQueries(zeros, position, zeros, position + 1, zeros, columns)
 
-    a_key = num_key_heads * HEAD_DIM * BYTES
-    floor = Floor(
-        read_out=columns.shape[1] * a_key,
-        range=length * a_key,
-        maps=num_rows * columns.shape[1] * 4,
-        key=length * a_key,
-    )
-    lse = torch.full((num_rows, num_heads), 16.0)
+    read_out, all_keys = (key_bytes(count, num_key_heads) for count in (columns.numel(), length))
+    reached = read_out if softmax == "patches" else all_keys
+    floor = Floor(read_out, reached, len(queries) * columns.shape[1] * 4, key=all_keys, added=reached)
+    lse = torch.full((len(queries), num_heads), 16.0)
     traffic = {}
     with torch.no_grad(), count_bytes() as traffic["forward, lse computed"]:
         noun_attention(query, key, queries, backend="triton")
@@ -84,36 +99,26 @@ def measure(num_rows: int, length: int, *, num_heads: int = NUM_HEADS, num_key_h
     return traffic, floor
 
 
-def main() -> None:
-    with CSV.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FIELDS)
-        for num_rows, length in ((4, 16384), (16, 16384)):
-            start = time.perf_counter()
-            traffic, floor = measure(num_rows, length)
-            for phase in PHASES:
-                for row in traffic[phase].rows():
-                    if row.kernel.startswith("torch.") and not phase.startswith("backward"):
-                        continue  # the plan, made once per batch, and checks of the arguments
-                    writer.writerow(
-                        [
-                            num_rows,
-                            length,
-                            phase,
-                            row.launch,
-                            row.kernel,
-                            row.tensor,
-                            row.access,
-                            row.issued,
-                            row.unique,
-                        ]
-                        + [floor.of(phase)]
-                    )
-            file.flush()
-            print(f"{num_rows} rows, {length} keys: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+def main(folder: Path) -> None:
+    file = open_traffic(folder)
+    for num_tokens, length, softmax in CASES:
+        start = time.perf_counter()
+        traffic, floor = measure(num_tokens, length, softmax)
+        rows = num_tokens * (PATCHES if softmax == "patches" else 1)
+        file.put(
+            *(
+                TrafficRecord(rows, length, softmax, phase, row.launch, row.kernel, row.tensor, row.access, row.issued,
+                              row.unique, floor.of(phase))
+                for phase in PHASES
+                for row in traffic[phase].rows()
+                # of torch only what backward does: the plan is made once per batch
+                if not row.kernel.startswith("torch.") or phase.startswith("backward")
+            )
+        )  # fmt: skip
+        print(f"{rows} rows, {length} keys, {softmax}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET") != "1":
         sys.exit("set TRITON_INTERPRET=1: bytes are counted in the interpreter")
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

@@ -1,24 +1,18 @@
-"""Tables and targets of the benchmark of training, drawn from its CSV.
-
-python -m benchmarks.training.report     # draws training.md again from training.csv
-"""
+"""Tables and targets of the benchmark of training, drawn from its CSV."""
 
 from __future__ import annotations
 
-import csv
-import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from benchmarks.core import read_cpu_model
+from benchmarks.core import RecordFile, Target, describe_machine, markdown_table, targets_table
 from benchmarks.training.input import BATCH, PACK_TOKENS, RANKS, WORKERS, Collation, Loading, Padding
 from benchmarks.training.steps import DTYPES, Steps
 
 HERE = Path(__file__).parent
-NAME = "training"
+CSV, REPORT = "training.csv", "training.md"
 OVERHEAD, ROOM, SHARE, COLLATION = 0.03, 1.05, 0.8, 0.010  # the targets
 
 
@@ -40,21 +34,18 @@ class Record:
     torch: str
     python: str
 
-    @classmethod
-    def parse(cls, row: dict[str, str]) -> Record:
-        """From a row of the file."""
-        kinds = {"float": float, "int": int, "str": str}
-        return cls(**{field.name: kinds[field.type](row[field.name]) for field in fields(cls)})
+
+def open_records(folder: Path) -> RecordFile[Record]:
+    return RecordFile(folder / CSV, Record, "part", "case", "measure")
 
 
-def record(part: str, case: str, measure: str, values: Sequence[float], unit: str, about: str, threads: int = 0):
-    """A record of all rounds' values, measured here."""
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    where = {"cpu": read_cpu_model(), "torch": torch.__version__, "python": platform.python_version()}
-    where["threads"] = threads or torch.get_num_threads()
-    return Record(part, case, measure, median, unit, ordered[0], ordered[-1], len(ordered), about, **where)
+def record(
+    part: str, case: str, measure: str, values: Sequence[float], unit: str, about: str, threads: int | None = None
+) -> Record:
+    """Return the record of all rounds' values, measured here."""
+    where = describe_machine() | ({"threads": threads} if threads else {})
+    spread = {"value": statistics.median(values), "lowest": min(values), "highest": max(values), "rounds": len(values)}
+    return Record(part=part, case=case, measure=measure, unit=unit, about=about, **spread, **where)
 
 
 def step_records(size: str, steps: Steps) -> list[Record]:
@@ -96,32 +87,17 @@ def collation_records(collation: Collation) -> list[Record]:
     return [record("collation", "one sample", text, values[key], "s", about) for key, text in measures.items()]
 
 
-def write(records: Sequence[Record], folder: Path) -> None:
-    """Puts records into the CSV, in the place of those of the same part, case and measure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{NAME}.csv"
-    kept = {(r.part, r.case, r.measure): r for r in (*(read(path) if path.exists() else ()), *records)}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Record)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(found) for found in kept.values())
-
-
-def read(path: Path) -> list[Record]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Record.parse(row) for row in csv.DictReader(file)]
-
-
-def draw(folder: Path) -> None:
-    """The report from the CSV."""
-    text = draw_text(read(folder / f"{NAME}.csv"))
-    (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
+def draw(folder: Path) -> str:
+    """Write the report from the CSV; return it."""
+    text = draw_text(open_records(folder).records.values())
+    (folder / REPORT).write_text(text, encoding="utf-8")
+    return text
 
 
 class Figures:
     """Records by part, case and measure."""
 
-    def __init__(self, records: Sequence[Record]):
+    def __init__(self, records: Iterable[Record]):
         self._records = {(r.part, r.case, r.measure): r for r in records}
 
     def cases(self, part: str) -> list[str]:
@@ -134,49 +110,29 @@ class Figures:
         return [r for (p, *_), r in self._records.items() if p == part]
 
 
-@dataclass(frozen=True)
-class Target:
-    """A figure, and what it should be at most (or at least)."""
-
-    what: str
-    value: float
-    wanted: float
-    form: str = "{:.2f}"
-    least: bool = False
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.wanted if self.least else self.value <= self.wanted
-
-    def row(self) -> str:
-        wanted = f"{'at least' if self.least else 'at most'} {self.form.format(self.wanted)}"
-        met = "met" if self.met else "**not met**"
-        return f"| {self.what} | {wanted} | {self.form.format(self.value)} | {met} |"
-
-
 def overhead(figures: Figures, case: str) -> float:
-    """Of the attention loss, of the step without it."""
+    """Return the time that the attention loss adds, of the step without it."""
     with_loss, without = (figures.get("step", case, name).value for name in ("with the attention loss", "without"))
     return with_loss / without - 1
 
 
-def targets(figures: Figures) -> list[Target]:
-    """Those whose figures are there."""
+def compute_targets(figures: Figures) -> list[Target]:
+    """Return the targets whose figures are there."""
     found = []
     for case in figures.cases("step"):
-        found.append(Target(f"attention loss, of a step: {case}", overhead(figures, case), OVERHEAD, "{:.1%}"))
+        found.append(Target(f"attention loss, of a step: {case}", overhead(figures, case), OVERHEAD, "{:.1%}".format))
     for case in figures.cases("padding"):
         if case != "padded":
             value = figures.get("padding", case, "places per token").value
-            found.append(Target(f"places per token: {case}", value, ROOM))
+            found.append(Target(f"places per token: {case}", value, ROOM, "{:.2f}".format))
     for case in figures.cases("loading"):
         rates = (figures.get("loading", case, name).value for name in ("everything", "decoding alone"))
         share = next(rates) / next(rates)
-        found.append(Target(f"loader, of decoding alone: {case}", share, SHARE, least=True))
+        found.append(Target(f"loader, of decoding alone: {case}", share, SHARE, "{:.2f}".format, at_least=True))
     for found_record in figures.all("collation"):
         if found_record.measure.startswith("collation"):
-            value = 1e3 * found_record.value
-            found.append(Target(f"{found_record.measure}: {found_record.about}", value, 1e3 * COLLATION, "{:.1f} ms"))
+            name = f"{found_record.measure}: {found_record.about}"
+            found.append(Target(name, 1e3 * found_record.value, 1e3 * COLLATION, "{:.1f} ms".format))
     return found
 
 
@@ -200,38 +156,33 @@ Written by `make bench-train`, on a CPU; no figure here is one of a GPU.
 Figures are medians; the CSV has the extremes."""
 
 
-def draw_text(records: Sequence[Record]) -> str:
+def draw_text(records: Iterable[Record]) -> str:
+    records = list(records)
     figures = Figures(records)
     kinds = sorted({(r.cpu, r.torch, r.python) for r in records})
     lines = [_INTRODUCTION, "", *("{}; torch {}, Python {}.".format(*kind) for kind in kinds)]
-    lines += ["", "## Targets of this project", "", "| | wanted | measured | |", "|---|---|---:|---|"]
-    lines += [target.row() for target in targets(figures)]
+    lines += ["", "## Targets of this project", "", *targets_table(compute_targets(figures))]
     if figures.cases("step"):
-        lines += _steps(figures)
+        lines += ["", "## Step", "", *_steps(figures)]
     for part, title in (("padding", "Padding"), ("loading", "Loading"), ("collation", "Collation")):
         if figures.cases(part):
-            lines += ["", f"## {title}", "", "| | | | |", "|---|---|---:|---|"]
-            lines += [f"| {r.case} | {r.measure} | {_value(r)} | {r.about} |" for r in figures.all(part)]
+            rows = [(r.case, r.measure, _value(r), r.about) for r in figures.all(part)]
+            lines += ["", f"## {title}", "", *markdown_table([""] * 4, "llrl", rows)]
     return "\n".join([*lines, ""])
 
 
 def _steps(figures: Figures) -> list[str]:
-    lines = ["", "## Step", "", "| model | with | without | more | lowest to highest with | without | threads | |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---|")
+    rows = []
     for case in figures.cases("step"):
         a, b = (figures.get("step", case, name) for name in ("with the attention loss", "without"))
-        spans = " | ".join(f"{r.lowest:.2f} to {r.highest:.2f} s" for r in (a, b))
-        about = f"{a.about}; {a.rounds} rounds"
-        more = f"{overhead(figures, case):.1%}"
-        lines.append(f"| {case} | {a.value:.3f} s | {b.value:.3f} s | {more} | {spans} | {a.threads} | {about} |")
-    return lines
+        values = (f"{a.value:.3f} s", f"{b.value:.3f} s", f"{overhead(figures, case):.1%}")
+        spans = (f"{r.lowest:.2f} to {r.highest:.2f} s" for r in (a, b))
+        rows.append((case, *values, *spans, a.threads, f"{a.about}; {a.rounds} rounds"))
+    header = ("model", "with", "without", "more", "lowest to highest with", "without", "threads", "")
+    return markdown_table(header, "lrrrrrrl", rows)
 
 
 def _value(found: Record) -> str:
     if found.unit == "s":
         return f"{1e3 * found.value:,.1f} ms"
     return f"{found.value:.3f} {found.unit}".rstrip()
-
-
-if __name__ == "__main__":
-    draw(HERE)

@@ -116,21 +116,21 @@ STEPS = training_steps.Steps([1.03, 1.04, 9.0], [1.0, 1.0, 1.1], 4136, 8, 1, 900
 
 
 def test_report(tmp_path):
-    training_report.write(training_report.step_records("tiny", STEPS), tmp_path)
+    file = training_report.open_records(tmp_path)
+    file.put(*training_report.step_records("tiny", STEPS))
     slow = dataclasses.replace(STEPS, with_loss=[1.01, 1.01, 1.02])
-    training_report.write(training_report.step_records("tiny", slow), tmp_path)  # in their place
+    file.put(*training_report.step_records("tiny", slow))  # in their place
     padding = training_input.Padding(10, 40, 400, 1.9, 1.0, 1.06, 4, 3)
     loading = training_input.Loading("720p", 12, 384, [4.0], [3.0])
     collation = training_input.Collation(17_960, 16, [1.9], [2.2], [0.0008], [0.02])
-    training_report.write(training_report.padding_records(padding), tmp_path)
-    training_report.write(training_report.loading_records(loading), tmp_path)
-    training_report.write(training_report.collation_records(collation), tmp_path)
+    file.put(*training_report.padding_records(padding), *training_report.loading_records(loading))
+    file.put(*training_report.collation_records(collation))
     training_report.draw(tmp_path)
-    records = training_report.read(tmp_path / "training.csv")
+    records = training_report.open_records(tmp_path).records.values()
     assert len(records) == 2 + 3 + 2 + 4
     found = {
-        target.what.split(":")[0]: (round(target.value, 3), target.met)
-        for target in training_report.targets(Figures(records))
+        target.name.split(":")[0]: (round(target.value, 3), target.met)
+        for target in training_report.compute_targets(Figures(records))
     }
     assert found == {
         "attention loss, of a step": (0.01, True),
@@ -152,7 +152,7 @@ def test_median_and_extremes():
 def test_parts_are_chosen(tmp_path, monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(training, "measure", lambda parts, folder, output: measured.append(parts))
-    monkeypatch.setattr(training_report, "draw", lambda output: (output / "training.md").write_text("report"))
+    monkeypatch.setattr(training_report, "draw", lambda output: "report")
     for words, parts in ((["padding"], ["padding"]), ([], list(training.PARTS))):
         monkeypatch.setattr("sys.argv", ["training", *words, "--output", str(tmp_path)])
         training.main()

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.kernels.configurations import ARCHITECTURES, all_configurations
 from benchmarks.kernels.fixed_builds import fixed_builds
-from benchmarks.kernels.report import build_all
+from benchmarks.kernels.records import build_all
 
 EVERYTHING = list(all_configurations())
 # 28 query and 4 key heads of 128 in bf16: groups of 7, filled up to 8. And, of all others, some.
