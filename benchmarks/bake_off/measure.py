@@ -132,6 +132,7 @@ def run(choice: Choice, folder: Path, seed: int, steps: int) -> Record:
         "training.seed": seed,
         "training.report_to": "none",
         "training.disable_tqdm": "true",
+        "training.dataloader_persistent_workers": "true",
     }
     metrics = train(load_config("demo", [f"{key}={value}" for key, value in values.items()]))
     words = ["evaluate", "grounding", output, heldout, "--out", output / "out", "--layers", "supervised"]
