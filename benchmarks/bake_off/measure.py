@@ -104,6 +104,8 @@ def prepare(folder: Path, seed: int, clips: int) -> None:
     from swim_fast.demo.texts import all_texts
     from swim_fast.demo.tiny_model import build_checkpoint
 
+    if (folder / "start").is_dir():  # by a run that was ended
+        return
     write_demo_data(folder / "data", seed=seed, train_clips=clips, heldout_clips=HELDOUT_CLIPS, progress=False)
     build_checkpoint(str(folder / "start"), all_texts(), seed=seed)
 
