@@ -15,6 +15,7 @@ from tests.training.conftest import TEXTS, record, square_clip, text_record, wri
 CONFIGS = Path(__file__).parents[2] / "configs"
 GPUS = {  # how many, and GiB of each
     "qwen2_5_vl_7b_8xh100": (8, 80),
+    "qwen2_5_vl_7b_8xa100": (8, 40),
     "released_code": (8, 80),
     "long_video": (8, 80),
     "lora_24gb": (1, 24),
@@ -79,6 +80,7 @@ def test_number_of_parameters_of_the_parts(folder, data, tmp_path, monkeypatch):
     [
         ("long_video", "training.gradient_checkpointing=false"),
         ("qwen2_5_vl_7b_8xh100", "training.deepspeed=null"),
+        ("qwen2_5_vl_7b_8xa100", "training.gradient_checkpointing=false"),
         ("lora_24gb", "model.lora={rank: 16}"),
     ],
 )
@@ -92,10 +94,20 @@ def test_recipe_without_what_it_states_does_not_fit(name, override, folder, data
 
 
 def test_released_code_is_as_released():
-    loss = load_config(CONFIGS / "released_code.yaml").attention_loss
+    config = load_config(CONFIGS / "released_code.yaml")
+    loss = config.attention_loss
     assert (loss.prediction, loss.query_position, loss.softmax) == ("released", "predictor", "full")
     assert (loss.text_weight, loss.mask_weight, loss.fusion, loss.criterion) == (0.05, 1.0, "product", "bce")
-    assert (loss.resolution, loss.layers) == ("mask", None)
+    assert (loss.resolution, loss.layers, loss.supervise) == ("mask", None, "second")
+    assert (config.data.seconds_per_patch, config.data.label_header) == ("one", True)
+
+
+def test_the_recipes_of_the_paper_take_its_equations():
+    for name in ("qwen2_5_vl_7b_8xh100", "qwen2_5_vl_7b_8xa100"):
+        config = load_config(CONFIGS / f"{name}.yaml")
+        assert config.attention_loss == AttentionLoss() and config.model.position_ids == "pretraining"
+        assert [source.limit for source in config.data.train] == [125_000, 100_000, 10_000]
+        assert config.training["gradient_accumulation_steps"] == 4
 
 
 @pytest.mark.parametrize("name", GPUS)
