@@ -1,4 +1,4 @@
-"""What a piece of code allocates and what autograd keeps of it, exactly, on the CPU.
+"""Memory that a piece of code allocates and that autograd keeps of it, exactly, on the CPU.
 
 Allocated bytes are those that torch's CPU allocator reports to its profiler: every allocation and every release, those
 inside an operator as well. Memory that was there before is not counted, nor its release. Saved tensors are those that
@@ -33,7 +33,7 @@ class Allocations:
     held: dict[str, int]
 
     def mark(self, name: str) -> None:
-        """Notes the bytes held now, under `held[name]`."""
+        """Note the bytes held now, under `held[name]`."""
         with record_function(_MARK + name):
             pass
 
@@ -65,7 +65,7 @@ def _flat(events: Iterable[_ProfilerEvent]) -> Iterator[_ProfilerEvent]:
 
 @contextmanager
 def count_allocations() -> Iterator[Allocations]:
-    """Counts what the block allocates. Slows it down: not for timing."""
+    """Count what the block allocates. Slows it down: not for timing."""
     counted = Allocations()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         yield counted
@@ -94,14 +94,14 @@ class SavedTensors:
         return sum(size for storage, (size, _) in self._saved.items() if not storage.expired())
 
     def shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Of the tensors still held, those of the largest storages first."""
+        """Return the tensors still held, those of the largest storages first."""
         held = [(size, views) for storage, (size, views) in self._saved.items() if not storage.expired()]
         return [view for _, views in sorted(held, key=lambda item: -item[0]) for view in sorted(views, key=str)]
 
 
 @contextmanager
 def watch_saved(given: Iterable[Tensor] = ()) -> Iterator[SavedTensors]:
-    """Watches what autograd saves in the block. What a node keeps past `save_for_backward` is not seen: compare with
+    """Watch what autograd saves in the block. What a node keeps past `save_for_backward` is not seen: compare with
     the bytes held according to `count_allocations`."""
     saved = SavedTensors(given)
 

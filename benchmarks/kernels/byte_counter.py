@@ -36,7 +36,7 @@ class Row:
 
 
 class Traffic:
-    """What was moved, launch by launch."""
+    """Bytes moved, launch by launch."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []

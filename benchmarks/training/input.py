@@ -1,4 +1,4 @@
-"""What feeds the model: padding with and without packing, samples per second of the loader, time of collation."""
+"""Input of the model: padding with and without packing, samples per second of the loader, time of collation."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Loading:
     decoding: list[float]
 
     def share(self) -> float:
-        """Of the speed of decoding alone."""
+        """Share of the speed of decoding alone."""
         return statistics.median(self.decoding) / statistics.median(self.everything)
 
 

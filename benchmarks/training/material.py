@@ -73,7 +73,7 @@ def _record(question: str, sentences: int) -> dict:
 
 
 def _write_clip(path: Path, clip: Clip, seed: int) -> dict:
-    """Writes a clip; its annotation, frame number -> segmentation."""
+    """Write a clip; return its annotation, frame number -> segmentation."""
     from pycocotools import mask as coco
 
     random = np.random.default_rng(seed)

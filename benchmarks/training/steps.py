@@ -70,12 +70,12 @@ def prepare(folder: Path, size: str, frames: int = FRAMES, side: int = SIDE) -> 
 
 
 def steps_of(number: int) -> bool:
-    """Whether step `number` is one with the attention loss; the first ones, which warm up, are of both kinds."""
+    """Return True for a step with the attention loss; the first ones, which warm up, are of both kinds."""
     return ORDER[number % len(ORDER)]
 
 
 class _Alternate(TrainerCallback):
-    """Chooses the loss of every step, and keeps its time."""
+    """Choose the loss of every step, and keeps its time."""
 
     def __init__(self, loss: AttentionLoss):
         self.trainer = None
@@ -119,7 +119,7 @@ def measure(config: RunConfig, rounds: int) -> Steps:
 
 
 def assert_same_losses(trainer, batch) -> None:
-    """That both kinds of step have the same text loss, and that the mask loss is the eager reference's.
+    """Assert that both kinds of step have the same text loss, and that the mask loss is the eager reference's.
 
     Raises:
         AssertionError: naming the loss.

@@ -187,7 +187,7 @@ class _RowGroup:
     members: Tensor | None = None  # [n, L] keys of the softmax, where that is over a key set with gaps
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Of a tensor [R, …] the part [n, …] of these rows."""
+        """Return the part [n, …] of these rows of a tensor [R, …]."""
         return tensor if self.index is None else tensor.index_select(0, self.index)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
@@ -350,7 +350,7 @@ def _log_sum_exp(
 
 
 def _columns(queries: NounQueries, rows: _RowGroup) -> tuple[Tensor, Tensor]:
-    """Of the rows' columns [n, N]: the key within the group's range, int64, and True where there is none.
+    """Return of the rows' columns [n, N] the key within the group's range, int64, and True where there is none.
 
     Such a column points somewhere, but not everywhere in the same place: equal indices are added one after the other.
     """

@@ -77,7 +77,7 @@ class NounQueries:
 
     @cached_property
     def ranges(self) -> str:
-        """What all softmax ranges have in common: "prefix", the row's own token and all before it; "causal", they end
+        """Kind of all softmax ranges: "prefix", the row's own token and all before it; "causal", they end
         at the row's own token; "any", of key sets too.
 
         Looks at the values, once; on an accelerator it waits for the device, unless the rows came there by `to`.
@@ -87,15 +87,15 @@ class NounQueries:
         return "causal" if bool(self.key_start.any()) else "prefix"
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NounQueries:
-        """The same rows on another device. From the CPU, the answer of `ranges` comes along."""
+        """Return the same rows on another device. From the CPU, the answer of `ranges` comes along."""
         return self._like(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()))
 
     def pin_memory(self) -> NounQueries:
-        """The same rows in page-locked memory; `torch.utils.data.DataLoader(pin_memory=True)` calls this."""
+        """Return the same rows in page-locked memory; `torch.utils.data.DataLoader(pin_memory=True)` calls this."""
         return self._like(*(tensor.pin_memory() for tensor in self.tensors()))
 
     def within_window(self, window: int) -> NounQueries:
-        """The same rows, each with its own token and at most `window` − 1 keys before it; `ranges` stays.
+        """Return the same rows, each with its own token and at most `window` − 1 keys before it; `ranges` stays.
 
         Remembered, since the layers of a model share it and backends remember what they prepared for an object. A
         softmax over a key set is not the model's own and stays.
@@ -109,7 +109,7 @@ class NounQueries:
         return self._narrowed[window]
 
     def within_key_sets(self) -> NounQueries:
-        """The same rows, their ranges cut to the span of the keys on which they are read out; remembered.
+        """Return the same rows, their ranges cut to the span of the keys on which they are read out; remembered.
 
         No softmax any more: for what concerns these keys only, given lse. A row without a key gets an empty range.
         """
@@ -121,21 +121,21 @@ class NounQueries:
         return self._narrowed["key sets"]
 
     def reach(self) -> tuple[Tensor, Tensor]:
-        """First and end key of the softmax of each row, [R] each: its range, or the span of its key set."""
+        """Return first and end key of the softmax of each row, [R] each: its range, or the span of its key set."""
         if self.over == "range" or not len(self):
             return self.key_start, self.key_end
         first, end = (bound[self.key_set] for bound in self._spans)
         return torch.minimum(first, end), end
 
     def members(self, length: int) -> Tensor:
-        """Which of `length` keys are in the key set of each row: bool [R, L]."""
+        """Return True for those of `length` keys that are in the key set of a row: bool [R, L]."""
         keys = self.key_sets.index_select(0, self.key_set).long()
         found = torch.zeros(len(self), length + 1, dtype=torch.bool, device=self.device)
         return found.scatter_(1, torch.where(keys < 0, length, keys), True)[:, :length]
 
     @cached_property
     def has_gaps(self) -> bool:
-        """Some key set is no block of neighbouring keys. Looks at the values, once."""
+        """True if some key set is no block of neighbouring keys. Looks at the values, once."""
         if not self.key_sets.numel():
             return False
         keys = self.key_sets.sort(dim=1).values
@@ -163,11 +163,11 @@ class NounQueries:
         return moved
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The six tensors in the order of the constructor."""
+        """Return the six tensors in the order of the constructor."""
         return tuple(tensor for _, tensor in self._named())
 
     def check(self, batch: int, length: int) -> None:
-        """Refuses values that do not fit B = `batch` sequences of L = `length` tokens.
+        """Refuse values that do not fit B = `batch` sequences of L = `length` tokens.
 
         Reads the values, so on an accelerator it waits for the device: call it on the CPU, before the tensors move.
         `noun_attention` calls it for tensors on the CPU only.

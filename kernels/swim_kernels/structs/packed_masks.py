@@ -50,7 +50,7 @@ class PackedMasks(Sequence[Tensor]):
 
     @classmethod
     def pack(cls, masks: Sequence[Tensor]) -> PackedMasks:
-        """Packs uint8 or bool masks [H, W] of one device, any strides; a pixel that is not zero is set.
+        """Pack uint8 or bool masks [H, W] of one device, any strides; a pixel that is not zero is set.
 
         No mask gives an empty sequence on the CPU. Nothing is read back from a device.
 
@@ -85,7 +85,7 @@ class PackedMasks(Sequence[Tensor]):
         return self.rows(number, 0, self.sizes[number][0])
 
     def rows(self, number: int, first: int, end: int) -> Tensor:
-        """The rows [first, end) of a mask: bool [end - first, W]."""
+        """Return the rows [first, end) of a mask: bool [end - first, W]."""
         width = self.sizes[number][1]
         stride = bytes_of_row(width)
         start = self._first_bytes[number]
@@ -99,7 +99,7 @@ class PackedMasks(Sequence[Tensor]):
         return (packed >> bit & 1).flatten(1)[:, :width].bool()
 
     def unpack(self, numbers: Sequence[int]) -> Tensor:
-        """Some masks of one size, at least one: bool [len(numbers), H, W].
+        """Return some masks of one size, at least one: bool [len(numbers), H, W].
 
         Raises:
             ValueError: none, or of different sizes.
@@ -119,12 +119,12 @@ class PackedMasks(Sequence[Tensor]):
         return self.bits.numel() + self.table.numel() * self.table.element_size()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedMasks:
-        """The same masks on another device."""
+        """Return the same masks on another device."""
         bits, table = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.bits, self.table))
         return PackedMasks(bits, table, self.sizes)
 
     def pin_memory(self) -> PackedMasks:
-        """The same masks in page-locked memory; `torch.utils.data.DataLoader(pin_memory=True)` calls this."""
+        """Return the same masks in page-locked memory; `torch.utils.data.DataLoader(pin_memory=True)` calls this."""
         return PackedMasks(self.bits.pin_memory(), self.table.pin_memory(), self.sizes)
 
     @cached_property
@@ -137,7 +137,7 @@ def bytes_of_row(width: int) -> int:
 
 
 def _first_bytes(sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """K + 1 byte offsets: of each mask, and the end."""
+    """Return K + 1 byte offsets: of each mask, and the end."""
     return [0, *accumulate(height * bytes_of_row(width) for height, width in sizes)]
 
 
@@ -147,7 +147,7 @@ def _table(sizes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _pack(mask: Tensor) -> Tensor:
-    """uint8 or bool [H, W] -> uint8 [H, bytes]"""
+    """Return uint8 [H, bytes] of uint8 or bool [H, W]."""
     if mask.device.type != "cpu":
         return _pack_on_device(mask)
     import numpy  # which torch can do without

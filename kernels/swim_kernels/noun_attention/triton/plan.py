@@ -1,4 +1,4 @@
-"""What the Triton kernels of noun attention need to know about a batch, prepared once for all of its layers.
+"""Tables of a batch for the Triton kernels of noun attention, made once for all of its layers.
 
 Made by tensor operations on the device, in sizes that follow from shapes: nothing is read back.
 """
