@@ -248,6 +248,7 @@ def test_model_liger_switches_it(stock, tmp_path, monkeypatch, use_liger):
     asked = []
     monkeypatch.setattr(liger, "get_refusal", asked.append)  # answers None: it can be used
     monkeypatch.setattr("swim_fast.inference.loading.load_processor", lambda path: None)
+    monkeypatch.setattr("swim_fast.training.run.build_sample_builder", lambda config, processor: None)
     stock.save_pretrained(tmp_path / "model")
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {{path: {tmp_path / 'model'}, liger: {str(use_liger).lower()}}}\ndata: {{}}\n")
