@@ -52,7 +52,7 @@ def step_records(size: str, steps: Steps) -> list[Record]:
     ranks = f"{steps.ranks} rank{'s' * (steps.ranks > 1)}"
     case = f"{size}, {ranks}"
     about = (
-        f"{steps.parameters / 1e6:.1f} M parameters, {DTYPES[size]}, {steps.tokens:,} tokens and {steps.rows} noun "
+        f"{steps.parameters / 1e6:.1f} M parameters, {DTYPES[size]}, {steps.tokens:,} tokens and {steps.nouns} noun "
         f"tokens a rank, {steps.pairs} pairs"
     )
     return [

@@ -37,7 +37,7 @@ class Steps:
     without: list[float]
     tokens: int
     pairs: int
-    rows: int
+    nouns: int  # tokens
     parameters: int
     ranks: int
     threads: int
@@ -75,7 +75,7 @@ def steps_of(number: int) -> bool:
 
 
 class _Alternate(TrainerCallback):
-    """Choose the loss of every step, and keeps its time."""
+    """Choose the loss of every step, and keep its time."""
 
     def __init__(self, loss: AttentionLoss):
         self.trainer = None
@@ -103,7 +103,7 @@ def measure(config: RunConfig, rounds: int) -> Steps:
     alternate.trainer = trainer
     trainer.add_callback(alternate)
     trainer.train()
-    times = {True: [], False: []}
+    times, queries = {True: [], False: []}, batch["noun_queries"]
     for number, seconds in enumerate(alternate.seconds[WARM_UP:], WARM_UP):
         times[steps_of(number)].append(seconds)
     return Steps(
@@ -111,7 +111,7 @@ def measure(config: RunConfig, rounds: int) -> Steps:
         times[False],
         tokens=batch["input_ids"].numel(),
         pairs=len(batch["mask_targets"]),
-        rows=len(batch["noun_queries"]),
+        nouns=len(set(zip(queries.sequence.tolist(), queries.position.tolist(), strict=True))),
         parameters=parameters,
         ranks=trainer.args.world_size,
         threads=torch.get_num_threads(),

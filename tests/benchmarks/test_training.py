@@ -39,7 +39,7 @@ def trainer(folder):
 def test_steps_alternate_and_know_what_they_worked_on(folder):
     steps = training_steps.run(folder, "tiny", 2, 2, *SMALL)
     assert len(steps.with_loss) == len(steps.without) == 2 and min(steps.with_loss + steps.without) > 0
-    assert steps.ranks == 2 and steps.rows >= 3 and steps.pairs == 2 * steps.rows  # frames 0 and 4 of eight
+    assert steps.ranks == 2 and steps.nouns >= 3 and steps.pairs == 2 * steps.nouns  # frames 0 and 4 of eight
     assert steps.tokens > 4 * 16
 
 
