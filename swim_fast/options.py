@@ -220,6 +220,11 @@ class NounRows(Options):
     """Frames of a temporal patch whose masks supervise it: `either`, with the union of both, or the `second` alone, as
     in the released code."""
 
+    @property
+    def over(self) -> str:
+        """What the softmax of the rows is over, as `NounQueries.over`."""
+        return "set" if self.softmax in ("frame", "visual") else "range"
+
 
 class Supervision(NounRows, Labels):
     """Labels, and rows and columns of attention, that a sample asks for."""
@@ -277,6 +282,11 @@ class AttentionLoss(Maps):
         if self.text_weight == self.mask_weight == 0:
             raise mistake("text_weight", "and {mask_weight} are both 0: nothing would be trained")
         return self
+
+    @property
+    def shown_fusion(self) -> str:
+        """How layers become one map in pictures and evaluation, where `none` gives no map to show."""
+        return "product" if self.fusion == "none" else self.fusion
 
     @property
     def supervision(self) -> Supervision:

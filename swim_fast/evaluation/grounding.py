@@ -85,7 +85,7 @@ def _choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str
     """Return fusion and the options of `NounRows`: as given, else as in training, else the defaults."""
     loss = (trained and trained.attention_loss) or AttentionLoss()
     how = {name: getattr(loss, name) for name in ("fusion", *NounRows.model_fields)}
-    how["fusion"] = "product" if loss.fusion == "none" else loss.fusion
+    how["fusion"] = loss.shown_fusion
     return how | {name: value for name, value in options.given().items() if name in how}
 
 

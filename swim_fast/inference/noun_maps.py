@@ -53,8 +53,7 @@ def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss)
         key_sets, row, start = [visual], row // num_patches, row % num_patches * cells
         ends = [len(encoding) if loss.softmax == "full" else position + 1 for position in positions]
         rows = [Row(position, 0, end, 0) for position, end in zip(positions, ends, strict=True)]
-    over = "set" if loss.softmax in ("frame", "visual") else "range"
-    batch = Collator(processor)([Sample("", encoding.inputs, rows=rows, key_sets=key_sets, over=over)])
+    batch = Collator(processor)([Sample("", encoding.inputs, rows=rows, key_sets=key_sets, over=loss.over)])
     inputs, queries = model_inputs(batch, model.device), batch["noun_queries"].to(model.device)
     attach_noun_attention(model, loss.layers)
     logger.info("attention of layers %s", ", ".join(map(str, get_attached_layers(model))))
@@ -63,7 +62,6 @@ def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss)
     finally:
         detach_noun_attention(model)
     pairs = GridPairs.from_rows(row, start, [(height, width)] * len(row), torch.zeros_like(row))
-    fusion = "product" if loss.fusion == "none" else loss.fusion
-    p = grid_prediction(maps, pairs.to(maps[0].device), fusion=fusion, prediction="min_max")
+    p = grid_prediction(maps, pairs.to(maps[0].device), fusion=loss.shown_fusion, prediction="min_max")
     by_row = p.view(num_rows, num_patches, height, width).cpu()
     return torch.stack([part.mean(0) for part in by_row.split([len(noun) for noun in tokens])]).numpy()

@@ -1,4 +1,4 @@
-"""Grid prediction: from attention maps of several layers to the min-max normalised prediction of each pair's frame."""
+"""Grid prediction: from attention maps of several layers to the prediction of each pair's patch."""
 
 from swim_kernels.grid_prediction.api import grid_prediction
 from swim_kernels.grid_prediction.reference import FUSIONS, floor_of, log_fused

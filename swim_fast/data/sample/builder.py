@@ -312,12 +312,10 @@ class SampleBuilder:
         height, width = encoding.patch_grid
         first_mask = len(sample.masks)
         sample.masks += [torch.from_numpy(np.ascontiguousarray(mask, dtype=np.uint8)) for mask in patches.values()]
-        visual = encoding.visual()
+        visual, cells, softmax = encoding.visual(), height * width, self.supervision.softmax
         first_visual, last_visual = int(visual[0]), int(visual[-1])
-        cells = height * width
         for token in encoding.noun_tokens(tag):
             position = token - 1 if self.supervision.query_position == "predictor" else token
-            softmax = self.supervision.softmax
             key_end = len(encoding) if softmax == "full" else position + 1
             if key_end <= last_visual:
                 raise DataError(
@@ -325,25 +323,24 @@ class SampleBuilder:
                     "move the placeholder to the front",
                     key=f"tag {tag}",
                 )
-            for mask, patch in enumerate(patches, start=first_mask):
-                start = 0 if softmax == "frame" else patch * cells
-                sample.pairs.append(Pair(len(sample.rows), start, height, width, mask))
-                if softmax == "frame":
-                    keys = visual[patch * cells : (patch + 1) * cells]
-                    sample.rows.append(Row(position, int(keys[0]), int(keys[-1]) + 1, patch))
-                    sample.tags.append(tag)
-            if softmax != "frame":
-                start, end = (first_visual, last_visual + 1) if softmax == "visual" else (0, key_end)
-                sample.rows.append(Row(position, start, end, 0))
-                sample.tags.append(tag)
+            first_row = len(sample.rows)
+            if softmax == "frame":
+                begins = [(first_row + index, 0) for index in range(len(patches))]
+                keys = visual.view(-1, cells)[list(patches)].tolist()
+                sample.rows += [Row(position, k[0], k[-1] + 1, patch) for patch, k in zip(patches, keys, strict=True)]
+            else:
+                begins = [(first_row, patch * cells) for patch in patches]
+                span = (first_visual, last_visual + 1) if softmax == "visual" else (0, key_end)
+                sample.rows.append(Row(position, *span, 0))
+            sample.tags += [tag] * (len(sample.rows) - first_row)
+            sample.pairs += [Pair(*begin, height, width, mask) for mask, begin in enumerate(begins, start=first_mask)]
 
     def _add_key_sets(self, sample: Sample, encoding: Encoding) -> None:
         """Append the keys of the rows and say which patches they are; rows and pairs so far count all patches."""
         height, width = encoding.patch_grid
         cells = height * width
         by_patch = encoding.visual().view(-1, cells)
-        if self.supervision.softmax in ("frame", "visual"):
-            sample.over = "set"
+        sample.over = self.supervision.over
         if self.supervision.softmax == "frame":
             sample.patches = sorted({row.key_set for row in sample.rows})
             index = {patch: i for i, patch in enumerate(sample.patches)}

@@ -42,11 +42,25 @@ def _expm1(x):
 
 
 @triton.jit
-def _pair(table):
-    """row, first column, cells, first cell of the program's pair"""
+def _patch(table, row_stride, column_stride, num_cells):
+    """Return of the program's pair the row, first column and first cell, and of its patch the number of cells and where
+    it begins in the maps and among the p."""
     table += tl.cast(tl.program_id(0), tl.int64) * 8
     size = tl.load(table + 2) * tl.load(table + 3)
-    return tl.load(table).to(tl.int64), tl.load(table + 1).to(tl.int64), size, tl.load(table + 4).to(tl.int64)
+    row, start = tl.load(table).to(tl.int64), tl.load(table + 1).to(tl.int64)
+    first_cell = tl.load(table + 4).to(tl.int64)
+    first_p = tl.cast(tl.program_id(1), tl.int64) * num_cells + first_cell
+    return (row, start, first_cell), size, row * row_stride + start * column_stride, first_p
+
+
+@triton.jit
+def _first_gradient(pair, out_row_stride, DENSE: tl.constexpr):
+    """Return where a patch begins in the gradient of the first layer's map."""
+    row, start, first_cell = pair
+    if DENSE:
+        return row * out_row_stride + start
+    else:
+        return first_cell
 
 
 @triton.jit
@@ -141,10 +155,9 @@ def fusion_kernel(
     FUSION: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """p = f, "add" at most 1. Grid: P, 1 or layers."""
-    row, start, size, first_cell = _pair(table)
-    frame = row * row_stride + start * column_stride
-    p += tl.cast(tl.program_id(1), tl.int64) * num_cells + first_cell
+    _, size, frame, first_p = _patch(table, row_stride, column_stride, num_cells)
     first, end = _terms(maps, False, SEPARATE)
+    p += first_p
     for begin in range(0, size, BLOCK):
         cell = begin + tl.arange(0, BLOCK)
         mask = cell < size
@@ -169,14 +182,10 @@ def fusion_gradient_kernel(
     FUSION: tl.constexpr, SEPARATE: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂a of every layer on one patch, to maps [layers, R, N] (DENSE) or cells [layers, M]. Grid: P, 1 or layers."""
-    row, start, size, first_cell = _pair(table)
-    frame = row * row_stride + start * column_stride
-    grad_p += tl.cast(tl.program_id(1), tl.int64) * num_cells + first_cell
-    if DENSE:
-        grad_maps += row * out_row_stride + start
-    else:
-        grad_maps += first_cell
+    pair, size, frame, first_p = _patch(table, row_stride, column_stride, num_cells)
     first, end = _terms(maps, False, SEPARATE)
+    grad_p += first_p
+    grad_maps += _first_gradient(pair, out_row_stride, DENSE)
     for begin in range(0, size, BLOCK):
         cell = begin + tl.arange(0, BLOCK)
         mask = cell < size
@@ -205,10 +214,9 @@ def prediction_kernel(
     MEAN: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """p = F (1 − exp(low − log f)) / (1 − m), exactly 1 at the maximum, 0 at the minimum. Grid: P, 1 or layers."""
-    row, start, size, first_cell = _pair(table)
+    _, size, frame, first_p = _patch(table, row_stride, column_stride, num_cells)
     first, end = _terms(maps, MEAN, SEPARATE)
-    frame = row * row_stride + start * column_stride
-    p += tl.cast(tl.program_id(1), tl.int64) * num_cells + first_cell
+    p += first_p
     low, high = _store_log_f(maps, first, end, frame, column_stride, size, p, MEAN, BLOCK)
     spread = _spread(low, high)
     for begin in range(0, size, BLOCK):
@@ -234,14 +242,10 @@ def gradient_kernel(
 
     with G = 0 at the extremes, whose shares are divided evenly among the cells there.
     """
-    row, start, size, first_cell = _pair(table)
+    pair, size, frame, first_p = _patch(table, row_stride, column_stride, num_cells)
     first, end = _terms(maps, MEAN, SEPARATE)
-    frame = row * row_stride + start * column_stride
-    grad_p += tl.cast(tl.program_id(1), tl.int64) * num_cells + first_cell
-    if DENSE:
-        grad_maps += row * out_row_stride + start
-    else:
-        grad_maps += first_cell
+    grad_p += first_p
+    grad_maps += _first_gradient(pair, out_row_stride, DENSE)
     scratch = grad_maps + tl.cast(first, tl.int64) * out_layer_stride  # of log f, until the gradient takes its place
     low, high = _store_log_f(maps, first, end, frame, column_stride, size, scratch, MEAN, BLOCK)
     spread = _spread(low, high)

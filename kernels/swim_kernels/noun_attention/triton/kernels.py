@@ -326,6 +326,21 @@ def _sum_deltas(deltas, row, head, valid, num_rows, num_heads, num_splits):
 
 
 @triton.jit
+def _load_for_gradient(
+    query, query_strides, lse, deltas, entries, columns, sequence, first_head, first, end,
+    num_rows, num_heads, delta_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Return q, lse and δ of a tile's columns, given as of `_load_columns`, their head, and the block's rows."""
+    row, position, _, _, head, valid = columns
+    head += first_head
+    q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
+    row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
+    delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
+    return q, row_lse, delta, head, _load_rows(entries, first, end, BLOCK_ROWS)
+
+
+@triton.jit
 def _score_gradient(k, q, w, inside, lse, delta, scale, UPCAST: tl.constexpr):
     """Return ds = p · (w − δ) [BLOCK_KEYS, columns], exactly 0 outside the softmax."""
     p = _probabilities(k, q, inside, lse, scale, UPCAST)
@@ -400,12 +415,12 @@ def gradients_kernel(
         _zero_out_of_reach(
             grad_key, grad_key_strides, first_tile, begin, stop, end_tile, length, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS
         )
-    row, position, key_start, key_end, head, valid = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
-    head += key_head * group
-    q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
-    row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
-    delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
-    rows = _load_rows(entries, first, end, BLOCK_ROWS)
+    columns = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    row, _, key_start, key_end, _, valid = columns
+    q, row_lse, delta, head, rows = _load_for_gradient(
+        query, query_strides, lse, deltas, entries, columns, sequence, key_head * group, first, end,
+        num_rows, num_heads, delta_splits, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+    )  # fmt: skip
     grad_query = tl.zeros([BLOCK_DIM, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
     for tile in range(begin, stop):
         j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
@@ -435,12 +450,12 @@ def query_gradients_kernel(
     if first >= end:
         return
     _, begin, stop, _ = _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS)
-    row, position, key_start, key_end, head, valid = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
-    head += key_head * group
-    q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
-    row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
-    delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
-    rows = _load_rows(entries, first, end, BLOCK_ROWS)
+    columns = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
+    row, _, key_start, key_end, _, valid = columns
+    q, row_lse, delta, head, rows = _load_for_gradient(
+        query, query_strides, lse, deltas, entries, columns, sequence, key_head * group, first, end,
+        num_rows, num_heads, delta_splits, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+    )  # fmt: skip
     grad_query = tl.zeros([BLOCK_DIM, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
     for tile in range(begin, stop):
         j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
@@ -480,17 +495,14 @@ def key_gradients_kernel(
         values = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
         reached = 0
         for entry in range(first, end, BLOCK_ROWS):
-            row, position, key_start, key_end, head, valid = _load_columns(
-                entries, entry, end, group, BLOCK_ROWS, BLOCK_HEADS
-            )
-            inside = _inside(j, key_start, key_end)
+            columns = _load_columns(entries, entry, end, group, BLOCK_ROWS, BLOCK_HEADS)
+            inside = _inside(j, columns[2], columns[3])  # their ranges
             # Packed neighbours, patches: most tiles are out of most rows' reach.
             if tl.max(tl.max(inside.to(tl.int32), axis=1), axis=0) > 0:
-                head += key_head * group
-                q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
-                row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
-                delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
-                rows = _load_rows(entries, entry, end, BLOCK_ROWS)
+                q, row_lse, delta, head, rows = _load_for_gradient(
+                    query, query_strides, lse, deltas, entries, columns, sequence, key_head * group, entry, end,
+                    num_rows, num_heads, delta_splits, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+                )  # fmt: skip
                 w, inside = _load_weights(weights, inverse, rows, j, inside, length, num_columns, BLOCK_HEADS, SET)
                 ds = _score_gradient(k, q, w, inside, row_lse, delta, scale, UPCAST)
                 values = _gradient_dot(ds, q, values, UPCAST)
