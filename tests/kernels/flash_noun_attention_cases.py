@@ -72,6 +72,7 @@ LEFT_PADDED = (2, 4, 2, [(0, 40, 9, 41, 0), (1, 30, 0, 31, 1)], [[*range(10, 20)
 def stand_ins(monkeypatch):
     """Flash attention libraries that need a GPU, replaced; CPU tensors of any dtype pass for 16-bit ones on CUDA."""
     monkeypatch.setattr(base, "check_half_on_cuda", lambda query: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda parameters: True)
     aten = flash_stand_ins.aten()
     for name in ("_flash_attention_forward", "_flash_attention_backward"):

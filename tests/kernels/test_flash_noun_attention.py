@@ -267,6 +267,25 @@ def test_refusals_of_the_libraries(monkeypatch):
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
+    ("provider", "taken", "refused", "message"),
+    [
+        ("flash_attn_2", [(8, 0), (8, 9), (9, 0), (12, 0)], [(7, 5)], "flash-attn runs on Ampere or newer"),
+        ("flash_attn_3", [(9, 0)], [(8, 0), (8, 9), (10, 0), (12, 0)], "flash-attn-3 runs on Hopper"),
+        ("flash_attn_4", [(9, 0), (10, 0), (12, 0)], [(8, 0), (8, 9)], "flash-attn-4 runs on Hopper or newer"),
+    ],
+)
+def test_gpus_that_a_library_has_no_kernels_for_are_refused(provider, taken, refused, message, monkeypatch):
+    for capability in taken + refused:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, given=capability: given)
+        if capability in taken:
+            assert refusal(provider=provider) is None
+        else:
+            reason = refusal(provider=provider)
+            assert message in reason and "{}.{}".format(*capability) in reason
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
         ([(0, 20, 0, 21, 0)], {"mask": (torch.ones(41, 41).tril().triu(-5) > 0)[None, None]}, "row 0 has.*token 20"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,8 @@ class _FlashAttn(Provider):
     """A package: which of its functions run, and with which options."""
 
     package: str  # what to install
+    gpus: str  # that it runs on, as messages name them
+    capabilities: tuple[tuple[int, int], tuple[float, int]]  # of those: from, and below
     module: str  # what to import
     names: tuple[str, str]  # of its forward and backward
     packed_names: tuple[str, str]  # the same for packed sequences
@@ -40,6 +43,7 @@ class _FlashAttn(Provider):
 
     def check(self, query, key, value, call):
         check_on_cuda(query, call)
+        self._check_capability(query.device)
         try:
             self._import_functions(call)
         except (ImportError, AttributeError) as error:
@@ -62,6 +66,12 @@ class _FlashAttn(Provider):
         backward(*(to_flash(x, call) for x in tensors), lse_to_flash(lse, call), **gradients, **options)
         return tuple(from_flash(gradient, call) for gradient in gradients.values())
 
+    def _check_capability(self, device: torch.device) -> None:
+        capability, (first, end) = torch.cuda.get_device_capability(device), self.capabilities
+        if not first <= capability < end:
+            major, minor = capability
+            raise Unsupported(f"{self.package} runs on {self.gpus}; this GPU has compute capability {major}.{minor}")
+
     def _import_functions(self, call: Call) -> list[Callable]:
         module = importlib.import_module(self.module)
         return [getattr(module, name) for name in (self.names if call.cu_seqlens is None else self.packed_names)]
@@ -79,6 +89,7 @@ class FlashAttn2(_FlashAttn):
     """flash-attn 2.8: dense, packed, windows."""
 
     name, package, module = "flash_attn_2", "flash-attn", "flash_attn.flash_attn_interface"
+    gpus, capabilities = "Ampere or newer (from 8.0)", ((8, 0), (math.inf, 0))
     names = ("_flash_attn_forward", "_flash_attn_backward")
     packed_names = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
     kept = slice(1, 2)  # the state of its random numbers
@@ -105,6 +116,7 @@ class FlashAttn3(_FlashAttn):
     """flash-attn-3, for Hopper: dense, packed, windows. Argument names differ between its releases."""
 
     name, package, module = "flash_attn_3", "flash-attn-3", "flash_attn_interface"
+    gpus, capabilities = "Hopper (9.0)", ((9, 0), (10, 0))
     names = packed_names = ("_flash_attn_forward", "_flash_attn_backward")
 
     def _forward_options(self, function, call):
@@ -131,6 +143,7 @@ class FlashAttn4(_FlashAttn):
     """flash-attn-4, for Hopper and Blackwell: dense, packed, windows. Its backward takes a gradient of lse."""
 
     name, package, module = "flash_attn_4", "flash-attn-4", "flash_attn.cute.interface"
+    gpus, capabilities = "Hopper or newer (from 9.0)", ((9, 0), (math.inf, 0))
     names = packed_names = ("_flash_attn_fwd", "_flash_attn_bwd")
     grad_output_position = 4
 
