@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-all lint bench bench-quick bench-check bench-train kernel-report clean
+.PHONY: install install-gpu demo test test-all lint bench bench-quick bench-check bench-train kernel-report clean
 
 install: $(STAMP)
 
@@ -12,6 +12,14 @@ $(STAMP): setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev,demo]'
 	touch $@
+
+# The extras for GPUs. flash-attn's build imports torch, so it comes after torch and is not isolated from it. It takes
+# 9 GB a job; FLASH_ATTN_CUDA_ARCHS=90 builds for Hopper alone instead of four architectures.
+MAX_JOBS ?= 4
+install-gpu: $(STAMP)
+	$(BIN)/pip install wheel packaging ninja psutil 'setuptools>=77'
+	MAX_JOBS=$(MAX_JOBS) $(BIN)/pip install --no-build-isolation -e '.[cuda]'
+	$(BIN)/pip install -e '.[deepspeed]'
 
 demo: $(STAMP)
 	$(BIN)/swim-fast demo configs/demo.yaml $(ARGS)

@@ -70,6 +70,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        # flash-attn's build needs torch beside it: `make install-gpu` installs in the order that works
         "cuda": ["flash-attn>=2.8", LIGER],
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "lora": LORA,

@@ -79,6 +79,19 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def test_flash_attn_is_built_beside_torch_and_its_tools():
+    """Its build imports torch, which an isolated one does not have; DeepSpeed's is better off without CUDA's."""
+    shown = subprocess.run(
+        ["make", "--dry-run", "--assume-new=setup.py", "install-gpu"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    project, tools, flash, deepspeed = (line for line in shown.splitlines() if "pip install" in line)
+    assert project.endswith("-e '.[dev,demo]'")
+    assert {"wheel", "packaging", "ninja", "psutil"} <= set(tools.split()) and "setuptools>=77" in tools
+    assert "MAX_JOBS=" in flash and flash.endswith("--no-build-isolation -e '.[cuda]'")
+    assert deepspeed.endswith("-e '.[deepspeed]'") and "isolation" not in deepspeed
+
+
 def test_one_version():
     out = subprocess.run(
         [sys.executable, "setup.py", "--version"], cwd=ROOT, check=True, capture_output=True, text=True

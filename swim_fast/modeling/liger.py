@@ -31,7 +31,7 @@ def get_refusal(device_type: str) -> str | None:
         return f"its kernels need CUDA, and the model is on {device_type}"
     version = _installed_version()
     if version is None:
-        return "liger-kernel is not installed: pip install 'swim-fast[cuda]'"
+        return f"liger-kernel is not installed: pip install 'liger-kernel>={VERSIONS[0]},<{VERSIONS[1]}'"
     if not Version(VERSIONS[0]) <= Version(version) < Version(VERSIONS[1]):
         return f"liger-kernel is {version}, and must be at least {VERSIONS[0]} and below {VERSIONS[1]}"
     return None

@@ -220,7 +220,7 @@ def test_an_attention_that_calls_another_function_is_left_and_told(model, caplog
     ("device", "version", "message"),
     [
         ("cpu", "0.8.5", "Liger is not used: its kernels need CUDA, and the model is on cpu"),
-        ("cuda", None, "liger-kernel is not installed: pip install 'swim-fast[cuda]'"),
+        ("cuda", None, "liger-kernel is not installed: pip install 'liger-kernel>=0.8.5,<0.9'"),
         ("cuda", "0.8.4", "liger-kernel is 0.8.4, and must be at least 0.8.5 and below 0.9"),
         ("cuda", "0.9.0", "liger-kernel is 0.9.0"),
     ],
