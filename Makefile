@@ -27,10 +27,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest tests
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter
+	$(BIN)/python -m tests.helpers.pretend_gpu $(BIN)/pytest tests/pretend_gpu
 
 test-all: $(STAMP)
 	$(BIN)/pytest tests -m ''
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter -m ''
+	$(BIN)/python -m tests.helpers.pretend_gpu $(BIN)/pytest tests/pretend_gpu -m ''
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
