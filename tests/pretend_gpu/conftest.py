@@ -1,4 +1,7 @@
-"""Tests on the pretend GPU, in a process of their own: `python -m tests.helpers.pretend_gpu pytest tests/pretend_gpu`."""
+"""Tests on the pretend GPU, in a process of their own.
+
+python -m tests.helpers.pretend_gpu pytest tests/pretend_gpu
+"""
 
 from tests.helpers.pretend_gpu import is_running
 

@@ -97,7 +97,8 @@ class Record:
         """Return one line for each place: how often, where, and the first name of what was asked for."""
         events = self.of(kind, inside)
         names = {e.place: e.name for e in reversed(events)}
-        return "\n".join(f"{n:5} × {place}  ({names[place][:90]})" for place, n in Counter(e.place for e in events).items())
+        counts = Counter(event.place for event in events)
+        return "\n".join(f"{n:5} × {place}  ({names[place][:90]})" for place, n in counts.items())
 
 
 @contextlib.contextmanager

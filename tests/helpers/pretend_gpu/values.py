@@ -46,7 +46,8 @@ class CpuValues(TorchDispatchMode):
 
     def _compute(self, function, args, kwargs):
         """Return the result on the CPU, None if the CPU has no such operator; of a mutable one, in the same memory."""
-        if function.namespace != "aten" or torch.Tag.nondeterministic_seeded in function.tags or "empty" in str(function):
+        is_random = torch.Tag.nondeterministic_seeded in function.tags
+        if function.namespace != "aten" or is_random or "empty" in str(function):
             return None
         try:
             return function(*tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs))
