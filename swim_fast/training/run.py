@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,12 @@ class ResolvedRun:
 
 
 def resolve_run(config: RunConfig) -> ResolvedRun:
-    """Load the model of a configuration and fill in the values that it leaves open. Errors as for `load_model`."""
+    """Load the model of a configuration and fill in the values that it leaves open.
+
+    Raises:
+        ConfigError: one process sees several GPUs. Other errors as for `load_model`.
+    """
+    _refuse_data_parallel(config)
     from swim_fast.modeling.noun_attention import get_attached_layers
     from swim_fast.training.arguments import build_arguments
 
@@ -96,7 +103,7 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
 
 
 def build_trainer(config: RunConfig):
-    """Return the trainer of a configuration, ready to `train()` or `evaluate()`. Errors as for `load_model`."""
+    """Return the trainer of a configuration, ready to `train()` or `evaluate()`. Errors as for `resolve_run`."""
     return _build_trainer(resolve_run(config))
 
 
@@ -164,7 +171,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
 
     Raises:
         ConfigError: no training data, an output folder that holds another run's checkpoints while `resume` is off, or a
-            checkpoint that this number of ranks cannot resume from. Other errors as for `load_model`.
+            checkpoint that this number of ranks cannot resume from. Other errors as for `resolve_run`.
         SaveError: a checkpoint or the trained model could not be written.
         NonFiniteError: a loss or gradient was not finite, and `optimization.on_nan` says to stop.
     """
@@ -223,6 +230,23 @@ def _get_last_evaluation(trainer) -> dict[str, float]:
     logs = [log for log in trainer.state.log_history if log["step"] == step]
     found = {key: value for log in logs for key, value in log.items() if key.startswith("eval_")}
     return found or trainer.evaluate()
+
+
+def _refuse_data_parallel(config: RunConfig) -> None:
+    """Raise ConfigError where transformers would wrap the model in `nn.DataParallel`, whose replicas fail."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or "LOCAL_RANK" in os.environ or config.training.get("use_cpu"):
+        return
+    program, *words = sys.argv
+    started = ["-m", "swim_fast.cli"] if Path(program).name in ("swim-fast", "cli.py") else [program]
+    command = shlex.join(["torchrun", "--nproc-per-node", str(gpus), *started, *words])
+    first, *_ = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    raise ConfigError(
+        f"this one process sees {gpus} GPUs, and a process trains on one: start one for each ({command}), or put "
+        f"CUDA_VISIBLE_DEVICES={first} into the environment to train on a single one"
+    )
 
 
 def _get_machine_settings(config: RunConfig) -> dict[str, Any]:

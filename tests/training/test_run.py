@@ -193,6 +193,29 @@ def test_mistakes_are_told_without_a_traceback(write_config, capsys, override, m
     assert message in capsys.readouterr().err
 
 
+def test_several_gpus_in_one_process_are_refused_before_anything_is_loaded(write_config, capsys, monkeypatch):
+    from swim_fast.cli import main
+    from swim_fast.config import load_config
+    from swim_fast.training import run as module
+
+    config = str(write_config())
+    monkeypatch.setattr(module, "load_model", None)  # would be a TypeError
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,4,5")
+    monkeypatch.setattr(sys, "argv", ["/bin/swim-fast", "train", config, "data.train=[{path: a b}]"])
+    assert main(["train", config]) == 2
+    error = capsys.readouterr().err
+    assert "sees 4 GPUs" in error and "put CUDA_VISIBLE_DEVICES=2 into the environment" in error
+    assert f"(torchrun --nproc-per-node 4 -m swim_fast.cli train {config} 'data.train=[{{path: a b}}]')" in error
+    monkeypatch.setattr(sys, "argv", ["own.py"])
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 4 own.py"):
+        module.build_trainer(load_config(config))
+    module._refuse_data_parallel(load_config(config, ["training.use_cpu=true"]))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    module._refuse_data_parallel(load_config(config))
+
+
 def test_effective_configuration_is_saved(write_config, tmp_path, capsys):
     from swim_fast.config import load_config
 
