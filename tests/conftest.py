@@ -1,4 +1,43 @@
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; a name that is no folder fails at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where kernels, model and trainer run")
+    parser.addoption("--ignore-values", action="store_true", help="forgive wrong values: kernels of a pretend GPU")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite means the CPU, also on a machine with a GPU
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it where results are to repeat
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    try:
+        return (yield)
+    except AssertionError:
+        if not pyfuncitem.config.getoption("--ignore-values"):
+            raise
+        return True
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The device of `--device`."""
+    import torch
+
+    return torch.device(request.config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config, items):
+    unfit, why = ("interpreter", "interpreter only") if config.getoption("--device") == "cuda" else ("cuda", "no GPU")
+    for item in items:
+        if item.get_closest_marker(unfit):
+            item.add_marker(pytest.mark.skip(reason=why))

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
+from tests.kernels import device as device_of_kernels
 from tests.kernels.noun_attention_cases import torch_backend
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device_of_triton(device):
+    device_of_kernels.DEVICE = device
 
 
 @pytest.fixture(params=["by range", "by sequence"])

@@ -9,6 +9,7 @@ import torch
 
 from swim_kernels.grid_prediction import grid_prediction
 from tests.kernels import budget
+from tests.kernels.device import triton_on_device
 from tests.kernels.test_grid_pairs import make_pairs
 
 BACKENDS = ("eager", "torch")
@@ -105,6 +106,7 @@ def make_inputs(case, fusion, dtype=torch.float64, seed=0):
 min_max_prediction = functools.partial(grid_prediction, fusion="product", prediction="min_max")
 
 
+@triton_on_device
 def run(layers, pairs, grad, **options):
     """p, ∂a [layers, R, N]"""
     layers = [layer.detach().requires_grad_() for layer in layers]

@@ -12,6 +12,7 @@ import torch
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.structs.grid_pairs import GridPairs
 from swim_kernels.structs.packed_masks import PackedMasks
+from tests.kernels.device import triton_on_device
 
 chunked = importlib.import_module("swim_kernels.mask_bce.torch_backend")
 dispatch = importlib.import_module("swim_kernels.mask_bce.api")
@@ -70,6 +71,7 @@ def strided(cells, layout):
     return buffer[1::2, 2::3].copy_(cells)
 
 
+@triton_on_device
 def run(cells, pairs, masks, grad, **options):
     """losses, ∂cells"""
     cells = cells.detach().requires_grad_()

@@ -8,6 +8,7 @@ import math
 import torch
 
 from swim_kernels import NounQueries, noun_attention
+from tests.kernels.device import triton_on_device
 
 # `swim_kernels.noun_attention` is the function, so its submodules cannot be imported by `import … as`.
 torch_backend = importlib.import_module("swim_kernels.noun_attention.torch_backend")
@@ -212,6 +213,7 @@ def make_inputs(case, dtype=torch.float64, layouts=("contiguous", "contiguous"),
     return query, key, queries, grad
 
 
+@triton_on_device
 def run(query, key, queries, grad, **options):
     """maps, ∂query, ∂key"""
     query, key = query.detach().requires_grad_(), key.detach().requires_grad_()

@@ -1,6 +1,7 @@
-"""Tests of the Triton kernels in Triton's interpreter, in a process of their own.
+"""Tests of the Triton kernels: in Triton's interpreter, in a process of their own, or compiled on a GPU.
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_interpreter
+    python -m pytest --device cuda tests/kernels/triton_interpreter
 
 The variable is read when kernels are defined, and a process that has it cannot compile: `make test` runs both.
 """
@@ -13,8 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob = ["test_*.py"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_ignore_collect(config):
+    on_gpu = config.getoption("--device") == "cuda"
+    if on_gpu and INTERPRETED:
+        raise pytest.UsageError("--device cuda compiles the kernels: unset TRITON_INTERPRET")
+    return True if not on_gpu and not INTERPRETED else None
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +31,8 @@ def products_rounded_once(monkeypatch):
     The interpreter multiplies tiles with numpy, whose BLAS sums a row in an order that differs between processors and,
     on some, between the rows of a tile; a tensor core's does neither.
     """
+    if not INTERPRETED:
+        return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def create_dot(self, a, b, d, *precision):
@@ -36,7 +45,7 @@ def products_rounded_once(monkeypatch):
 @pytest.fixture
 def poisoned():
     """Freshly allocated memory is filled with NaN: what a kernel does not write shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # some operations have no such way on a GPU
     assert torch.empty(9).isnan().all() and torch.ones(2).new_empty(9).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

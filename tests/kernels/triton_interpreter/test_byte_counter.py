@@ -7,6 +7,8 @@ import triton.language as tl
 
 from benchmarks.kernels.byte_counter import count_bytes
 
+pytestmark = pytest.mark.interpreter
+
 
 @triton.jit
 def _add_to_every_tile(x, bias, out, length, BLOCK: tl.constexpr):

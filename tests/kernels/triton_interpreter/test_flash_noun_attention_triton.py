@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.kernels.device import on_device
 from tests.kernels.flash_noun_attention_cases import (
     CASES,
     exact,
@@ -17,6 +18,7 @@ from tests.kernels.triton_interpreter.cases import backend, random_inputs, rando
 pytestmark = pytest.mark.usefixtures("poisoned", "stand_ins")
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("provider", ["torch_cpu", "flash_attn_2", "flash_attn_4"])
 def test_against_float64(provider, case):
@@ -26,6 +28,7 @@ def test_against_float64(provider, case):
         assert relative_error(a, e) <= 1e-6
 
 
+@pytest.mark.interpreter
 def test_16_bits():
     *inputs, upstream = make(CASES["group of 7"], torch.bfloat16)
     expected = exact(*inputs, upstream)
@@ -34,6 +37,7 @@ def test_16_bits():
         assert relative_error(a, e) <= 2 * relative_error(s, e) + torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("which", [0, 1])
 def test_only_output_or_only_maps(which):
     *inputs, upstream = make(CASES["dense"])
@@ -47,7 +51,7 @@ def test_only_output_or_only_maps(which):
 def test_added_to_what_is_there(num_rows):
     """Also where more rows than fit one tile make two passes, and only in reach of the rows."""
     queries = random_queries(num_rows, batch=2, length=110, num_sets=2, num_columns=70)
-    query, key, grad = random_inputs(queries, 2, 10, 2, 110, 16)
+    query, key, grad, queries = on_device((*random_inputs(queries, 2, 10, 2, 110, 16), queries))
     plan = backend._plan(query, key, queries)
     lse = backend.log_sum_exp(query, key, plan, 0.25)
     fresh = backend.gradients_of(grad, query, key, lse, plan, 0.25, True, True)
@@ -64,7 +68,7 @@ def test_added_to_what_is_there(num_rows):
 def test_without_delta():
     """δ handed to the attention instead: both parts together are the whole."""
     queries = random_queries(5, batch=2, length=110, num_sets=2, num_columns=70)
-    query, key, grad = random_inputs(queries, 2, 10, 2, 110, 16)
+    query, key, grad, queries = on_device((*random_inputs(queries, 2, 10, 2, 110, 16), queries))
     plan = backend._plan(query, key, queries)
     lse = backend.log_sum_exp(query, key, plan, 0.25)
     delta, weights = backend.deltas(grad, query, key, queries, 0.25, lse)
@@ -80,6 +84,7 @@ def test_without_delta():
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.interpreter
 def test_launches(launches):
     *inputs, upstream = make(CASES["dense"])
     fused(*inputs, upstream, provider="torch_cpu", backend="triton")
@@ -88,7 +93,7 @@ def test_launches(launches):
 
 def test_operators_are_registered_properly():
     queries = random_queries(3, batch=1, length=70, num_sets=1, num_columns=40)
-    query, key, grad = random_inputs(queries, 1, 4, 2, 70, 16)
+    query, key, grad, queries = on_device((*random_inputs(queries, 1, 4, 2, 70, 16), queries))
     plan = backend._plan(query, key, queries)
     lse = backend.log_sum_exp(query, key, plan, 0.25)
     torch.library.opcheck(backend.deltas_of, (grad, query, key, lse, plan, 0.25))

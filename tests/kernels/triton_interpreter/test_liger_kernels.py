@@ -14,6 +14,8 @@ from swim_fast.modeling.liger import apply_liger
 from swim_fast.modeling.text_loss import attach_text_loss
 from swim_kernels import NounQueries
 
+pytestmark = pytest.mark.interpreter
+
 
 @pytest.fixture
 def models():

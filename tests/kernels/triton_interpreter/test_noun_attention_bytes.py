@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.kernels.noun_attention_bytes import BYTES, HEAD_DIM, PHASES, measure
 
+pytestmark = pytest.mark.interpreter
 KEY_HEADS, LENGTH = 2, 1024
 
 

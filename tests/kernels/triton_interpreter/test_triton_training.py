@@ -5,6 +5,7 @@ import torch
 
 from tests.training.conftest import checkpoint, history, records, run_here, weights, write_config  # noqa: F401
 
+pytestmark = pytest.mark.interpreter  # on a GPU: tests/gpu/test_trainer.py
 STEPS = 3
 
 

@@ -9,6 +9,7 @@ import torch
 
 from swim_kernels import noun_attention
 from tests.kernels.budget import assert_within_budget
+from tests.kernels.device import on_device, skip_without_memory
 from tests.kernels.noun_attention_cases import CASES, log_sum_exp, make_inputs, make_queries, run
 from tests.kernels.triton_interpreter.cases import backend, random_inputs, random_queries
 
@@ -79,7 +80,8 @@ def test_head_dims(head_dim, dtype):
 def test_probabilities_sum_to_one():
     queries = make_queries([(0, t, 0, t + 1, 0) for t in (0, 17, 99)], [range(100)])
     query, key, _ = random_inputs(queries, 1, 14, 2, 100, 32)
-    torch.testing.assert_close(noun_attention(query, key, queries, backend="triton").sum(1), torch.ones(3))
+    maps = noun_attention(*on_device([query, key, queries]), backend="triton")
+    torch.testing.assert_close(maps.sum(1).cpu(), torch.ones(3))
 
 
 def test_lse_is_used_and_constant():
@@ -91,7 +93,7 @@ def test_lse_is_used_and_constant():
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
     shifted = run(query, key, queries, grad, scale=0.5, lse=lse + math.log(2), backend="triton")
     torch.testing.assert_close(shifted[0], plain[0] / 2, rtol=1e-4, atol=1e-6)
-    lse.requires_grad_()
+    query, key, queries, lse = on_device([query, key, queries, lse.requires_grad_()])
     noun_attention(query, key, queries, scale=0.5, lse=lse, backend="triton").sum().backward()
     assert lse.grad is None
 
@@ -132,6 +134,7 @@ def test_nothing_to_read(rows, sets, width, given_lse):
     query, key, _, _ = make_inputs("plain", torch.bfloat16)
     queries = make_queries(rows, sets)
     lse = torch.zeros(len(rows), 4) if given_lse else None
+    query, key, queries, lse = on_device([query, key, queries, lse])
     maps = noun_attention(query, key, queries, lse=lse, backend="triton")
     assert maps.shape == (len(rows), width) and maps.dtype == torch.float32 and not maps.any()
     maps.sum().backward()
@@ -143,7 +146,9 @@ def test_empty_range_gives_zeros():
     """`NounQueries.check` refuses it, but on an accelerator nobody looks: no NaN may come of it."""
     query, key, _, _ = make_inputs("plain", torch.float32)
     queries = make_queries([(0, 5, 6, 6, 0), (0, 9, 0, 10, 0), (0, 12, 9, 3, 0)], [[1, 2, 7]])
-    for lse in (None, log_sum_exp(query, key, queries, 1.0).float()):
+    given = log_sum_exp(query, key, queries, 1.0).float()
+    query, key, queries, given = on_device([query, key, queries, given])
+    for lse in (None, given):
         maps = backend.noun_attention_triton(query, key, queries, 1.0, lse)
         assert maps[1].all() and not maps[[0, 2]].any()
         grad_query, grad_key = torch.autograd.grad(maps.sum(), (query, key))
@@ -155,6 +160,7 @@ def test_values_out_of_range_read_no_foreign_memory():
     """Nobody looks at them on an accelerator: wrong maps, but of memory that is there."""
     query, key, _, _ = make_inputs("plain", torch.float32)
     queries = make_queries([(7, 99, -5, 1000, 3), (-2, -1, 0, 5, -1)], [[1, 900, 5], [3, 2, 10**6]])
+    query, key, queries = on_device([query, key, queries])
     maps = backend.noun_attention_triton(query, key, queries, 1.0)
     assert maps.isfinite().all()
     assert all(g.isfinite().all() for g in torch.autograd.grad(maps.sum(), (query, key)))
@@ -164,14 +170,16 @@ def test_values_out_of_range_read_no_foreign_memory():
 def test_offsets_beyond_32_bits(num_rows, monkeypatch):
     """Elements more than 2³¹ apart, as in 600 k packed tokens. Memory is reserved, and used only where they are."""
     torch.use_deterministic_algorithms(False)  # it would fill all of it
+    skip_without_memory(50)
     length, width = 40, 16
     queries = random_queries(num_rows, batch=1, length=length, num_sets=1, num_columns=30)
     query, key, grad = random_inputs(queries, 1, 4, 2, length, width)
+    query, key, grad, queries = on_device([query, key, grad, queries])
     expected = run(query, key, queries, grad, backend="triton")
     step = (2**31 + 2**29) // length // 16 * 16  # between tokens; heads lie side by side
 
     def far(tensor):
-        buffer = torch.empty(length * step, dtype=tensor.dtype)
+        buffer = torch.empty(length * step, dtype=tensor.dtype, device=tensor.device)
         return buffer.as_strided(tensor.shape, (length * step, width, step, 1))
 
     far_query, far_key = far(query).copy_(query), far(key).copy_(key)
