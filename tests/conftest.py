@@ -2,6 +2,8 @@ import os
 
 import pytest
 
+from tests.helpers.pretend_gpu import is_running
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; a name that is no folder fails at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -12,10 +14,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--device") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite means the CPU, also on a machine with a GPU
-    else:
+    if config.getoption("--device") == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it where results are to repeat
+    elif not is_running():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite means the CPU, also on a machine with a GPU
 
 
 @pytest.hookimpl(wrapper=True)
