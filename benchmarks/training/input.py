@@ -77,7 +77,7 @@ def measure_padding(folder: Path, clips: Sequence[Clip] = MIXTURE, pack_tokens: 
     packed = [int(lengths[pack].sum()) for pack in packs]
     positions = PositionIds(AutoConfig.from_pretrained(checkpoint))
     assert places(Collator(processor), groups[0]) == padded[0], "a padded batch has another length than predicted"
-    assert places(Collator(processor, positions), packs[0]) == packed[0], "a packed batch has another length"
+    assert places(Collator(processor, positions, pack=True), packs[0]) == packed[0], "a packed batch has another length"
     useful = int(lengths[items].sum())
     room = len(share) * RANKS * pack_tokens
     dataset.builder.reader.close()
@@ -197,7 +197,7 @@ def measure_collation(folder: Path, clip: Clip = LONG, rounds: int = 5) -> Colla
     pixels = builder.reader.frames(record, plan.frames)
     collators = {
         "padded": Collator(processor),
-        "packed": Collator(processor, PositionIds(AutoConfig.from_pretrained(checkpoint))),
+        "packed": Collator(processor, PositionIds(AutoConfig.from_pretrained(checkpoint)), pack=True),
     }
     for collator in collators.values():
         batch = collator([sample])

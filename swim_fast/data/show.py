@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from swim_fast.data.sample.builder import Sample, SampleBuilder, decode_mask
-from swim_fast.data.sample.encoding import IGNORED_LABEL
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.errors import OptionError
 from swim_fast.jobs import Show
+from swim_fast.labels import IGNORED_LABEL
 from swim_fast.options import Decoding, Excerpt, Sampling, Supervision
 from swim_fast.viz.record import Frame, Patch, Piece, RecordView, draw_frames, write_record_page
 

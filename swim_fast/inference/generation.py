@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.sample.builder import Sample
-from swim_fast.data.sample.encoding import IGNORED_LABEL
+from swim_fast.labels import IGNORED_LABEL
 
 # The settings of sampling that a checkpoint brings along would only give warnings.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -5,7 +5,7 @@ Import the names from `swim_fast.loss.mask_loss`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swim_kernels import GridPairs, PackedMasks
+from swim_kernels.runtime import move_together, pin_together
 
 # Pixels of masks unpacked at a time; an accelerator wants fewer, longer launches.
 _CHUNK_PIXELS_CPU = 2**21
@@ -110,17 +111,24 @@ class MaskTargets:
 
         Sizes and groups are found before the move, on the CPU: the loss would have to wait for the device.
         """
-        return self._map(lambda tensors: tensors.to(device, non_blocking=non_blocking))
+        return self._like(move_together(self._tensors(), device, non_blocking))
 
     def pin_memory(self) -> MaskTargets:
         """Return a copy in page-locked memory; `DataLoader(pin_memory=True)` calls it."""
-        return self._map(lambda tensors: tensors.pin_memory())
+        return self._like(pin_together(self._tensors()))
 
-    def _map(self, move: Callable) -> MaskTargets:
-        moved = MaskTargets(**{n: move(t) for n, t in self._indices().items()}, masks=move(self.packed))
+    def _tensors(self) -> list[Tensor]:
+        of_groups = [tensor for group in self.groups for tensor in (group.pairs, group.mask)]
+        return [*self._indices().values(), self.packed.bits, self.packed.table, self.pairs.table, *of_groups]
+
+    def _like(self, tensors: list[Tensor]) -> MaskTargets:
+        """Return the same targets with these copies of `_tensors()`."""
+        row, start, height, width, mask, bits, table, pairs, *of_groups = tensors
+        moved = MaskTargets(row, start, height, width, mask, PackedMasks(bits, table, self.packed.sizes))
         # into the cache of the properties, so that nothing is read back from the device
-        groups = tuple(replace(group, pairs=move(group.pairs), mask=move(group.mask)) for group in self.groups)
-        moved.__dict__.update(_table=self._table, groups=groups, pairs=move(self.pairs))
+        both = zip(self.groups, of_groups[::2], of_groups[1::2], strict=True)
+        groups = tuple(replace(group, pairs=pairs, mask=mask) for group, pairs, mask in both)
+        moved.__dict__.update(_table=self._table, groups=groups, pairs=self.pairs.with_table(pairs))
         return moved
 
     def check(self, rows: int | None = None, columns: int | None = None) -> MaskTargets:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from swim_fast.labels import IGNORED_LABEL, find_label_positions, shift_labels
 from swim_fast.modeling import liger
 from swim_fast.modeling.families import get_family
 from swim_fast.modeling.hooks import add_context, add_keyword_step, remove_context, remove_keyword_step
@@ -24,12 +25,10 @@ from swim_fast.modeling.linear_cross_entropy import BLOCK_LOGITS, linear_cross_e
 
 logger = logging.getLogger(__name__)
 
-IGNORE = -100
-
 
 def count_labels(labels: Tensor) -> Tensor:
     """Return the number of labels that are predicted (the first token of a sequence never is); scalar int64."""
-    return (labels[:, 1:] != IGNORE).sum()
+    return (labels[:, 1:] != IGNORED_LABEL).sum()
 
 
 def attach_text_loss(model: nn.Module, use_liger: bool = True, block_logits: int = BLOCK_LOGITS) -> nn.Module:
@@ -37,7 +36,8 @@ def attach_text_loss(model: nn.Module, use_liger: bool = True, block_logits: int
 
     `outputs.loss` is the stock model's: the mean over the labels, or their sum divided by `num_items_in_batch` where
     that is given; 0 with a graph through hidden states and head if there is no label. `outputs.logits` is the sum, a
-    scalar, since all logits exist nowhere. Without `labels` the model behaves as before.
+    scalar, since all logits exist nowhere. Without `labels` the model behaves as before. `model(…, label_positions=…)`,
+    as `Collator` gives them, spares an accelerator the wait of `find_label_positions`.
 
     Args:
         model: a stock `…ForConditionalGeneration` of a supported family. Its head may be wrapped later (adapters).
@@ -55,7 +55,7 @@ def attach_text_loss(model: nn.Module, use_liger: bool = True, block_logits: int
     detach_text_loss(model)
     model._text_loss = _Attached(use_liger, block_logits, vars(model).get("_loss_function"))
     model.loss_function = functools.partial(_scale, model.loss_function)
-    add_context(model, "text_loss", lambda model, kwargs: _loss_at_head(model, kwargs.get("labels")))
+    add_context(model, "text_loss", _loss_at_head)
     add_keyword_step(model, "text_loss")  # num_items_in_batch is not for the vision tower
     return model
 
@@ -89,15 +89,16 @@ def _scale(stock: Callable, logits: Tensor, labels: Tensor, vocab_size: int, num
 
 
 @contextlib.contextmanager
-def _loss_at_head(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
-    """Let the head answer the summed loss of these labels."""
+def _loss_at_head(model: nn.Module, keywords: dict) -> Iterator[None]:
+    """Let the head answer the summed loss of the labels among the keywords of a forward."""
+    labels, positions = keywords.get("labels"), keywords.pop("label_positions", None)
     if labels is None:
         yield
         return
     head = model.get_submodule(get_family(model).head)  # which may have been wrapped since
     former, forward = vars(head).get("forward"), head.forward
     is_linear = former is None and type(head).forward is nn.Linear.forward
-    head.forward = lambda hidden: _sum_at_head(model, head, None if is_linear else forward, hidden, labels)
+    head.forward = lambda hidden: _sum_at_head(model, head, None if is_linear else forward, hidden, labels, positions)
     try:
         yield
     finally:
@@ -106,7 +107,14 @@ def _loss_at_head(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
             head.forward = former
 
 
-def _sum_at_head(model: nn.Module, head: nn.Module, forward: Callable | None, hidden: Tensor, labels: Tensor) -> Tensor:
+def _sum_at_head(
+    model: nn.Module,
+    head: nn.Module,
+    forward: Callable | None,
+    hidden: Tensor,
+    labels: Tensor,
+    positions: Tensor | None,
+) -> Tensor:
     """Return the summed loss of hidden states `[B, L, H]` and labels `[B, L]`, inside the head's call.
 
     forward: of a head that is more than a linear layer.
@@ -117,10 +125,10 @@ def _sum_at_head(model: nn.Module, head: nn.Module, forward: Callable | None, hi
             "label for every token, and no logits_to_keep"
         )
     use_liger, block_logits, _ = model._text_loss
-    predicted = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # by each position
-    rows = (predicted != IGNORE).nonzero().squeeze(1)
-    targets = predicted[rows]
-    hidden = hidden.flatten(0, 1).index_select(0, rows)
+    if positions is None:
+        positions = find_label_positions(labels)
+    targets = shift_labels(labels).index_select(0, positions)
+    hidden = hidden.flatten(0, 1).index_select(0, positions)
     if forward is not None:
         _log_once(
             hidden.device.type, f"checkpointed chunks of {type(head).__name__}, which is more than a linear layer"
@@ -174,7 +182,7 @@ def _sum_by_liger(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
         weight,
         targets,
         bias=bias,
-        ignore_index=IGNORE,
+        ignore_index=IGNORED_LABEL,
         reduction="sum",
         accum_dtype=torch.float32,
         chunk_mem_const=max(1, -(-vocabulary // (width * chunks))),

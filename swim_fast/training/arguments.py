@@ -12,10 +12,14 @@ def build_arguments(config: RunConfig) -> TrainingArguments:
     Raises:
         ConfigError: a value that transformers refuses.
     """
-    values = {"output_dir": "runs/swim", **config.training, **FIXED}
+    # transformers would wait for the device at every micro-batch, to leave out of its log what the run refuses anyway
+    values = {"output_dir": "runs/swim", "logging_nan_inf_filter": False, **config.training, **FIXED}
     if values.get("gradient_checkpointing"):  # the reentrant kind drops the gradient of the noun maps
         given = values.get("gradient_checkpointing_kwargs") or {}
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False} | given
+    accelerate = values.get("accelerator_config") or {}
+    if isinstance(accelerate, dict):  # batches from page-locked memory are copied while the host goes on
+        values["accelerator_config"] = {"non_blocking": values.get("dataloader_pin_memory", True)} | accelerate
     if config.data.max_tokens_per_batch is not None:
         values["per_device_train_batch_size"] = 1
     if config.optimization.early_stopping_patience is not None:  # a resumed run counts on where it was

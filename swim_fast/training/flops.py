@@ -14,8 +14,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from swim_fast.data.batch.counts import BatchCounts
 from swim_fast.modeling.families import get_family
 
 # Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets (where these give the figure with sparsity,
@@ -49,15 +50,15 @@ def get_peak_flops(device: torch.device) -> float | None:
 
 
 class Flops(NamedTuple):
-    """Operations of forward and backward, fp64 scalars on the batch's device."""
+    """Operations of forward and backward."""
 
-    weights: Tensor  # products with weights
-    text_attention: Tensor
-    vision_attention: Tensor
+    weights: float  # products with weights
+    text_attention: float
+    vision_attention: float
 
 
 class StepFlops:
-    """Counter of one model's operations on batches of `Collator`; never waits for the device.
+    """Counter of one model's operations on batches.
 
     Args:
         model: of a supported family, frozen as it will be trained, with or without adapters.
@@ -92,38 +93,23 @@ class StepFlops:
         self._whole_frames = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
         self._window = getattr(vision, "window_size", vision.patch_size) // vision.patch_size
 
-    def __call__(self, batch: dict) -> Flops:
+    def __call__(self, counts: BatchCounts) -> Flops:
         """Return the operations of one batch's forward and backward, without padding."""
-        tokens, pairs = _count_text(batch)
-        labels = (batch["labels"][:, 1:] != -100).sum().double()
-        patches = vision_pairs = tokens.new_zeros(())
-        for key in ("image_grid_thw", "video_grid_thw"):
-            if key in batch:
-                frames, height, width = batch[key].double().unbind(1)
-                patches = patches + (frames * height * width).sum()
-                whole = (frames * (height * width) ** 2).sum()
-                windows = (frames * self._sum_squares(height) * self._sum_squares(width)).sum()
-                vision_pairs = vision_pairs + self._whole_frames * whole + (self._depth - self._whole_frames) * windows
-        weights = self._per_token * tokens + self._per_label * labels + self._per_patch * patches
-        weights = weights + self._per_visual_token * patches / self._merge**2
+        patches = vision_pairs = 0
+        for frames, height, width in counts.grids:
+            patches += frames * height * width
+            windows = self._sum_squares(height) * self._sum_squares(width)
+            inside = self._whole_frames * (height * width) ** 2 + (self._depth - self._whole_frames) * windows
+            vision_pairs += frames * inside
+        weights = self._per_token * counts.tokens + self._per_label * counts.labels + self._per_patch * patches
+        weights += self._per_visual_token * patches / self._merge**2
+        pairs = sum(length * (length + 1) / 2 for length in counts.lengths)
         return Flops(weights, self._per_text_pair * pairs, self._per_vision_pair * vision_pairs)
 
-    def _sum_squares(self, length: Tensor) -> Tensor:
+    def _sum_squares(self, length: int) -> int:
         """Return the sum of squared window lengths over a side of `length` patches."""
         rest = length % self._window
         return (length - rest) * self._window + rest**2
-
-
-def _count_text(batch: dict) -> tuple[Tensor, Tensor]:
-    """Return the tokens of a batch without padding, and its (query, key) pairs; fp64 scalars."""
-    if batch.get("cu_seq_lens_q") is not None:
-        lengths = batch["cu_seq_lens_q"].diff().double()
-    elif batch.get("attention_mask") is not None and batch["attention_mask"].ndim == 2:
-        lengths = batch["attention_mask"].sum(1).double()
-    else:
-        rows, length = batch["input_ids"].shape
-        lengths = torch.full((rows,), float(length), dtype=torch.float64, device=batch["input_ids"].device)
-    return lengths.sum(), (lengths * (lengths + 1) / 2).sum()
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -32,7 +32,6 @@ from swim_fast.data.batch.dataset import MixtureSampler
 from swim_fast.data.batch.workers import start_worker
 from swim_fast.modeling.adapters import has_adapters, load_adapters
 from swim_fast.modeling.freezing import get_part_parameters
-from swim_fast.modeling.text_loss import count_labels
 from swim_fast.training.arguments import get_data_seed
 from swim_fast.training.callbacks import EpochOfSampler
 from swim_fast.training.checkpoints import CheckpointingTrainer
@@ -64,20 +63,29 @@ class HookedTrainer(CheckpointingTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """Return the gradient's norm, just before the optimizer's step."""
         norm = super()._get_grad_norm(model, grad_norm)
-        refused = None if self.args.fp16 else self.guard.check_gradient(norm, self.state.global_step + 1)
+        refused = None if self._steps_in_backward else self.guard.check_step(norm, self.state.global_step + 1)
         if refused is not None:
             self._skip(*refused)
             for parameter in model.parameters():
                 parameter.grad = None  # an optimizer passes over what has none
         return norm
 
+    @property
+    def _steps_in_backward(self) -> bool:
+        """True where the losses must be checked before backward: DeepSpeed steps in it, and fp16 scales the gradient,
+        whose norm may be infinite."""
+        return self.is_deepspeed_enabled or self.args.fp16
+
     def _get_num_items_in_batch(self, batch_samples, device) -> Tensor:
-        """Return the labels and pairs `[2]` of the global step: all its micro-batches on all ranks."""
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        for batch in batch_samples:
-            counts[0] += count_labels(batch["labels"]).to(device)
-            counts[1] += len(batch["mask_targets"])
-        return self._reduce(counts)
+        """Return the labels and pairs `[2]` of the global step: all its micro-batches on all ranks.
+
+        A single rank's stay on the CPU: dividing by them does not wait for the device.
+        """
+        counts = [(batch["counts"].labels, len(batch["mask_targets"])) for batch in batch_samples]
+        total = torch.tensor(counts).sum(0)
+        if self.args.world_size == 1:
+            return total
+        return self._reduce(total.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else total)
 
     def _reduce(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums
@@ -154,7 +162,7 @@ class HookedTrainer(CheckpointingTrainer):
 
     def _prepare_inputs(self, inputs):
         # transformers moves tensors only, and leaves the rest to accelerate's loaders
-        return super()._prepare_inputs(send_to_device(inputs, self.args.device))
+        return super()._prepare_inputs(send_to_device(inputs, self.args.device, non_blocking=True))
 
     # evaluation and logging
 

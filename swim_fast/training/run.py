@@ -110,6 +110,7 @@ def build_trainer(config: RunConfig):
 def _build_trainer(run: ResolvedRun):
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.batch.dataset import SwimDataset
+    from swim_fast.data.batch.positions import PositionIds
     from swim_fast.training.callbacks import EarlyStopping
     from swim_fast.training.trainer import SwimTrainer
 
@@ -117,9 +118,11 @@ def _build_trainer(run: ResolvedRun):
     builder = build_sample_builder(config, processor)
 
     train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
-    packing = {}
+    positions, packing = PositionIds.find(model.config, config.model.position_ids), {}
     if train_dataset is not None and config.data.max_tokens_per_batch is not None:
-        packing = _build_packing(config, train_dataset, model, processor, args)
+        sampler = _build_packing_sampler(config, train_dataset, args)
+        collator = Collator(processor, PositionIds(model.config, config.model.position_ids), pack=True)
+        packing = {"batch_sampler": sampler, "train_collator": collator}
     patience = config.optimization.early_stopping_patience
     return SwimTrainer(
         model=model,
@@ -131,21 +134,19 @@ def _build_trainer(run: ResolvedRun):
         train_dataset=train_dataset,
         **packing,
         eval_dataset={name: SwimDataset([source], builder) for name, source in config.data.eval.items()} or None,
-        data_collator=Collator(processor),
+        data_collator=Collator(processor, positions),
         processing_class=processor,
     )
 
 
-def _build_packing(config: RunConfig, dataset, model, processor, args) -> dict[str, Any]:
-    """Return the trainer's arguments for packed batches, after measuring the lengths of all samples."""
-    from swim_fast.data.batch.collation import Collator
+def _build_packing_sampler(config: RunConfig, dataset, args):
+    """Return the sampler of packed batches, after measuring the lengths of all samples."""
     from swim_fast.data.batch.dataset import MixtureSampler
     from swim_fast.data.batch.lengths import sample_lengths
     from swim_fast.data.batch.packing import PackingSampler
-    from swim_fast.data.batch.positions import PositionIds
     from swim_fast.training.arguments import get_data_seed
 
-    sampler = PackingSampler(
+    return PackingSampler(
         MixtureSampler(dataset, get_data_seed(args)),
         sample_lengths(dataset),
         config.data.max_tokens_per_batch,
@@ -153,8 +154,6 @@ def _build_packing(config: RunConfig, dataset, model, processor, args) -> dict[s
         args.process_index,
         args.world_size,
     )
-    positions = PositionIds(model.config, config.model.position_ids)
-    return {"batch_sampler": sampler, "train_collator": Collator(processor, positions)}
 
 
 def train(config: RunConfig, resume: bool = False) -> dict[str, float]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swim_fast.modeling.text_loss import count_labels
 from swim_fast.options import METRICS
 
 
@@ -34,15 +33,15 @@ class Sums:
     @classmethod
     def from_batch(cls, batch: dict, text: Tensor, mask: Tensor, metrics: Tensor) -> Sums:
         """Return the sums of a batch with these losses and the `sum_metrics` of its maps."""
-        slots = batch["input_ids"].numel()
+        counts = batch["counts"]
         return cls(
             **dict(zip((*METRICS, "grounded_pairs"), metrics.double(), strict=True)),
             text_loss=text.detach().double(),
             mask_loss=mask.detach().double(),
-            labels=count_labels(batch["labels"]),
+            labels=counts.labels,
             pairs=len(batch["mask_targets"]),
-            tokens=batch["attention_mask"].sum() if "attention_mask" in batch else slots,  # packed: no padding
-            token_slots=slots,
+            tokens=counts.tokens,
+            token_slots=counts.token_slots,
             skipped=len(batch["problems"]),
         )
 

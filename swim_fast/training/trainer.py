@@ -24,9 +24,9 @@ class SwimTrainer(HookedTrainer):
     Args:
         loss: weights and choices of the mask loss; None: train on text alone, without maps.
         on_nan: "stop" ends the run before the optimizer's step if a loss or gradient is NaN or infinite; "skip" leaves
-            the micro-batch or step out on all ranks. Both cost one small reduction among the ranks, and one wait for
-            the device, per micro-batch. A gradient is reported with all samples of its step. DeepSpeed checks gradients
-            and leaves steps out itself; so does fp16, to find its loss scale.
+            the micro-batch or step out on all ranks. This costs one small reduction among the ranks and one wait for
+            the device, for each step ("stop") or micro-batch ("skip"). A gradient is reported with all samples of its
+            step. DeepSpeed checks gradients and leaves steps out itself; so does fp16, to find its loss scale.
         learning_rates: of parts of the model, see `get_part_parameters`; the others have `args.learning_rate`.
         batch_sampler: batches of packed samples to train on, with `train_collator`, which packs them; None: batches of
             `per_device_train_batch_size` samples, of `data_collator`, as for evaluation.
@@ -77,15 +77,18 @@ class SwimTrainer(HookedTrainer):
             inputs = self._prepare_inputs(self.data_collator([]))
             text, mask, sums, outputs = self._forward(model, inputs)
             loss = self._weigh(text, mask)
+        if self._steps_in_backward and self.accelerator.sync_gradients:  # the step's last micro-batch
+            self.guard.check_step(None, step)
         if self.peak_flops:
-            sums.flops = sum(self._count_flops(inputs))
+            sums.flops = sum(self._count_flops(inputs["counts"]))
         self.sums += sums
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model, batch) -> tuple[Tensor, Tensor, Sums, object]:
         """Return text loss and mask loss of a batch, summed, with graph; all its sums; and the model's outputs."""
+        text_inputs = {"labels": batch["labels"], "label_positions": batch["label_positions"], "num_items_in_batch": 1}
         queries = {} if self.loss_options is None else {"noun_queries": batch["noun_queries"]}
-        inputs = {**model_inputs(batch), **queries, "labels": batch["labels"], "num_items_in_batch": 1}
+        inputs = {**model_inputs(batch), **queries, **text_inputs}
         outputs = model(**inputs, use_cache=False)
         if outputs.logits.ndim:
             raise RuntimeError("the model answered all logits: call attach_text_loss(model) before training")

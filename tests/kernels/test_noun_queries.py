@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from swim_kernels import NounQueries
 from tests.kernels.noun_attention_cases import make_queries
@@ -102,15 +101,6 @@ def test_to_moves_every_field():
     moved = queries.to("meta", non_blocking=True)
     assert all(t.device.type == "meta" for t in moved.tensors())
     assert [t.shape for t in moved.tensors()] == [t.shape for t in queries.tensors()]
-
-
-def test_data_loader_pins_every_field(monkeypatch):
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pinned.append(self) or self.clone())
-    queries = make_queries(ROWS, SETS)
-    batch = pin_memory({"noun_queries": queries})
-    assert isinstance(batch["noun_queries"], NounQueries)
-    assert [t.data_ptr() for t in pinned] == [t.data_ptr() for t in queries.tensors()]
 
 
 def test_travels_between_processes():

@@ -122,13 +122,14 @@ class GridPairs:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GridPairs:
         """Return the same pairs on another device."""
-        return self._with_table(self.table.to(device, non_blocking=non_blocking))
+        return self.with_table(self.table.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> GridPairs:
         """Return the same pairs in page-locked memory."""
-        return self._with_table(self.table.pin_memory())
+        return self.with_table(self.table.pin_memory())
 
-    def _with_table(self, table: Tensor) -> GridPairs:
+    def with_table(self, table: Tensor) -> GridPairs:
+        """Return the same pairs with a copy of their table, on any device."""
         moved = GridPairs(table, self.sizes, self.disjoint)
         if self.device.type == "cpu" or "mask_indices" in self.__dict__:
             moved.__dict__["mask_indices"] = self.mask_indices

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from swim_kernels.runtime.transfer import move_together, pin_together
+from swim_kernels.structs.key_columns import KeyColumns, find_key_columns
 
 OVER = ("range", "set")
 _INTEGERS = (torch.int32, torch.int64)
@@ -87,12 +91,33 @@ class NounQueries:
         return "causal" if bool(self.key_start.any()) else "prefix"
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NounQueries:
-        """Return the same rows on another device. From the CPU, the answer of `ranges` comes along."""
-        return self._like(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()))
+        """Return the same rows on another device; the rows on the CPU are remembered as their `source`."""
+        return self._like(move_together(self.tensors(), device, non_blocking))
 
     def pin_memory(self) -> NounQueries:
         """Return the same rows in page-locked memory; `torch.utils.data.DataLoader(pin_memory=True)` calls this."""
-        return self._like(*(tensor.pin_memory() for tensor in self.tensors()))
+        return self._like(pin_together(self.tensors()))
+
+    @property
+    def source(self) -> NounQueries | None:
+        """These rows on the CPU, if they came from there by `to` and were not written to since."""
+        known, versions = self.__dict__.get("_source", (None, ()))
+        return known if known is not None and versions == self.versions() else None
+
+    def versions(self) -> tuple[int, ...] | None:
+        """Return how often each tensor was written to; None if that is not counted, as under `inference_mode`."""
+        if any(tensor.is_inference() for tensor in self.tensors()):
+            return None
+        return tuple(tensor._version for tensor in self.tensors())
+
+    def key_columns(self, length: int) -> KeyColumns:
+        """Return which columns name which of `length` keys. On the CPU remembered; `Collator` asks in its worker."""
+        if self.device.type != "cpu" or torch.compiler.is_compiling():
+            return find_key_columns(self.key_sets, length)
+        which = (length, self.key_sets._version)
+        if which not in self._key_columns:
+            self._key_columns[which] = find_key_columns(self.key_sets, length)
+        return self._key_columns[which]
 
     def within_window(self, window: int) -> NounQueries:
         """Return the same rows, each with its own token and at most `window` − 1 keys before it; `ranges` stays.
@@ -103,9 +128,13 @@ class NounQueries:
         if self.over == "set":
             return self
         if window not in self._narrowed:
-            start = torch.maximum(self.key_start, self.position + 1 - window)
-            self._narrowed[window] = replace(self, key_start=start)
-            self._narrowed[window].__dict__["ranges"] = self.ranges  # within the window
+            if self.source is not None:
+                narrow = self._with_ranges_of(self.source.within_window(window))
+            else:
+                start = torch.maximum(self.key_start, self.position + 1 - window)
+                narrow = self._with_ranges(start, self.key_end)
+            narrow.__dict__["ranges"] = self.ranges  # within the window
+            self._narrowed[window] = narrow
         return self._narrowed[window]
 
     def within_key_sets(self) -> NounQueries:
@@ -114,11 +143,27 @@ class NounQueries:
         No softmax any more: for what concerns these keys only, given lse. A row without a key gets an empty range.
         """
         if "key sets" not in self._narrowed:
-            first, end = (bound[self.key_set] for bound in self._spans)
-            start = torch.minimum(torch.maximum(self.key_start, first), self.key_end)
-            end = torch.maximum(torch.minimum(self.key_end, end), start)
-            self._narrowed["key sets"] = replace(self, key_start=start, key_end=end)
+            if self.source is not None:
+                narrow = self._with_ranges_of(self.source.within_key_sets())
+            else:
+                first, end = (bound[self.key_set] for bound in self._spans)
+                start = torch.minimum(torch.maximum(self.key_start, first), self.key_end)
+                end = torch.maximum(torch.minimum(self.key_end, end), start)
+                narrow = self._with_ranges(start, end)
+            self._narrowed["key sets"] = narrow
         return self._narrowed["key sets"]
+
+    def _with_ranges(self, start: Tensor, end: Tensor) -> NounQueries:
+        """Return the same rows with other softmax ranges; what is known of the key sets stays known."""
+        other = replace(self, key_start=start, key_end=end)
+        other.__dict__["_key_columns"] = self._key_columns
+        return other
+
+    def _with_ranges_of(self, source: NounQueries) -> NounQueries:
+        """Return the same rows with the ranges of other rows on the CPU, which are remembered as the source."""
+        other = self._with_ranges(*move_together((source.key_start, source.key_end), self.device))
+        other.__dict__["_source"] = (source, other.versions())
+        return other
 
     def reach(self) -> tuple[Tensor, Tensor]:
         """Return first and end key of the softmax of each row, [R] each: its range, or the span of its key set."""
@@ -153,13 +198,20 @@ class NounQueries:
         return keys.masked_fill(keys < 0, far).amin(dim=1), keys.amax(dim=1) + 1
 
     @cached_property
+    def _key_columns(self) -> dict[tuple[int, int], KeyColumns]:
+        return {}
+
+    @cached_property
     def _narrowed(self) -> dict[int | str, NounQueries]:
         return {}
 
-    def _like(self, *tensors: Tensor) -> NounQueries:
+    def _like(self, tensors: Sequence[Tensor]) -> NounQueries:
         moved = NounQueries(*tensors, over=self.over)
         if self.device.type == "cpu" or "ranges" in self.__dict__:
             moved.__dict__["ranges"] = self.ranges
+        source = self.source or (self if self.device.type == "cpu" else None)
+        if source is not None and moved.versions() is not None:
+            moved.__dict__["_source"] = (source, moved.versions())
         return moved
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from swim_fast.data.batch.counts import BatchCounts
 from swim_fast.data.batch.positions import PositionIds
 from swim_fast.data.sample.builder import Sample
-from swim_fast.data.sample.encoding import IGNORED_LABEL
 from swim_fast.data.source.errors import DataError
+from swim_fast.labels import IGNORED_LABEL, find_label_positions
 from swim_fast.loss.targets import MaskTargets
 from swim_kernels import NounQueries, PackedMasks
 
 # What a batch holds beside the arguments of the model's forward.
-ABOUT = ("labels", "noun_queries", "mask_targets", "samples", "problems", "notes")
+ABOUT = ("labels", "label_positions", "noun_queries", "mask_targets", "counts", "samples", "problems", "notes")
 
 
 def model_inputs(batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
@@ -34,16 +35,20 @@ class Collator:
 
     Args:
         processor: the model's processor, whose tokenizer names the token to pad with.
-        positions: packs the samples of a batch one behind the other into one sequence without padding, in which these
-            position ids say where each begins; None pads them.
+        positions: of the samples, computed here rather than in the model, which would wait for the device many times;
+            None leaves them to the model.
+        pack: put the samples of a batch one behind the other into one sequence without padding, in which the positions,
+            which are needed, say where each begins; else they are padded.
     """
 
-    def __init__(self, processor: Any, positions: PositionIds | None = None):
+    def __init__(self, processor: Any, positions: PositionIds | None = None, pack: bool = False):
+        if pack and positions is None:
+            raise ValueError("packed samples need position ids: Collator(processor, PositionIds(…), pack=True)")
         tokenizer = processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._padding = {"input_ids": pad, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
         self._end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else pad
-        self._positions = positions
+        self._positions, self._pack = positions, pack
 
     def __call__(self, items: Sequence[Sample | DataError]) -> dict[str, Any]:
         """Collate samples; errors among them are listed and left out.
@@ -56,7 +61,8 @@ class Collator:
 
         Returns:
             Arguments of the model's forward: `input_ids`, `mm_token_type_ids`, `labels` [B, L] int64, padded on the
-            right, with `attention_mask` [B, L]; or, of packed samples of T tokens in all,
+            right, with `attention_mask` [B, L] and, if they are computed here, `position_ids` [3, B, L] int64 (time,
+            height, width); or, of packed samples of T tokens in all,
 
             - the same three as [1, T], without a mask; no label of a sample's first token, which nothing predicts;
             - `position_ids` [4, 1, T] int64: the position in the sample, by which transformers tells packed sequences
@@ -67,21 +73,26 @@ class Collator:
             The visual tensors that occur in the batch, concatenated (`second_per_grid_ts` as a list of numbers); and
             beside it
 
+            - `label_positions` [n] int64, see `find_label_positions`, and `counts`: `BatchCounts`;
             - `noun_queries`: `NounQueries`, `mask_targets`: `MaskTargets`, their rows in the order of the samples;
             - `samples`: names of the samples, `problems`: text of each error, `notes`: `name: note` of each note; lists
               of strings.
         """
         samples = [item for item in items if isinstance(item, Sample)]
         inputs = [sample.inputs for sample in samples] or [self._placeholder()]
-        if self._positions is None:
-            tokens, starts = self._padded(inputs), [(sequence, 0) for sequence in range(len(samples))]
-        else:
+        if self._pack:
             tokens = self._packed(inputs)
             starts = [(0, start) for start in tokens["cu_seq_lens_q"].tolist()[: len(samples)]]
+        else:
+            tokens, starts = self._padded(inputs), [(sequence, 0) for sequence in range(len(samples))]
+        batch = {**tokens, **self._visual(inputs)}
+        queries = _noun_queries(samples, starts)
+        queries.key_columns(tokens["input_ids"].shape[1])  # remembered, for the kernels
         return {
-            **tokens,
-            **self._visual(inputs),
-            "noun_queries": _noun_queries(samples, starts),
+            **batch,
+            "label_positions": find_label_positions(batch["labels"]),
+            "counts": BatchCounts.from_batch(batch),
+            "noun_queries": queries,
             "mask_targets": _mask_targets(samples),
             "samples": [sample.name for sample in samples],
             "problems": [str(item) for item in items if isinstance(item, DataError)],
@@ -99,6 +110,9 @@ class Collator:
         }
         lengths = torch.tensor([len(sample["input_ids"]) for sample in inputs])
         batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        if self._positions is not None:
+            positions = [self._positions(sample)[1:].T for sample in inputs]
+            batch["position_ids"] = pad_sequence(positions, batch_first=True).permute(2, 0, 1).contiguous()
         return batch
 
     def _packed(self, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:

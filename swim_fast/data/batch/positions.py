@@ -36,6 +36,14 @@ class PositionIds:
         self._model.config = config
         self._compute = rope_index_function(self._model, rule)
 
+    @classmethod
+    def find(cls, config: Any, rule: str = "pretraining") -> PositionIds | None:
+        """Return the position ids of a model, None if it does not number its tokens in this way."""
+        try:
+            return cls(config, rule)
+        except ProcessorError:
+            return None
+
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return int64 [4, L]: the position in the text, by which sequences are told apart, and time, height and width.
 

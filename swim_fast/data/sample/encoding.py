@@ -16,9 +16,8 @@ from swim_fast.data.sample.sampling import PixelLimits
 from swim_fast.data.source.errors import DataError, ProcessorError
 from swim_fast.data.source.tags import tokens_of_span
 from swim_fast.data.video.reader import MediaInfo
+from swim_fast.labels import IGNORED_LABEL
 from swim_fast.options import Sampling
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def rule(request):
 @pytest.fixture
 def pack(processor, model, rule):
     """A collator that packs, as it comes out of a worker process."""
-    return pickle.loads(pickle.dumps(Collator(processor, PositionIds(model.config, rule))))
+    return pickle.loads(pickle.dumps(Collator(processor, PositionIds(model.config, rule), pack=True)))
 
 
 @pytest.fixture

@@ -74,9 +74,14 @@ class Event:
 
     @property
     def place(self) -> str:
-        """The innermost frame in our packages, else the innermost one."""
-        ours = [frame for frame in self.stack if re.match(r"(swim_fast|swim_kernels)/", frame)]
-        return (ours or list(self.stack) or ["backward of torch"])[-1]
+        """The innermost frame outside of PyTorch and this instrument."""
+        frames = [frame for frame in self.stack if not re.match(r"(torch|triton|tests/helpers/pretend_gpu)/", frame)]
+        return frames[-1] if frames else "backward of torch"
+
+    @property
+    def is_ours(self) -> bool:
+        """True if the innermost frame outside of PyTorch is in one of our packages."""
+        return self.place.startswith(("swim_fast/", "swim_kernels/"))
 
 
 @dataclass
@@ -85,17 +90,18 @@ class Record:
 
     events: list[Event] = field(default_factory=list)
 
-    def of(self, kind: str, inside: str = "") -> list[Event]:
-        """Return the events of a kind, those with a frame that holds this text."""
-        return [e for e in self.events if e.kind == kind and any(inside in frame for frame in e.stack or ("",))]
+    def of(self, kind: str, inside: str = "", ours: bool = False) -> list[Event]:
+        """Return the events of a kind: those with a frame that holds this text, or those of our packages alone."""
+        events = [event for event in self.events if event.kind == kind and (event.is_ours or not ours)]
+        return [event for event in events if any(inside in frame for frame in event.stack or ("",))]
 
-    def count(self, kind: str, inside: str = "") -> int:
+    def count(self, kind: str, inside: str = "", ours: bool = False) -> int:
         """Return the number of events of a kind, see `of`."""
-        return len(self.of(kind, inside))
+        return len(self.of(kind, inside, ours))
 
-    def describe(self, kind: str, inside: str = "") -> str:
+    def describe(self, kind: str, inside: str = "", ours: bool = False) -> str:
         """Return one line for each place: how often, where, and the first name of what was asked for."""
-        events = self.of(kind, inside)
+        events = self.of(kind, inside, ours)
         names = {e.place: e.name for e in reversed(events)}
         counts = Counter(event.place for event in events)
         return "\n".join(f"{n:5} × {place}  ({names[place][:90]})" for place, n in counts.items())

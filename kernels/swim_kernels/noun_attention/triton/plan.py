@@ -1,6 +1,7 @@
 """Tables of a batch for the Triton kernels of noun attention, made once for all of its layers.
 
-Made by tensor operations on the device, in sizes that follow from shapes: nothing is read back.
+Made by tensor operations in sizes that follow from shapes, so that nothing is read back: on the CPU where the rows came
+from there, and moved in one copy, since each operation on a few numbers would be a launch; else on the device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from swim_kernels.runtime.transfer import move_together
+from swim_kernels.structs.key_columns import KeyColumns
 from swim_kernels.structs.noun_queries import NounQueries
 
 _WIDTH = 8  # int32 columns of `entries` and of a table of blocks
@@ -94,23 +97,43 @@ def plan_of(queries: NounQueries, batch: int, length: int, block_rows: int) -> P
     if torch.compiler.is_compiling():
         return make_plan(queries, batch, length, block_rows)
     capturing = queries.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    versions = tuple(tensor._version for tensor in queries.tensors() if not tensor.is_inference())
     plans = _plans.setdefault(queries, {})
-    which = (batch, length, block_rows, capturing, versions)
+    which = (batch, length, block_rows, capturing, queries.versions())
     if which not in plans:
-        plans[which] = make_plan(queries, batch, length, block_rows)
+        source = None if capturing else queries.source  # a replay would copy the rows of the capture
+        if source is None:
+            plans[which] = make_plan(queries, batch, length, block_rows)
+        else:
+            plans[which] = _move(_tables(source, batch, length, block_rows), length, queries.device)
     return plans[which]
 
 
 def make_plan(queries: NounQueries, batch: int, length: int, block_rows: int) -> Plan:
-    """Return the plan of these rows.
+    """Return the plan of these rows, on their device.
 
     Values that do not fit B sequences of L tokens are forced into range: wrong maps, but no wild memory access.
     """
+    return _complete(*_tables(queries, batch, length, block_rows), length)
+
+
+def _complete(tables: tuple[Tensor, ...], columns: KeyColumns, length: int) -> Plan:
+    return Plan(*tables, columns.key_sets, columns.invert(length), columns.next_column, columns.repeats)
+
+
+def _move(made: tuple[tuple[Tensor, ...], KeyColumns], length: int, device: torch.device) -> Plan:
+    """Return the plan of tables that were made on the CPU: one copy and two launches, for what may be large."""
+    tables, columns = made
+    moved = move_together([*tables, *columns], device)
+    return _complete(tuple(moved[: len(tables)]), KeyColumns(*moved[len(tables) :]), length)
+
+
+def _tables(
+    queries: NounQueries, batch: int, length: int, block_rows: int
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], KeyColumns]:
+    """Return the first four fields of a plan, and the columns from which the others are made."""
     num_rows, key_sets = len(queries), queries.key_sets
     if not num_rows or not key_sets.numel():
-        nothing = key_sets.new_zeros(num_rows, _WIDTH, dtype=torch.int32)
-        return Plan(nothing, nothing, nothing, nothing, key_sets.int(), nothing, nothing, nothing)
+        return (key_sets.new_zeros(num_rows, _WIDTH, dtype=torch.int32),) * 4, queries.key_columns(length)
     key_sets = torch.where(key_sets < length, key_sets, -1)
     bounded = replace(queries, key_sets=key_sets, key_set=queries.key_set.clamp(0, len(key_sets) - 1))
     order = torch.arange(num_rows, device=key_sets.device)
@@ -134,8 +157,8 @@ def make_plan(queries: NounQueries, batch: int, length: int, block_rows: int) ->
     blocks, read_blocks = (_blocks(entries, *_cut(cut, block_rows, segments), length) for cut in (starts, starts_set))
     sequences = _blocks(entries, sequence, batch, length)
     sequences = sequences._replace(sequence=torch.arange(batch, device=order.device))
-    tables = (_table(columns) for columns in (entries, sequences, blocks, read_blocks))
-    return Plan(*tables, *_columns(key_sets, length))
+    tables = tuple(_table(columns) for columns in (entries, sequences, blocks, read_blocks))
+    return tables, queries.key_columns(length)
 
 
 def _table(columns: tuple[Tensor, ...]) -> Tensor:
@@ -190,21 +213,3 @@ def _same_token(sequence: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     later = torch.where(same & (entry > entry[:, None]), entry, len(entry)).amin(dim=1)
     earlier = (same & (entry < entry[:, None])).any(dim=1)
     return torch.where(later == len(entry), -1, later), (~earlier).long()
-
-
-def _columns(key_sets: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `key_sets`, `inverse`, `next_column` and `repeats` of a plan."""
-    num_sets, num_columns = key_sets.shape
-    keys = torch.where(key_sets < 0, length, key_sets).long()  # the padding names a key of its own, cut off again
-    column = torch.arange(num_columns, device=keys.device).expand(num_sets, -1)
-    inverse = torch.full((num_sets, length + 1), num_columns, device=keys.device)
-    inverse = inverse.scatter_reduce_(1, keys, column, "amin")[:, :length]
-    inverse = torch.where(inverse == num_columns, -1, inverse)
-
-    keys, order = torch.sort(keys, dim=1, stable=True)  # columns of one key side by side, in order
-    repeated = (keys == keys.roll(1, dims=1)) & (column > 0) & (keys < length)
-    next_column = torch.full_like(order, -1)
-    next_column.scatter_(1, order.roll(1, dims=1), torch.where(repeated, order, -1))
-    # How far a column is from the last one that named a new key.
-    repeats = (column - torch.where(repeated, -1, column).cummax(dim=1).values).amax().reshape(1)
-    return key_sets.int().contiguous(), inverse.int().contiguous(), next_column.int(), repeats.int()
