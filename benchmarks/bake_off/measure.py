@@ -8,8 +8,8 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -86,16 +86,23 @@ def measure_all(choices: Iterable[Choice], seeds: int, steps: int, clips: int, w
     """
     file, folder = open_records(path), path.parent / "bake_off_runs"
     wanted = [job for job in itertools.product(range(seeds), choices) if (*job[1], job[0], steps) not in file.records]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for seed in sorted({seed for seed, _ in wanted}):
-            pool.submit(prepare, folder / str(seed), seed, clips).result()
-        running = {pool.submit(run, choice, folder / str(seed), seed, steps): choice for seed, choice in wanted}
+            in_new_process(prepare, folder / str(seed), seed, clips)
+        running = {
+            pool.submit(in_new_process, run, choice, folder / str(seed), seed, steps): choice for seed, choice in wanted
+        }
         for count, done in enumerate(as_completed(running), start=1):
             record = done.result()
             file.put(record)
             print(f"{count} of {len(wanted)}: {running[done]}: {record.pointing_accuracy:.3f}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_new_process(function: Callable, *arguments):
+    """Return what a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def prepare(folder: Path, seed: int, clips: int) -> None:
@@ -111,7 +118,29 @@ def prepare(folder: Path, seed: int, clips: int) -> None:
 
 
 def run(choice: Choice, folder: Path, seed: int, steps: int) -> Record:
-    """Train with one choice, as the demo does but for the number of steps, and measure."""
+    """Train with one choice, as the demo does but for the number of steps, and measure; unless the folder holds it."""
+    output = folder / "-".join(choice)
+    if not (output / "out" / "results.json").is_file():
+        train_and_evaluate(choice, folder, output, seed, steps)
+    results = json.loads((output / "out" / "results.json").read_text())
+    metrics = json.loads((output / "all_results.json").read_text())
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    reached = [log["step"] for log in history if log.get("eval_heldout_pointing_accuracy", 0) >= POINTING]
+    names = ("gamepoint_top_1pct", "gamepoint_top_10pct", "average_precision")
+    return Record(
+        **choice._asdict(),
+        seed=seed,
+        steps=steps,
+        steps_to_pointing=min(reached, default=None),
+        **{name: round(value, 4) for name, value in results["fused"].items()},
+        **{name: round(results["ranking"]["fused"][name], 4) for name in names},
+        text_loss=round(metrics["eval_heldout_text_loss"], 4),
+        **describe_machine(),
+    )
+
+
+def train_and_evaluate(choice: Choice, folder: Path, output: Path, seed: int, steps: int) -> None:
+    """Train and evaluate in the folder of one run."""
     import torch
 
     from swim_fast.cli import main
@@ -119,7 +148,6 @@ def run(choice: Choice, folder: Path, seed: int, steps: int) -> Record:
     from swim_fast.training.run import train
 
     torch.set_num_threads(1)
-    output = folder / "-".join(choice)
     shutil.rmtree(output, ignore_errors=True)
     heldout = folder / "data" / "heldout.jsonl"
     values = {f"attention_loss.{name}": value for name, value in choice._asdict().items()}
@@ -136,22 +164,8 @@ def run(choice: Choice, folder: Path, seed: int, steps: int) -> Record:
         "training.disable_tqdm": "true",
         "training.dataloader_persistent_workers": "true",
     }
-    metrics = train(load_config("demo", [f"{key}={value}" for key, value in values.items()]))
+    train(load_config("demo", [f"{key}={value}" for key, value in values.items()]))
     words = ["evaluate", "grounding", output, heldout, "--out", output / "out", "--layers", "supervised"]
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         if main([str(word) for word in words]):
             raise RuntimeError(f"{choice}: evaluation failed")
-    results = json.loads((output / "out" / "results.json").read_text())
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    reached = [log["step"] for log in history if log.get("eval_heldout_pointing_accuracy", 0) >= POINTING]
-    names = ("gamepoint_top_1pct", "gamepoint_top_10pct", "average_precision")
-    return Record(
-        **choice._asdict(),
-        seed=seed,
-        steps=steps,
-        steps_to_pointing=min(reached, default=None),
-        **{name: round(value, 4) for name, value in results["fused"].items()},
-        **{name: round(results["ranking"]["fused"][name], 4) for name in names},
-        text_loss=round(metrics["eval_heldout_text_loss"], 4),
-        **describe_machine(),
-    )

@@ -110,7 +110,10 @@ class SwimTrainer(HookedTrainer):
             maps = [layer.detach() for layer in maps]
         choices = {"fusion": loss.fusion, "prediction": loss.prediction, "backend": loss.backend}
         predictions = GridPredictions.from_maps(maps, targets, **choices)
-        return compute_pair_losses(predictions, loss.criterion, loss.resolution).sum(), sum_metrics(predictions)
+        metrics = sum_metrics(predictions)
+        if loss.fusion == "none":  # of each layer, as the loss is
+            metrics = metrics.mean(0)
+        return compute_pair_losses(predictions, loss.criterion, loss.resolution).sum(), metrics
 
     def _weigh(self, text, mask):
         if self.loss_options is None:

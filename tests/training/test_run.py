@@ -243,3 +243,20 @@ def test_a_run_without_any_map_trains_a_stock_model(write_config, tmp_path):
     logs = history(tmp_path / "run")
     assert all("mask_loss" in entry and entry["mask_loss"] == 0 for entry in logs if entry["pairs_per_step"])
     assert all("pointing_accuracy" not in entry for entry in logs)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"fusion": "none", "criterion": "bce"},
+        {"fusion": "none", "prediction": "min_max", "criterion": "dice"},
+        {"softmax": "full", "fusion": "product", "prediction": "released", "query_position": "predictor"},
+        {"softmax": "causal", "fusion": "product", "prediction": "min_max"},
+        {"softmax": "visual", "fusion": "add", "criterion": "mass"},
+    ],
+)
+def test_every_kind_of_mask_loss_trains_and_is_logged(write_config, tmp_path, choice):
+    run_here(write_config(attention_loss=choice))
+    logs = history(tmp_path / "run")
+    assert all(0 <= entry[name] <= 1 for entry in logs for name in ("pointing_accuracy", "mass_in_mask", "soft_iou"))
+    assert all(0 < entry["mask_loss"] < 50 for entry in logs)
