@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install install-gpu demo test test-all lint bench bench-quick bench-check bench-train kernel-report clean
+.PHONY: install install-gpu demo test test-all lint bench bench-quick bench-check bench-train kernel-report gpu-check clean
 
 install: $(STAMP)
 
@@ -61,6 +61,10 @@ bench-train: $(STAMP)
 # Ahead-of-time builds of every kernel configuration and bytes counted in the interpreter: an hour on two cores.
 kernel-report: $(STAMP)
 	PYTHONPATH=kernels $(BIN)/python -m benchmarks.kernels $(ARGS)
+
+# Whether all of this works on a GPU, and how fast: 9 minutes, no network; `ARGS='--device cpu'` tries the check itself.
+gpu-check: $(STAMP)
+	PYTHONPATH=kernels $(BIN)/python -m swim_fast.gpu_check $(ARGS)
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from swim_fast.loss.mask_loss import MaskTargets
 from swim_kernels import NounQueries, PackedMasks
 from swim_kernels.flash_noun_attention.providers.base import Call, Provider
-from swim_kernels.flash_noun_attention.providers.torch import TorchCpu
+from swim_kernels.flash_noun_attention.providers.torch import TorchCpu, TorchCuda
 
 AT = (16384, 8)  # tokens and rows of the targets
 Layers = Sequence[tuple[Tensor, Tensor, Tensor]]
@@ -102,7 +102,7 @@ class Step:
         return replace(self, layers=layers, sources=sources, rotation=rotation, grad_output=grad_output)
 
     def with_rows(self, num_rows: int) -> Step:
-        return replace(self, **_supervise(self.length, num_rows, self.geometry, self.grid))
+        return replace(self, **_supervise(self.length, num_rows, self.geometry, self.grid, self.grad_output.device))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that exist before the step."""
@@ -158,14 +158,21 @@ class Replayed(Provider):
 
 
 def make_step(
-    length: int, num_rows: int, geometry: Geometry | None = None, *, dtype=torch.bfloat16, distinct=1, seed=0
+    length: int,
+    num_rows: int,
+    geometry: Geometry | None = None,
+    *,
+    dtype=torch.bfloat16,
+    distinct=1,
+    seed=0,
+    device: torch.device | str = "cpu",
 ) -> Step:
     """Return a step of random inputs; `distinct` layers have tensors of their own, the others share the last one's."""
-    geometry = geometry or Geometry()
-    generator = torch.Generator().manual_seed(seed)
+    geometry, device = geometry or Geometry(), torch.device(device)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     def make_layer():
         hidden = random(length, geometry.width)
@@ -176,16 +183,20 @@ def make_step(
         return (query, key, value), (hidden, *weights)
 
     angle = torch.arange(length)[:, None] * 1e6 ** -(torch.arange(0, geometry.head_dim, 2) / geometry.head_dim)
-    rotation = tuple(f(angle).repeat(1, 2).to(dtype) for f in (torch.cos, torch.sin))
+    rotation = tuple(f(angle).repeat(1, 2).to(device, dtype) for f in (torch.cos, torch.sin))
     made = [make_layer() for _ in range(distinct)]
     made += made[-1:] * (geometry.num_layers - distinct)
     layers, sources = zip(*made, strict=True)
     grad_output = random(1, geometry.num_heads, length, geometry.head_dim)
     grid = geometry.grid(length)
-    return Step(geometry, grid, layers, sources, rotation, grad_output, **_supervise(length, num_rows, geometry, grid))
+    supervision = _supervise(length, num_rows, geometry, grid, device)
+    attention = TorchCuda() if device.type == "cuda" else TorchCpu()
+    return Step(geometry, grid, layers, sources, rotation, grad_output, **supervision, attention=attention)
 
 
-def _supervise(length: int, num_rows: int, geometry: Geometry, grid: tuple[int, int]) -> dict[str, object]:
+def _supervise(
+    length: int, num_rows: int, geometry: Geometry, grid: tuple[int, int], device: torch.device
+) -> dict[str, object]:
     """Return queries, targets and masks of a step: every row with every patch, an object's rows share masks."""
     first = length - geometry.text
     position = first + (torch.arange(num_rows) + 1) * geometry.text // (num_rows + 1)  # spread over the text
@@ -207,7 +218,8 @@ def _supervise(length: int, num_rows: int, geometry: Geometry, grid: tuple[int, 
     patch_queries = NounQueries(zeros, position[row], start, end, patch, by_patch, over="set")
     patch_targets = MaskTargets(torch.arange(len(row)), zeros, height, width, mask, packed)
     parts = {"queries": queries, "targets": targets, "patch_queries": patch_queries, "patch_targets": patch_targets}
-    return parts | {"masks": masks}
+    parts = {name: part.to(device) for name, part in parts.items()}
+    return parts | {"masks": [mask.to(device) for mask in masks]}
 
 
 def _ellipse(geometry: Geometry, index: int, time: int) -> Tensor:

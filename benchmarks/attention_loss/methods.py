@@ -85,7 +85,9 @@ def _row_maps(query: Tensor, key: Tensor, step: Step, softmax: str) -> Tensor:
     if softmax == "frame":
         return _softmax_of_patches(scores, step).mean(0)
     if softmax == "causal":
-        scores = scores.masked_fill(torch.arange(key.shape[1]) >= queries.key_end[:, None], float("-inf"))
+        scores = scores.masked_fill(
+            torch.arange(key.shape[1], device=key.device) >= queries.key_end[:, None], float("-inf")
+        )
     p = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return p.mean(0)[:, video]
 
