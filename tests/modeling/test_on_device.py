@@ -14,8 +14,10 @@ from swim_fast.loss.targets import MaskTargets
 from swim_fast.modeling import attach_noun_attention, fused_attention
 from swim_kernels import NounQueries, flash_noun_attention, noun_attention
 from swim_kernels.flash_noun_attention import node
+from tests.helpers.pretend_gpu import is_running
 from tests.modeling.test_fused_attention import batch
 
+pytestmark = pytest.mark.slow  # a part of `make gpu-check`
 LAYERS = [0, 1]
 SIZE = ModelSize(hidden_size=128, num_layers=2, num_heads=2, num_key_value_heads=1, initializer_range=0.05)
 
@@ -105,7 +107,7 @@ def test_compiled(exact, device):
     def maps_of(query, key):
         return noun_attention(query * 2, key, queries)
 
-    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    backend = "inductor" if device.type == "cuda" and not is_running() else "aot_eager"
     results = []
     for function in (maps_of, torch.compile(maps_of, backend=backend)):
         leaves = [x.detach().requires_grad_() for x in (query, key)]

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from swim_fast.config import load_config
 from swim_fast.demo.tiny_model import ModelSize, build_checkpoint
 
+pytestmark = pytest.mark.slow  # a part of `make gpu-check`
 STEPS, WATCHED = {"cpu": 4, "cuda": 20}, range(10, 14)
 HEIGHT, WIDTH, FRAMES = 56, 84, 6
 SIZE = ModelSize(hidden_size=128, num_layers=2, num_heads=2, num_key_value_heads=1)  # a head size of 64
@@ -95,7 +96,8 @@ def train(material, tmp_path, monkeypatch):
         if on_cpu:
             tree["training"] |= {"use_cpu": True, "dataloader_pin_memory": False}
         for section, values in sections.items():
-            tree[section] |= values
+            kept = (tree[section] | values).items()
+            tree[section] = {key: value for key, value in kept if value is not None}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree))
         trainer = build_trainer(load_config(path))
@@ -112,7 +114,11 @@ def train(material, tmp_path, monkeypatch):
 KINDS = {
     "fp32": {},
     "bf16": {"model": {"dtype": "bfloat16"}},
-    "packed": {"model": {"dtype": "bfloat16"}, "data": {"max_tokens_per_batch": 100}},
+    "packed": {
+        "model": {"dtype": "bfloat16"},
+        "data": {"max_tokens_per_batch": 100},
+        "training": {"per_device_train_batch_size": None},
+    },
 }
 
 
@@ -167,7 +173,8 @@ class WatchWaits(TrainerCallback):
 @pytest.mark.parametrize("kind", ["bf16", "packed"])
 def test_the_host_does_not_wait(train, kind):
     watch = WatchWaits()
-    train("watched", 16, False, [watch], training={"logging_steps": 1000}, **KINDS[kind])
+    training = KINDS[kind].get("training", {}) | {"logging_steps": 1000}
+    train("watched", 16, False, [watch], **KINDS[kind] | {"training": training})
     unknown = {name: place for name, place in watch.ours().items() if name not in ALLOWED_WAITS}
     print(f"{len(watch.stacks)} waits in {len(WATCHED)} steps, {len(watch.ours())} places of ours")
     assert not unknown, f"{len(unknown)} places of ours wait for the GPU: {'; '.join(unknown.values())}"
