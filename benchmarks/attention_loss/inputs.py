@@ -89,9 +89,15 @@ class Step:
         return Call(self.geometry.head_dim**-0.5)
 
     def fresh(self) -> Step:
-        """Return the step with queries and targets for which nothing is cached yet."""
-        queries = {n: replace(getattr(self, n)) for n in ("queries", "patch_queries")}
-        return replace(self, **queries, **{n: replace(getattr(self, n)) for n in ("targets", "patch_targets")})
+        """Return the step with queries and targets for which nothing is cached yet.
+
+        On a GPU they know what a move from the CPU tells them, such as the sizes of the grids.
+        """
+        device = self.grad_output.device
+        names = ("queries", "patch_queries", "targets", "patch_targets")
+        parts = {name: getattr(self, name) for name in names}
+        renew = replace if device.type == "cpu" else (lambda part: part.to(device))
+        return replace(self, **{name: renew(part) for name, part in parts.items()})
 
     def cast(self, dtype: torch.dtype) -> Step:
         layers, sources = (

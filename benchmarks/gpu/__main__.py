@@ -19,6 +19,7 @@ from benchmarks.gpu.part import PARTS
 from benchmarks.gpu.report import summarize, write_report
 
 ROOT = Path(__file__).parents[2]
+MINUTES = 9
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to test the check")
     parser.add_argument("--quick", action="store_true", help="one case of each test, fewer sizes")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--minutes", type=float, default=9, help="parts beyond this time are skipped (default: 9)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all parts; default: 9")
     parser.add_argument("--ignore-values", action="store_true", help="judge no value: for a pretend GPU")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu-check", help="folder of the results")
     args = parser.parse_args()
@@ -46,7 +47,7 @@ def run_part(name: str, args: argparse.Namespace, output: Path, left: float) -> 
     """Run a part within its time and the time that is left; return its checks, with one more if it did not end well."""
     path, noise = output / f"{name}.jsonl", output / f"{name}.log"
     path.unlink(missing_ok=True)
-    log, seconds = CheckLog(name, path), min(PARTS[name].seconds, left)
+    log, seconds = CheckLog(name, path), min(PARTS[name].seconds * max(1, args.minutes / MINUTES), left)
     if seconds < 10:
         log.add(name, SKIP, f"no time left of {args.minutes:g} minutes; run it with --only {name}")
         return read_checks(path)

@@ -15,7 +15,8 @@ from benchmarks.gpu.checks import FAIL, PASS, SKIP, CheckLog, Options
 from benchmarks.gpu.layers import random_loss, random_rows, record_launches
 from swim_kernels import noun_attention
 
-BATCHES, MOST_BUILDS = 200, 10
+BATCHES = 200
+MOST_BUILDS = 24  # of 13 kernels: one or two tiles, with two kinds of softmax
 
 
 def run(options: Options, log: CheckLog) -> None:
@@ -30,8 +31,8 @@ def run(options: Options, log: CheckLog) -> None:
             kernels |= run_batches(20 if options.quick else BATCHES, patches)
             detail.append(f"{count_builds(kernels) - before} builds of {len(kernels)} kernels")
     total = count_builds(kernels)
-    allowed = 2 * MOST_BUILDS
-    log.add("number of builds", PASS if total <= allowed else FAIL, f"{total} of at most {allowed}: {tell(kernels)}")
+    state = PASS if total <= MOST_BUILDS else FAIL
+    log.add("number of builds", state, f"{total} of at most {MOST_BUILDS}: {tell(kernels)}")
     for name, kernel in kernels.items():
         for build in builds_of(kernel):
             figures = (

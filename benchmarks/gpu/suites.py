@@ -116,7 +116,8 @@ def run_process(tests: list[str], options: Options, deadline: float, results: Re
     words = [*pytest_words(options), "--events", str(write), *tests]
     process = subprocess.Popen(words, cwd=ROOT, stdout=sys.stdout, stderr=sys.stderr, pass_fds=[write])
     os.close(write)
-    timer = threading.Timer(max(1.0, deadline - time.monotonic()), process.kill)
+    over = threading.Event()
+    timer = threading.Timer(max(1.0, deadline - time.monotonic()), lambda: (over.set(), process.kill()))
     timer.start()
     with os.fdopen(read, encoding="utf-8") as events:
         for line in events:
@@ -128,9 +129,8 @@ def run_process(tests: list[str], options: Options, deadline: float, results: Re
                     results.outcomes[event["test"]] = event["status"], event["detail"]
                     results.seconds[event["test"]] = event["seconds"]
     code = process.wait()
-    over = not timer.is_alive()
     timer.cancel()
-    return None if over else code
+    return None if over.is_set() else code
 
 
 def tell(report) -> tuple[str, str] | None:

@@ -148,6 +148,7 @@ def test_graph_captured_on_one_batch_is_replayed_on_the_next(device):
         return [loss.detach(), output.detach(), *torch.autograd.grad(loss + output.float().square().mean(), leaves)]
 
     static, queries, targets = make_step(0, device)
+    queries.sequence.add_(0)  # rows that were written to have their plan made on the GPU, as in the capture
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, and asks what is asked once of a batch
