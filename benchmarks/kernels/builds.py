@@ -57,26 +57,14 @@ def build(
         constexprs: value of every one that is; that of a tuple's element under (name, index).
         aligned: arguments and elements that are multiples of 16 (addresses, strides), as a launch finds out by itself.
     """
-    names = kernel.arg_names
-    missing = [name for name in names if name not in signature and name not in constexprs]
-    if missing:
-        raise ValueError(f"{kernel.__name__}: neither type nor value for {', '.join(missing)}")
-    types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
-
-    def path(key: str | tuple[str, int]) -> tuple[int, ...]:
-        return (names.index(key),) if isinstance(key, str) else (names.index(key[0]), key[1])
-
-    constants = {path(key): value for key, value in constexprs.items()}
-    attributes = {path(key): [["tt.divisibility", 16]] for key in aligned if key not in constexprs}
+    source = make_source(kernel, signature, constexprs, aligned)
     compiled = triton.compile(
-        ASTSource(kernel, types, constants, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages}
     )
     ptx = compiled.asm["ptx"]
     registers, stack, code = _disassemble(compiled.asm["cubin"])
-    kinds = {name: (kind,) if isinstance(kind, str) else kind for name, kind in types.items()}
-    parameters = [(name, kind[0] == "*") for name in names for kind in kinds[name] if kind != "constexpr"]
+    kinds = {name: (kind,) if isinstance(kind, str) else kind for name, kind in source.signature.items()}
+    parameters = [(name, kind[0] == "*") for name in kinds for kind in kinds[name] if kind != "constexpr"]
     loads, stores = global_accesses(ptx, parameters)
     return Build(
         arch=arch,
@@ -93,6 +81,39 @@ def build(
         loads=loads,
         stores=stores,
     )
+
+
+def make_source(
+    kernel: triton.runtime.JITFunction,
+    signature: dict[str, str | tuple[str, ...]],
+    constexprs: dict[str | tuple[str, int], object],
+    aligned: frozenset[str | tuple[str, int]] = frozenset(),
+) -> ASTSource:
+    """Return what Triton compiles. Arguments as for `build`."""
+    names = kernel.arg_names
+    missing = [name for name in names if name not in signature and name not in constexprs]
+    if missing:
+        raise ValueError(f"{kernel.__name__}: neither type nor value for {', '.join(missing)}")
+
+    def path(key: str | tuple[str, int]) -> tuple[int, ...]:
+        return (names.index(key),) if isinstance(key, str) else (names.index(key[0]), key[1])
+
+    return ASTSource(
+        kernel,
+        {name: "constexpr" if name in constexprs else signature[name] for name in names},
+        {path(key): value for key, value in constexprs.items()},
+        {path(key): [["tt.divisibility", 16]] for key in aligned if key not in constexprs},
+    )
+
+
+def aligned_pointers(
+    kernel: triton.runtime.JITFunction, signature: dict[str, str | tuple[str, ...]]
+) -> frozenset[str | tuple[str, int]]:
+    """Return the pointers, also in tuples, that a launch with whole tensors finds to be multiples of 16."""
+    left_out = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}  # has no effect on tuples
+    pointers = {name for name, kind in signature.items() if isinstance(kind, str) and kind[0] == "*"} - left_out
+    tuples = [(name, i) for name, kind in signature.items() if isinstance(kind, tuple) for i in range(len(kind))]
+    return frozenset([*pointers, *(key for key in tuples if signature[key[0]][key[1]][0] == "*")])
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, str]:

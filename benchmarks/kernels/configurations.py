@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from benchmarks.kernels.builds import aligned_pointers, make_source
 from swim_kernels.noun_attention.triton import kernels
 from swim_kernels.noun_attention.triton.tiles import ADDING, KERNELS, OVER_SET, Tile, choose_tile, tile_constexprs
 
@@ -20,7 +21,7 @@ BLOCK_HEADS = (1, 2, 4, 8, 16)
 _TYPES = (
     dict.fromkeys(("entries", "blocks", "key_sets", "inverse", "next_column", "repeats"), "*i32")
     | dict.fromkeys(("lse", "maps", "grad_maps", "deltas", "weights", "maxima", "sums", "grad_query_partials"), "*fp32")
-    | {"scale": "fp32", "grad_maps_strides": ("i32", "constexpr")}
+    | {"scale": "fp32"}
     | dict.fromkeys(("query_strides", "key_strides", "grad_key_strides"), ("i32", "i32", "i32", "constexpr"))
 )
 
@@ -75,8 +76,12 @@ class Configuration:
     def aligned(self) -> frozenset[str | tuple[str, int]]:
         """Return arguments that are multiples of 16 at a launch: pointers, strides of the inputs and of ∂k."""
         types = self.signature()
-        strides = ((name, i) for name in types if name.endswith("_strides") and "maps" not in name for i in range(3))
-        return frozenset([*(name for name, kind in types.items() if kind[0][0] == "*"), *strides])
+        strides = ((name, i) for name in types if name.endswith("_strides") for i in range(3))
+        return aligned_pointers(self.function(), types) | frozenset(strides)
+
+    def source(self):
+        """Return what Triton compiles."""
+        return make_source(self.function(), self.signature(), self.constexprs(), self.aligned())
 
 
 def all_configurations(

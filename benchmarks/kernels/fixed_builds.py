@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from benchmarks.kernels.builds import SHARED_MEMORY, Build, build
+from benchmarks.kernels.builds import SHARED_MEMORY, Build, aligned_pointers, build, make_source
 from swim_kernels.grid_prediction.reference import FUSIONS
 from swim_kernels.grid_prediction.triton import kernels as frame_kernels
 from swim_kernels.grid_prediction.triton import launch as frame_backend
@@ -49,16 +49,31 @@ class FixedBuild:
         dtype = [kind[1:] for kind in self.types.values()]
         return "-".join([self.function.__name__.removesuffix("_kernel"), *dtype, *switches])
 
-    def build(self, architecture: int) -> Build:
+    def signature(self) -> dict[str, str | tuple[str, ...]]:
+        """Return the type of every argument that is no compile-time one."""
         types = _TYPES | self.types
-        signature = {name: types.get(name, "i32") for name in self.function.arg_names if name not in self.constexprs}
+        return {name: types.get(name, "i32") for name in self.function.arg_names if name not in self.constexprs}
+
+    def aligned(self) -> frozenset[str | tuple[str, int]]:
+        """Return arguments that are multiples of 16 at a launch: pointers, strides of ∂q."""
+        signature = self.signature()
+        strides = ((name, i) for name in signature if name.endswith("_strides") for i in range(3))
+        return aligned_pointers(self.function, signature) | frozenset(strides)
+
+    def source(self):
+        """Return what Triton compiles."""
+        return make_source(self.function, self.signature(), self.constexprs, self.aligned())
+
+    def build(self, architecture: int) -> Build:
+        """Build for an architecture."""
         return build(
             self.function,
-            signature,
+            self.signature(),
             self.constexprs,
             arch=architecture,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
+            aligned=self.aligned(),
         )
 
     @staticmethod
@@ -100,6 +115,6 @@ def fixed_builds() -> Iterator[FixedBuild]:
     for want in (True, False):
         warps = mask_backend.NUM_WARPS, mask_backend.NUM_STAGES
         yield FixedBuild("mask_bce", mask_kernels.bands_kernel, {"WANT_GRADIENT": want} | tile, *warps, {})
-        block = {"WANT_GRADIENT": want, "BLOCK": mask_backend.COMBINE_BLOCK}
+        block = {"WANT_GRADIENT": want, "BLOCK": mask_backend.COMBINE_BLOCK} | ({} if want else {"gradient": None})
         warps = mask_backend.COMBINE_WARPS, mask_backend.NUM_STAGES
         yield FixedBuild("mask_bce", mask_kernels.combine_kernel, block, *warps, {})

@@ -23,6 +23,7 @@ FLOOR = tl.constexpr(2.0**-103)  # finfo.tiny / finfo.eps of fp32: the least att
 
 # Numbers that differ from video to video: not to be compiled in, and no new build where one happens to be 1 or 16 · n.
 _NUMBERS = ["row_stride", "num_cells", "out_layer_stride", "out_row_stride"]
+_NUMBERS += ["table", "p", "grad_p", "grad_maps"]  # nor where an address is 16 · n
 
 
 @triton.jit

@@ -22,6 +22,7 @@ MARGIN = tl.constexpr(1e-6)
 
 # Numbers that differ from video to video: not to be compiled in, and no new build where one happens to be 1 or 16 · n.
 _NUMBERS = ["num_cells", "num_sets", "num_masks"]
+_NUMBERS += ["cells", "table", "bits", "mask_table", "partials", "losses", "gradient"]  # nor where an address is 16 · n
 
 
 @triton.jit

@@ -19,9 +19,12 @@ dimension of stride 1 and 16-byte aligned strides are needed for wide loads only
 import triton
 import triton.language as tl
 
-# Numbers that differ from video to video: not to be compiled in, and no new build where one happens to be 1 or 16 · n.
-_NUMBERS = ["scale", "length", "num_rows", "num_heads", "num_key_heads", "group", "num_columns"]
-_SPLITS = ["num_splits", "tiles_per_split"]
+# Arguments that differ from batch to batch: no build of their own where a number happens to be 1 or 16 · n, or an
+# address 16 · n. Only query, key, their gradients and the partials of ∂q are read and written many bytes at a time.
+_VARYING = ["scale", "length", "num_rows", "num_heads", "num_key_heads", "group", "num_columns", "num_items"]
+_VARYING += ["num_splits", "tiles_per_split", "delta_splits", "grad_maps_stride"]
+_VARYING += ["entries", "blocks", "key_sets", "inverse", "next_column", "repeats"]
+_VARYING += ["lse", "maps", "grad_maps", "weights", "deltas", "maxima", "sums"]
 
 
 # Columns of `entries`, of tables of blocks, and of both: `plan.py` fills them in this order.
@@ -140,7 +143,7 @@ def _per_head(values, BLOCK_HEADS: tl.constexpr):
     return tl.reshape(repeated, [keys, rows * BLOCK_HEADS])
 
 
-@triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
+@triton.jit(do_not_specialize=_VARYING)
 def lse_partials_kernel(
     query, key, entries, blocks, key_sets, inverse, maxima, sums,
     scale, length, num_rows, num_heads, group, num_columns, tiles_per_split,
@@ -189,7 +192,7 @@ def lse_partials_kernel(
     tl.store(sums + offset, total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_items", *_SPLITS])
+@triton.jit(do_not_specialize=_VARYING)
 def lse_combine_kernel(maxima, sums, lse, num_items, num_splits, BLOCK: tl.constexpr):
     """lse [R · Hq] of the partials [splits, R · Hq]; 0 where the range was empty. Grid: R · Hq / BLOCK."""
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -206,7 +209,7 @@ def lse_combine_kernel(maxima, sums, lse, num_items, num_splits, BLOCK: tl.const
     tl.store(lse + item, tl.where(total > 0, maximum + tl.log(tl.where(total > 0, total, 1.0)), 0.0), mask=valid)
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_VARYING)
 def maps_kernel(
     query, key, lse, entries, blocks, key_sets, maps,
     scale, num_rows, num_heads, num_key_heads, group, num_columns,
@@ -236,11 +239,11 @@ def maps_kernel(
     tl.store(maps + offset, mean, mask=valid[None, :] & (n < num_columns)[:, None])
 
 
-@triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
+@triton.jit(do_not_specialize=_VARYING)
 def delta_partials_kernel(
     query, key, lse, grad_maps, entries, blocks, key_sets, next_column, repeats, deltas, weights,
     scale, num_rows, num_heads, group, num_columns, tiles_per_split,
-    query_strides, key_strides, grad_maps_strides,
+    query_strides, key_strides, grad_maps_stride,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -258,7 +261,7 @@ def delta_partials_kernel(
     q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
     row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
     block_row, _, block_valid = _load_rows(entries, first, end, BLOCK_ROWS)
-    grad_maps += block_row.to(tl.int64)[None, :] * grad_maps_strides[0]
+    grad_maps += block_row.to(tl.int64)[None, :] * grad_maps_stride
     key_sets += key_set.to(tl.int64) * num_columns
 
     delta = tl.zeros([BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
@@ -270,7 +273,7 @@ def delta_partials_kernel(
         inside = _inside(j, key_start, key_end)
         p = _probabilities(k, q, inside, row_lse, scale, UPCAST)
         mask = (j >= 0)[:, None] & block_valid[None, :]
-        w = tl.load(grad_maps + n.to(tl.int64)[:, None] * grad_maps_strides[1], mask=mask, other=0.0) / num_heads
+        w = tl.load(grad_maps + n[:, None], mask=mask, other=0.0) / num_heads
         delta += tl.sum(tl.where(inside, p * _per_head(w, BLOCK_HEADS), 0.0), axis=0)
     tl.store(deltas + (tl.cast(split, tl.int64) * num_rows + row) * num_heads + head, delta, mask=valid)
 
@@ -284,13 +287,13 @@ def delta_partials_kernel(
             total = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], dtype=tl.float32)
             for _again in range(times):
                 mask = (column >= 0)[:, None] & block_valid[None, :]
-                total += tl.load(grad_maps + column.to(tl.int64)[:, None] * grad_maps_strides[1], mask=mask, other=0.0)
+                total += tl.load(grad_maps + column[:, None], mask=mask, other=0.0)
                 column = tl.load(next_of_set + column, mask=column >= 0, other=-1)
             mask = (n < num_columns)[:, None] & block_valid[None, :]
             tl.store(weights_of_rows + n[:, None], total / num_heads, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_items", *_SPLITS])
+@triton.jit(do_not_specialize=_VARYING)
 def delta_sum_kernel(partials, deltas, num_items, num_splits, BLOCK: tl.constexpr):
     """δ [R · Hq] of the partials [splits, R · Hq]. Grid: R · Hq / BLOCK."""
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -393,7 +396,7 @@ def _store_query_gradient(
     tl.store(partials + offset[None, :] + dim[:, None], grad_query, mask=(dim < HEAD_DIM)[:, None] & valid[None, :])
 
 
-@triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
+@triton.jit(do_not_specialize=_VARYING)
 def gradients_kernel(
     query, key, lse, weights, deltas, entries, blocks, inverse, grad_query_partials, grad_key,
     scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
@@ -436,7 +439,7 @@ def gradients_kernel(
     )
 
 
-@triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
+@triton.jit(do_not_specialize=_VARYING)
 def query_gradients_kernel(
     query, key, lse, weights, deltas, entries, blocks, inverse, grad_query_partials,
     scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
@@ -469,7 +472,7 @@ def query_gradients_kernel(
     )
 
 
-@triton.jit(do_not_specialize=_NUMBERS + _SPLITS + ["delta_splits"])
+@triton.jit(do_not_specialize=_VARYING)
 def key_gradients_kernel(
     query, key, lse, weights, deltas, entries, blocks, inverse, grad_key,
     scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
@@ -514,7 +517,7 @@ def key_gradients_kernel(
             _store_key_gradient(grad_key, grad_key_strides, values * scale, j, length, HEAD_DIM, BLOCK_DIM, False)
 
 
-@triton.jit(do_not_specialize=_NUMBERS + _SPLITS)
+@triton.jit(do_not_specialize=_VARYING)
 def query_gradient_sum_kernel(
     partials, entries, grad_query,
     num_rows, num_heads, num_splits,

@@ -252,8 +252,8 @@ class _Layer:
         self.architecture = get_architecture(query.device)
         shape = ("length", "num_rows", "num_heads", "num_key_heads", "group", "num_columns")
         self.arguments = {name: getattr(self, name) for name in shape} | self.plan._asdict()
-        self.arguments |= {"query": query, "key": key, "lse": lse, "scale": scale}
-        self.arguments |= {"query_strides": query.stride(), "key_strides": key.stride()}
+        self.arguments |= {"query": query, "key": key, "lse": lse, "scale": float(scale)}
+        self.arguments |= {"query_strides": _strides(query), "key_strides": _strides(key)}
 
     def tile(self, kernel: str) -> Tile:
         heads = pad_group(self.group)
@@ -270,12 +270,14 @@ class _Layer:
 
     def delta_partials(self, grad_maps: Tensor) -> tuple[Tensor, Tensor]:
         """Return δ partials [splits, R, Hq] and the weights [R, N] of the keys that are read out, fp32."""
+        if grad_maps.stride(1) != 1:
+            grad_maps = grad_maps.contiguous()  # expanded, as that of a sum
         num_splits, tiles = _splits(self.num_columns, self.tile("delta_partials").block_keys, most=32)
         deltas = grad_maps.new_empty(num_splits, self.num_rows, self.num_heads, dtype=torch.float32)
         weights = deltas.new_empty(self.num_rows, self.num_columns)
         blocks = self.plan.read_blocks
         grid = (num_splits, self.num_key_heads, len(blocks))
-        inputs = {"grad_maps": grad_maps, "grad_maps_strides": grad_maps.stride(), "blocks": blocks}
+        inputs = {"grad_maps": grad_maps, "grad_maps_stride": grad_maps.stride(0), "blocks": blocks}
         self.launch("delta_partials", grid, **inputs, deltas=deltas, weights=weights, tiles_per_split=tiles)
         return deltas, weights
 
@@ -315,7 +317,7 @@ class _Layer:
         tile = self.tile(kernel)
         arguments = {"blocks": blocks, "deltas": deltas, "delta_splits": len(deltas), "weights": weights}
         if grad_key is not None:
-            arguments |= {"grad_key": grad_key, "grad_key_strides": grad_key.stride()}
+            arguments |= {"grad_key": grad_key, "grad_key_strides": _strides(grad_key)}
         most, partials = self.length, None
         if kernel != "key_gradients":
             row_blocks = triton.cdiv(self.num_rows, tile.block_rows)
@@ -337,7 +339,7 @@ class _Layer:
             num_rows=self.num_rows,
             num_heads=self.num_heads,
             num_splits=len(partials),
-            grad_query_strides=grad_query.stride(),
+            grad_query_strides=_strides(grad_query),
             HEAD_DIM=self.head_dim,
             BLOCK_DIM=triton.next_power_of_2(self.head_dim),
             BLOCK_SPLITS=8,
@@ -350,6 +352,11 @@ def _combine(kernel, num_splits: int, **tensors: Tensor) -> None:
     num_items = list(tensors.values())[-1].numel()
     grid = (triton.cdiv(num_items, _BLOCK_ITEMS),)
     launch(kernel, grid, **tensors, num_items=num_items, num_splits=num_splits, BLOCK=_BLOCK_ITEMS)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides, 0 of a dimension of size 1: it may be any number there, which would ask for another build."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _splits(length: int, block_keys: int, most: int) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 A tile has `block_keys` keys and `block_rows · block_heads` columns, one column for each pair of row and query head of
 one key head's group; groups are filled up to a power of two, so `block_heads` is 1, 2, 4, 8 or 16. The tile depends on
-the number of rows, the group size, the head dimension, the dtype and the architecture, never on the length: a new video
-does not compile anything.
+the group size, the head dimension, the dtype and the architecture, never on a length, and only that of "gradients" on
+the number of rows: a new video does not compile anything.
 """
 
 from __future__ import annotations
@@ -36,27 +36,26 @@ class Tile:
 # Keys of a tile of "gradients" and "query_gradients", which hold ∂q beside the scores: as many, up to 64, as there are
 # registers for. Tensor cores of sm_90 and sm_100 want 64; with 32 only the product that gives ∂q uses their wide form.
 _GRADIENT_KEYS = {
-    # columns:            32  64 128  head_dim above 128
-    (80, "bf16"): (32, 32, 32, 16),
-    (80, "fp16"): (32, 32, 16, 16),
-    (90, "bf16"): (64, 64, 32, 64),
-    (90, "fp16"): (64, 32, 32, 32),
-    (100, "bf16"): (64, 64, 32, 64),
-    (100, "fp16"): (64, 64, 32, 32),
+    # columns:       64 128  head_dim above 128
+    (80, "bf16"): (32, 32, 16),
+    (80, "fp16"): (32, 16, 16),
+    (90, "bf16"): (64, 32, 64),
+    (90, "fp16"): (32, 32, 32),
+    (100, "bf16"): (64, 32, 64),
+    (100, "fp16"): (64, 32, 32),
 }
 
 
 def columns_for(kernel: str, num_rows: int, block_heads: int, head_dim: int, dtype: str) -> int:
-    """Columns of a tile: 32 for few rows, else 64; 128 if that saves "gradients" from reading K once more.
+    """Return the columns of a tile: 64 with 16 bits; 128 if that saves "gradients" from reading K once more.
 
     The same for all kernels but "gradients", on every architecture: it is also how the rows are cut into blocks.
     """
     if dtype == "fp32":
         return 32 if head_dim <= 128 else 16
-    columns = num_rows * block_heads
-    if columns <= 32 or head_dim > 128:
+    if head_dim > 128:
         return 32
-    return 128 if columns > 64 and kernel == "gradients" and head_dim > 32 else 64
+    return 128 if num_rows * block_heads > 64 and kernel == "gradients" and head_dim > 32 else 64
 
 
 def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dtype: str, architecture: int) -> Tile:
@@ -77,8 +76,8 @@ def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
         elif kernel == "key_gradients" and block_heads == 8 and head_dim <= 128:
             num_warps = 4
     elif kernel in ("gradients", "query_gradients"):
-        place = 3 if head_dim > 128 else (32, 64, 128).index(columns)
-        block_keys, num_stages = _GRADIENT_KEYS[_nearest(architecture), dtype][place], 2
+        index = 2 if head_dim > 128 else (64, 128).index(columns)
+        block_keys, num_stages = _GRADIENT_KEYS[_nearest(architecture), dtype][index], 2
         block_keys = max(block_keys, 2048 // _block_dim(head_dim))  # 16 bytes of K for each of 256 threads
     elif kernel == "delta_partials" and _nearest(architecture) == 80:
         block_keys, num_stages = 64, 1  # with 2, ptxas spills a register
