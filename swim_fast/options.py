@@ -262,6 +262,9 @@ class AttentionLoss(Maps):
     """Maps are enlarged to the mask (`mask`), or the mask is averaged down to the grid of visual tokens (`grid`)."""
     fused: bool = True
     """Compute attention output and map of a layer in one autograd node, where its attention allows it."""
+    provider: Literal["auto", "torch_cuda", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"] = "auto"
+    """Flash attention of that node where the model's is `sdpa`, which is several: `auto` is torch's own. `sdpa` by
+    itself may take cuDNN's on Hopper, which this node takes as `torch_cudnn`; neither has been measured yet."""
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from swim_kernels import Unsupported
 logger = logging.getLogger(__name__)
 
 PROVIDERS = {
-    "sdpa": "auto",
+    "sdpa": "auto",  # unless `attach_noun_attention` is told which
     "flash_attention_2": "flash_attn_2",
     "flash_attention_3": "flash_attn_3",
     "flash_attention_4": "flash_attn_4",
@@ -25,17 +25,19 @@ _FLASH = tuple(name for name in PROVIDERS if name != "sdpa")
 _OTHER_SOFTMAX = ("softcap", "s_aux", "position_bias")
 
 
-def is_right_padded(attention_mask: Tensor | None, attention: str) -> bool | None:
+def is_right_padded(attention_mask: Tensor | None, attention: str, known: bool | None = None) -> bool | None:
     """Return True if all padding of a batch [B, L] comes last, None if the attention does not ask.
 
-    Waits for the device, as transformers does too to see if there is padding.
+    Waits for the device, as transformers does too to see if there is padding, unless it is known.
     """
     if attention not in _FLASH or attention_mask is None or attention_mask.ndim != 2:
         return None
-    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+    return known if known is not None else bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
-def choose_options(attention: str, query: Tensor, attention_mask: Tensor | None, kwargs: dict) -> dict:
+def choose_options(
+    attention: str, query: Tensor, attention_mask: Tensor | None, kwargs: dict, provider: str = "auto"
+) -> dict:
     """Return the options with which `flash_noun_attention` does what a layer's attention does.
 
     Args:
@@ -43,6 +45,7 @@ def choose_options(attention: str, query: Tensor, attention_mask: Tensor | None,
         query: [B, Hq, L, D].
         attention_mask: as that attention gets it: bool [B, 1, L, L] for "sdpa", bool [B, L] for flash attention.
         kwargs: what else it gets.
+        provider: for "sdpa", which is several attentions.
 
     Raises:
         Unsupported: there are none.
@@ -56,7 +59,7 @@ def choose_options(attention: str, query: Tensor, attention_mask: Tensor | None,
     changed = [name for name in _OTHER_SOFTMAX if kwargs.get(name) is not None]
     if changed:
         raise Unsupported(f"the attention has {changed[0]}")
-    options = {"provider": PROVIDERS[attention]}
+    options = {"provider": provider if attention == "sdpa" else PROVIDERS[attention]}
     if attention == "sdpa":
         return options | {"mask": attention_mask}  # a window and packed sequences are part of it
     window = kwargs.get("sliding_window")
@@ -77,6 +80,15 @@ def choose_options(attention: str, query: Tensor, attention_mask: Tensor | None,
 def _restarts(position_ids: Tensor | None) -> bool:
     """Return True if position ids [1, L] belong to several sequences, to which flash attention restricts itself."""
     return position_ids is not None and bool((position_ids.diff() != 1).any())
+
+
+def describe_provider(provider: str, query: Tensor) -> str:
+    """Return the name of a provider, and what `sdpa` would have taken where that is another."""
+    if provider != "auto" or query.device.type != "cuda":
+        return provider
+    if torch.cuda.get_device_capability(query.device)[0] == 9 and torch.backends.cuda.cudnn_sdp_enabled():
+        return "auto: torch_cuda; sdpa by itself may take cuDNN here, as attention_loss.provider=torch_cudnn does"
+    return "auto: torch_cuda"
 
 
 def log_choice(attention: str, device: torch.device, choice: str) -> None:

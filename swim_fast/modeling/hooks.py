@@ -16,6 +16,7 @@ from swim_fast.modeling.families import get_family
 
 _NOT_FOR_VISUAL = (
     *("noun_queries", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "missing_passes"),
+    "right_padded",
     "num_items_in_batch",  # transformers' denominator of the text loss
 )
 

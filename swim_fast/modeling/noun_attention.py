@@ -24,6 +24,7 @@ from swim_fast.modeling import fused_attention
 from swim_fast.modeling.families import get_attentions, get_default_layers, get_family
 from swim_fast.modeling.hooks import add_keyword_step, remove_keyword_step
 from swim_kernels import Unsupported, flash_noun_attention, noun_attention
+from swim_kernels.runtime import to_autocast_dtype
 
 ATTENTION_NAME = "swim_noun_attention"
 
@@ -39,6 +40,7 @@ class _Attached:
     config: object  # the module's own text configuration, which names the attention of its output
     backend: str | None  # None: this layer answers no map
     fused: bool  # output and map from one node, where that is possible
+    provider: str  # of that node behind sdpa
 
 
 class _WithConfig:
@@ -88,12 +90,14 @@ def noun_attention_forward(module, query, key, value, attention_mask, noun_queri
         if not attached.fused:
             raise Unsupported("asked for")
         about = kwargs | {"right_padded": right_padded}
-        options = fused_attention.choose_options(name, query, attention_mask, about)
+        options = fused_attention.choose_options(name, query, attention_mask, about, attached.provider)
         output, maps = flash_noun_attention(query, key, value, noun_queries, **how, **options)
     except Unsupported as reason:
         fused_attention.log_choice(name, query.device, f"an op of their own ({reason})")
-        return wrapped(**kwargs)[0], noun_attention(query, key, noun_queries, **how)
-    fused_attention.log_choice(name, query.device, f"one node with the attention ({options['provider']})")
+        output = wrapped(**kwargs)[0]
+        return output, noun_attention(*to_autocast_dtype(query, key), noun_queries, **how)
+    provider = fused_attention.describe_provider(options["provider"], query)
+    fused_attention.log_choice(name, query.device, f"one node with the attention ({provider})")
     output = output.transpose(1, 2).contiguous()
     if right_padded and attention_mask is not None:  # flash attention leaves zeros there
         output = output.masked_fill(~attention_mask.bool()[:, :, None, None], 0.0)
@@ -111,6 +115,7 @@ def _is_reentrant(layer: nn.Module) -> bool:
 
 
 def _ask_for_maps(language_model: nn.Module, kwargs: dict) -> dict:
+    known = kwargs.pop("right_padded", None)
     if kwargs.get("noun_queries") is None:
         kwargs.pop("noun_queries", None)
         return kwargs
@@ -125,14 +130,21 @@ def _ask_for_maps(language_model: nn.Module, kwargs: dict) -> dict:
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     attention = language_model.config._attn_implementation
-    right_padded = fused_attention.is_right_padded(kwargs.get("attention_mask"), attention)
+    right_padded = fused_attention.is_right_padded(kwargs.get("attention_mask"), attention, known)
     return kwargs | {"output_attentions": True, "use_cache": False, "right_padded": right_padded}
 
 
 def attach_noun_attention(
-    model: nn.Module, layers: list[int] | None = None, backend: str = "auto", fused: bool = True
+    model: nn.Module,
+    layers: list[int] | None = None,
+    backend: str = "auto",
+    fused: bool = True,
+    provider: str = "auto",
 ) -> nn.Module:
     """Make `model(**inputs, noun_queries=...)` answer noun maps in `outputs.attentions`.
+
+    `right_padded=True` beside the queries says that no sequence begins with padding; without it, flash attention has to
+    look, which waits for the device.
 
     Args:
         model: a stock `…ForConditionalGeneration` of a supported family, with any attention implementation.
@@ -142,6 +154,7 @@ def attach_noun_attention(
         fused: compute a layer's output and map in one autograd node (`swim_kernels.flash_noun_attention`) where its
             attention allows it: the same results and gradients for less memory. The log says which it is, and why.
             False: always separately.
+        provider: of `swim_kernels.flash_noun_attention`, for that node where the attention is sdpa.
 
     Returns:
         The same model. With `noun_queries`, `outputs.attentions` is a tuple of one fp32 map `[R, N]` per chosen layer,
@@ -166,7 +179,7 @@ def attach_noun_attention(
     config = copy.copy(model.get_submodule(get_family(model).language_model).config)
     config._attn_implementation_internal = ATTENTION_NAME
     for index, module in enumerate(attentions):
-        module._noun_attention = _Attached(module.config, backend if index in chosen else None, fused)
+        module._noun_attention = _Attached(module.config, backend if index in chosen else None, fused, provider)
         module.config = config
     add_keyword_step(model, "noun_attention", _ask_for_maps)
     return model

@@ -37,6 +37,7 @@ def prepare_model(
     layers: Sequence[int] | None = None,
     backend: str = "auto",
     fused: bool = True,
+    provider: str = "auto",
     position_ids: str = "pretraining",
     packed: bool = False,
     activation_offload: bool = False,
@@ -50,7 +51,7 @@ def prepare_model(
         liger, device: use Liger's kernels, as far as they run on the device.
         lora, seed: options of adapters and the seed of their weights, see `add_adapters`; None: train the weights.
         frozen: parts that are not trained, see `freeze`.
-        layers, backend, fused: see `attach_noun_attention`; an empty list: no maps.
+        layers, backend, fused, provider: see `attach_noun_attention`; an empty list: no maps.
         position_ids: rule by which tokens are numbered, see `set_position_rule`.
         packed: take batches of several samples in one sequence.
         activation_offload: keep the decoder's activations in host memory.
@@ -73,7 +74,7 @@ def prepare_model(
             add_adapters(model, lora, list(frozen), seed)
         freeze(model, list(frozen))
         if layers is None or len(layers):
-            attach_noun_attention(model, layers, backend, fused)
+            attach_noun_attention(model, layers, backend, fused, provider)
         attach_text_loss(model, liger)
         set_position_rule(model, position_ids)
         if packed:

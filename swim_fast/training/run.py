@@ -50,7 +50,7 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
         lora=options.lora,
         seed=config.training.get("seed", 0),
         frozen=options.freeze,
-        **(loss.model_dump(include={"layers", "backend", "fused"}) if loss else {"layers": []}),
+        **(loss.model_dump(include={"layers", "backend", "fused", "provider"}) if loss else {"layers": []}),
         position_ids=options.position_ids,
         packed=config.data.max_tokens_per_batch is not None,
         activation_offload=options.activation_offload,

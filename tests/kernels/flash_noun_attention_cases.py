@@ -77,6 +77,10 @@ def stand_ins(monkeypatch):
     aten = flash_stand_ins.aten()
     for name in ("_flash_attention_forward", "_flash_attention_backward"):
         monkeypatch.setattr(torch_providers, name, getattr(aten, name))
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda parameters: True)
+    for name, operator in (("_cudnn_forward", ""), ("_cudnn_backward", "_backward")):
+        stand_in = getattr(aten, f"_scaled_dot_product_cudnn_attention{operator}")
+        monkeypatch.setattr(torch_providers, name, stand_in)
     for module, stand_in in (
         ("flash_attn.flash_attn_interface", flash_stand_ins.flash_attn_2()),
         ("flash_attn_interface", flash_stand_ins.flash_attn_3()),

@@ -173,7 +173,7 @@ def flash_attn_4() -> types.SimpleNamespace:
 
 
 def aten() -> types.SimpleNamespace:
-    """`torch.ops.aten` with the two operators that need CUDA."""
+    """`torch.ops.aten` with the operators that need CUDA."""
 
     def _flash_attention_forward(
         query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None,
@@ -192,6 +192,26 @@ def aten() -> types.SimpleNamespace:
         assert is_causal and dropout_p == 0 and rng_state.tolist() == [7, 9] and unused.tolist() == [3]
         assert max_q == max_k == (query.shape[1] if cum_seq_q is None else cum_seq_q.diff().max())
         return gradients(grad_out, query, key, value, out, logsumexp, scale, window_size_left, cum_seq_q)
+
+    def _scaled_dot_product_cudnn_attention(
+        query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
+        scale=None,
+    ):  # fmt: skip
+        assert attn_bias is None and compute_log_sumexp and dropout_p == 0 and is_causal and not return_debug_mask
+        output, lse = attention(*(x.transpose(1, 2) for x in (query, key, value)), scale, None, None)
+        length = query.shape[2]
+        seed, offset = torch.tensor(7), torch.tensor(9)
+        return output.transpose(1, 2), lse[..., None], None, None, length, length, seed, offset, None
+
+    def _scaled_dot_product_cudnn_attention_backward(
+        grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k, max_q,
+        max_k, dropout_p, is_causal, *, scale=None,
+    ):  # fmt: skip
+        assert attn_bias is cum_seq_q is cum_seq_k is None and max_q == max_k == query.shape[2]
+        assert (philox_seed, philox_offset, dropout_p, is_causal) == (7, 9, 0, True)
+        tensors = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+        found = gradients(*tensors, logsumexp.squeeze(-1), scale, None, None)
+        return tuple(x.transpose(1, 2) for x in found)
 
     return _module(locals())
 

@@ -86,6 +86,18 @@ def test_libraries(provider, case, which):
 
 
 @pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("which", USES)
+@pytest.mark.parametrize("case", [name for name, (*_, options) in CASES.items() if not options])
+def test_cudnn(case, which):
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        *inputs, upstream = make(CASES[case], dtype)
+        upstream = use(upstream, which)
+        assert_close(fused(*inputs, upstream, provider="torch_cudnn"), exact(*inputs, upstream), tolerance)
+    assert "no packed sequences and windows" in refusal("packed", provider="torch_cudnn")
+    assert "no packed sequences and windows" in refusal("window", provider="torch_cudnn")
+
+
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("case", CASES)
 def test_an_earlier_flash_attn_3(case, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", flash_stand_ins.flash_attn_3_older())

@@ -1,5 +1,6 @@
 """A tiny stock Qwen2.5-VL with the noun maps in the attention's own node: as with an op of their own."""
 
+import importlib
 import logging
 
 import pytest
@@ -215,4 +216,30 @@ def test_autocast(model, calls):
         fused = attach_noun_attention(model, LAYERS)(**inputs, noun_queries=queries)
     assert calls and torch.equal(fused.logits, separate.logits)
     for a, e in zip(fused.attentions, separate.attentions, strict=True):
-        torch.testing.assert_close(a, e, rtol=2e-2, atol=1e-4)
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-6)
+
+
+def test_autocast_gives_the_separate_op_what_the_attention_has(model, monkeypatch):
+    """Rotary embedding in fp32 makes fp32 queries and keys of 16-bit ones; the attention casts them back."""
+    seen, module = [], importlib.import_module("swim_fast.modeling.noun_attention")
+    op = module.noun_attention
+    monkeypatch.setattr(module, "noun_attention", lambda q, k, *a, **n: seen.append(q.dtype) or op(q, k, *a, **n))
+    inputs, queries = batch("dense")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attach_noun_attention(model, LAYERS, fused=False)(**inputs, noun_queries=queries)
+    assert seen == [torch.bfloat16] * len(LAYERS)
+
+
+def test_padding_that_is_known_is_not_looked_for():
+    mask = torch.tensor([[0, 1], [1, 1]])
+    assert fused_attention.is_right_padded(mask, "flash_attention_2") is False
+    assert fused_attention.is_right_padded(mask, "flash_attention_2", known=True) is True
+    assert fused_attention.is_right_padded(mask, "sdpa", known=True) is None
+
+
+def test_provider_of_sdpa(model, calls):
+    inputs, queries = batch("dense")
+    attach_noun_attention(model, LAYERS, provider="torch_cpu")(**inputs, noun_queries=queries)
+    assert calls == ["torch_cpu"] * len(LAYERS)
+    attach_noun_attention(model, LAYERS, provider="torch_cudnn")(**inputs, noun_queries=queries)  # separately, here
+    assert calls == ["torch_cpu"] * len(LAYERS)

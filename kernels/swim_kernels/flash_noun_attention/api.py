@@ -10,13 +10,14 @@ from torch import Tensor
 from swim_kernels.flash_noun_attention.node import FlashNounAttention
 from swim_kernels.flash_noun_attention.providers.base import Call, Provider, Unsupported
 from swim_kernels.flash_noun_attention.providers.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
-from swim_kernels.flash_noun_attention.providers.torch import TorchCpu, TorchCuda
+from swim_kernels.flash_noun_attention.providers.torch import TorchCpu, TorchCuda, TorchCudnn
 from swim_kernels.noun_attention.api import OP, check_arguments, op_properties
-from swim_kernels.runtime.numerics import no_autocast
+from swim_kernels.runtime.numerics import no_autocast, to_autocast_dtype
 from swim_kernels.structs.noun_queries import NounQueries
 
 PROVIDERS: dict[str, Provider] = {
-    provider.name: provider for provider in (TorchCpu(), TorchCuda(), FlashAttn2(), FlashAttn3(), FlashAttn4())
+    provider.name: provider
+    for provider in (TorchCpu(), TorchCuda(), TorchCudnn(), FlashAttn2(), FlashAttn3(), FlashAttn4())
 }
 
 
@@ -52,8 +53,8 @@ def flash_noun_attention(
         mask: bool [B or 1, 1, L, L], True where a token sees a key; causal itself. For "torch_cpu".
         cu_seqlens: int32 [S + 1], starts and ends of the sequences that are packed into a batch of one.
         max_length: length of the longest of them.
-        provider: "torch_cpu", "torch_cuda", "flash_attn_2", "flash_attn_3", "flash_attn_4", "auto" (torch's for the
-            device), or a `Provider` of your own.
+        provider: "torch_cpu", "torch_cuda", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4", "auto"
+            ("torch_cpu" or "torch_cuda", by the device), or a `Provider` of your own.
         backend: of the maps, as for `noun_attention`: "torch", "triton" or "auto".
 
     Returns:
@@ -65,7 +66,7 @@ def flash_noun_attention(
             before anything is computed.
         TypeError, ValueError, RuntimeError: as `noun_attention`.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = to_autocast_dtype(query, key, value)
     call = Call(query.shape[-1] ** -0.5 if scale is None else scale, window, mask, cu_seqlens, max_length)
     chosen = _get_provider(provider, query)
     _check_call(query, key, value, call, backend)
@@ -78,14 +79,6 @@ def flash_noun_attention(
     maps_backend = importlib.import_module(OP.get_function(name).__module__)
     with no_autocast(query.device.type):
         return FlashNounAttention.apply(query, key, value, queries, call, chosen, maps_backend, own_softmax)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device_type = tensors[0].device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-    return tensors
 
 
 def _get_provider(provider: str | Provider, query: Tensor) -> Provider:

@@ -28,6 +28,15 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
+def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors as torch's attention takes them: under autocast in its dtype, float64 as it is."""
+    device_type = tensors[0].device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tensors
+
+
 def add_at(out: Tensor, index: Tensor, values: Tensor) -> None:
     """Add values to `out[index]` along dimension 0, repeated indices in a fixed order."""
     if out.device.type == "cpu":

@@ -18,6 +18,8 @@ from swim_kernels.flash_noun_attention.providers.base import (
 
 _flash_attention_forward = torch.ops.aten._flash_attention_forward
 _flash_attention_backward = torch.ops.aten._flash_attention_backward
+_cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+_cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -94,6 +96,32 @@ class TorchCuda(Provider):
             **_torch_window(call),
         )
         return tuple(from_flash(gradient, call) for gradient in gradients)
+
+
+class TorchCudnn(Provider):
+    """cuDNN's attention as torch calls it, which `sdpa` prefers on Hopper: bf16 and fp16, grouped heads, dense."""
+
+    name = "torch_cudnn"
+
+    def check(self, query, key, value, call):
+        check_on_cuda(query, call)
+        if call.cu_seqlens is not None or call.window is not None:
+            raise Unsupported("torch has no packed sequences and windows for it")
+        parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, True)
+        if not torch.backends.cuda.can_use_cudnn_attention(parameters):
+            raise Unsupported("torch.backends.cuda.can_use_cudnn_attention says no")
+
+    def forward(self, query, key, value, call):
+        output, lse, first, second, _, _, seed, offset, _ = _cudnn_forward(
+            query, key, value, None, True, 0.0, True, False, scale=call.scale
+        )
+        return output, lse.view(lse.shape[:3]), lse, first, second, seed, offset  # lse is [B, Hq, L, 1]
+
+    def backward(self, grad_output, query, key, value, forward, call, grad_lse=None):
+        output, _, lse, first, second, seed, offset = forward
+        length, about = query.shape[2], (first, second)
+        arguments = (grad_output, query, key, value, output, lse, seed, offset, None, *about, length, length)
+        return _cudnn_backward(*arguments, 0.0, True, scale=call.scale)
 
 
 def _lengths(query: Tensor, call: Call) -> tuple[int, int]:
