@@ -58,7 +58,7 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     for pair in sample.pairs[: len(sample.masks)]:  # of the first token
         patch = sample.patch(pair)
         slots = range(patch * patch_size, (patch + 1) * patch_size)
-        shown = next(slot for slot in slots if sample.frames[slot] in record.objects[0])
+        shown = max(slot for slot in slots if sample.frames[slot] in record.objects[0])  # supervised in any case
         label = f"frame {sample.frames[shown]}"
         columns.append(
             HeatmapColumn(pixels[shown], sample.masks[pair.mask].numpy(), [found[patch] for found in maps], label)

@@ -103,7 +103,7 @@ def trained_as(path: str | Path) -> RunConfig | None:
 
 
 def choose_sampling(options: Options, run: RunConfig | None) -> tuple[Sampling, Decoding]:
-    """Return how frames are taken: as given in `options`, else as in the run that made the checkpoint.
+    """Return how samples are made: as given in `options`, else as in the run that made the checkpoint.
 
     Raises:
         OptionError: what was given contradicts what is taken from the run.

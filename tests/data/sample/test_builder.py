@@ -297,9 +297,10 @@ def test_seconds_per_patch_formula():
     assert seconds_per_patch([7, 7], fps=5, temporal_patch_size=2) == pytest.approx(2 / 5)
 
 
-def test_the_models_temporal_positions_are_seconds(build, video, model):
+@pytest.mark.parametrize(("seconds", "step"), [("measured", 8), ("one", 2)])
+def test_the_models_temporal_positions_are_seconds(build, video, model, seconds, step):
     """tokens_per_second is 2 in the tiny model: a patch of 2 frames at half a frame per second advances by 8."""
-    inputs = build(video("a", "b", fps=0.5)).inputs
+    inputs = build(video("a", "b", fps=0.5), seconds_per_patch=seconds).inputs
     positions, _ = model.model.get_rope_index(
         inputs["input_ids"][None],
         inputs["mm_token_type_ids"][None],
@@ -307,7 +308,7 @@ def test_the_models_temporal_positions_are_seconds(build, video, model):
         second_per_grid_ts=inputs["second_per_grid_ts"],
     )
     time = positions[0, 0][inputs["mm_token_type_ids"] == 2].reshape(6, TOKENS)
-    assert (time - time[0, 0])[:, 0].tolist() == [0, 8, 16, 24, 32, 40]
+    assert (time - time[0, 0])[:, 0].tolist() == [step * patch for patch in range(6)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
