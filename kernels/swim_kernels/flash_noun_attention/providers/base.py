@@ -101,7 +101,11 @@ def check_on_cuda(query: Tensor, call: Call) -> None:
 
 def to_flash(x: Tensor, call: Call) -> Tensor:
     """Return [B, H, L, D] in the layout of the CUDA libraries, [B, L, H, D] or packed [T, H, D], with D contiguous."""
-    x = x.transpose(1, 2) if call.cu_seqlens is None else x[0].transpose(0, 1)
+    return with_dense_heads(x.transpose(1, 2) if call.cu_seqlens is None else x[0].transpose(0, 1))
+
+
+def with_dense_heads(x: Tensor) -> Tensor:
+    """Return `x` with its last dimension contiguous, copied only where it is not."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -14,6 +14,7 @@ from swim_kernels.flash_noun_attention.providers.base import (
     lse_from_flash,
     lse_to_flash,
     to_flash,
+    with_dense_heads,
 )
 
 _flash_attention_forward = torch.ops.aten._flash_attention_forward
@@ -37,17 +38,17 @@ class TorchCpu(Provider):
 
     def forward(self, query, key, value, call):
         return _cpu_forward(
-            query, key, value, 0.0, call.mask is None, attn_mask=_additive(call.mask, query.dtype), scale=call.scale
+            *_dense(query, key, value),
+            0.0,
+            call.mask is None,
+            attn_mask=_additive(call.mask, query.dtype),
+            scale=call.scale,
         )
 
     def backward(self, grad_output, query, key, value, forward, call, grad_lse=None):
         output, lse = forward
         return _cpu_backward(
-            grad_output,
-            query,
-            key,
-            value,
-            output,
+            *_dense(grad_output, query, key, value, output),
             lse,
             0.0,
             call.mask is None,
@@ -124,6 +125,11 @@ class TorchCudnn(Provider):
         return _cudnn_backward(*arguments, 0.0, True, scale=call.scale)
 
 
+def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    # of other strides torch 2.11 reads the wrong memory, and says nothing
+    return tuple(map(with_dense_heads, tensors))
+
+
 def _lengths(query: Tensor, call: Call) -> tuple[int, int]:
     length = query.shape[2] if call.cu_seqlens is None else call.max_length
     return length, length
@@ -137,4 +143,4 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return 0 where the mask is True, −∞ elsewhere; made twice, not kept, since the bool mask serves all layers."""
     if mask is None:
         return None
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
