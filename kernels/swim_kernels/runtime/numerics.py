@@ -21,17 +21,21 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
 
 
+def has_autocast(device_type: str) -> bool:
+    """Return whether autocast knows the device."""
+    # torch 2.11 cannot trace the question; devices that compile have autocast
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+
+
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Return a context without autocast, under which fp32 products would become bf16 ones."""
-    if not torch.amp.is_autocast_available(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else contextlib.nullcontext()
 
 
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors as torch's attention takes them: under autocast in its dtype, float64 as it is."""
     device_type = tensors[0].device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
     return tensors
