@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import triton
 
 import swim_kernels
 from swim_kernels import noun_attention
@@ -146,6 +148,18 @@ def test_triton_says_why_it_is_not_available(environment, changes, reason, monke
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=f"backend 'triton' is not available: {reason}; use backend='torch'"):
         noun_attention(**arguments(**changes, backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "works"),
+    [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.6", True)],
+)
+def test_the_interpreter_says_which_numpy_it_needs(triton_version, numpy_version, works, monkeypatch, fresh_choice):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "__version__", triton_version)
+    monkeypatch.setattr(np, "__version__", numpy_version)
+    reason = "the interpreter of triton 3.6 needs numpy below 2.4, not 2.4.0: pip install 'numpy<2.4'"
+    assert backends.find_triton_obstacle("cpu") == (None if works else reason)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,18 @@ def find_triton_obstacle(device_type: str) -> str | None:
             return "torch sees no NVIDIA GPU"
         if torch.cuda.get_device_capability() < (8, 0):
             return "it needs a GPU of compute capability 8.0 or later"
+    elif not torch.compiler.is_compiling():
+        return _find_interpreter_obstacle()
+    return None
+
+
+def _find_interpreter_obstacle() -> str | None:
+    """Return why Triton's interpreter cannot run here, None if it can."""
+    import numpy
+    import triton
+
+    if triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        return f"the interpreter of triton 3.6 needs numpy below 2.4, not {numpy.__version__}: pip install 'numpy<2.4'"
     return None
 
 

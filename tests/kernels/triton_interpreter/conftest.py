@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from swim_kernels.runtime.backends import find_triton_obstacle
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -21,6 +23,9 @@ def pytest_ignore_collect(config):
     on_gpu = config.getoption("--device") == "cuda"
     if on_gpu and INTERPRETED:
         raise pytest.UsageError("--device cuda compiles the kernels: unset TRITON_INTERPRET")
+    obstacle = find_triton_obstacle("cpu") if INTERPRETED else None
+    if obstacle:
+        raise pytest.UsageError(obstacle)
     return True if not on_gpu and not INTERPRETED else None
 
 
