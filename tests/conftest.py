@@ -1,4 +1,5 @@
 import contextlib
+import importlib.util
 import os
 
 import pytest
@@ -45,3 +46,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker(unfit):
             item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures that import the package
+def pytest_runtest_setup(item):
+    for name in (name for marker in item.iter_markers("needs") for name in marker.args):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")

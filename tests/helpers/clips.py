@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
+import pytest
 
 BITS = 12
 
@@ -64,6 +64,7 @@ def write_clip(
         times: presentation time of each frame in seconds (variable frame rate); rounded to 1/1000 s.
         rotation: display rotation in degrees clockwise, written into the track header of an mp4.
     """
+    av = pytest.importorskip("av")
     path = Path(path)
     height, width = frames[0].shape[:2]
     rate = Fraction(fps).limit_denominator(1001)

@@ -16,6 +16,8 @@ from swim_fast.modeling import attach_noun_attention, liger
 from swim_fast.modeling.liger import apply_liger
 from swim_kernels import NounQueries
 
+pytestmark = pytest.mark.needs("liger_kernel")
+
 LAYERS, BLOCKS = 4, 2  # of the tiny language model, of its vision tower
 REPLACED = [
     "language model: SwiGLU × 4",

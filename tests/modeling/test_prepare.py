@@ -40,6 +40,7 @@ def describe(model):
     return attributes, {name: p.requires_grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.needs("peft")
 def test_everything_can_be_undone(model, batch, monkeypatch):
     monkeypatch.setattr(liger, "get_refusal", lambda device_type: None)
     inputs, queries = batch
@@ -55,6 +56,7 @@ def test_everything_can_be_undone(model, batch, monkeypatch):
     assert torch.equal(found.logits, expected.logits) and found.loss == expected.loss and found.attentions is None
 
 
+@pytest.mark.needs("peft")
 def test_loss_and_maps_are_those_of_the_stock_model(model, stock, batch):
     inputs, queries = batch
     prepare_model(model, **EVERYTHING)  # Liger needs CUDA, and new adapters add zero

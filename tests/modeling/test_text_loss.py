@@ -124,9 +124,11 @@ def test_a_head_wrapped_after_attaching(model, log, size):
     assert "checkpointed chunks of Adapted" in log.text
 
 
+@pytest.mark.needs("peft")
 def test_a_head_with_a_low_rank_adapter(model):
     """peft's wrapper of the whole model, too, which calls the model inside."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     inputs, labels = batch("padded")
     attach_text_loss(untied(model, bias=False), block_logits=1000)
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
@@ -366,6 +368,7 @@ def by_liger(monkeypatch):
     LigerStandIn.calls.clear()
 
 
+@pytest.mark.needs("liger_kernel")
 def test_the_stand_in_has_ligers_signature():
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
 
@@ -375,6 +378,7 @@ def test_the_stand_in_has_ligers_signature():
     assert arguments(LigerStandIn) == arguments(Function)
 
 
+@pytest.mark.needs("liger_kernel")
 @pytest.mark.parametrize("head", ["tied", "bias"])
 def test_by_liger(model, log, by_liger, head):
     if head == "bias":
@@ -391,6 +395,7 @@ def test_by_liger(model, log, by_liger, head):
     assert "text loss on cpu: Liger's fused linear cross-entropy" in log.text
 
 
+@pytest.mark.needs("liger_kernel")
 def test_liger_is_not_asked_what_it_cannot_do(model, by_liger):
     inputs, labels = batch("padded")
     attach_text_loss(model)
@@ -407,6 +412,7 @@ def test_liger_is_not_asked_what_it_cannot_do(model, by_liger):
     assert len(LigerStandIn.calls) == 1
 
 
+@pytest.mark.needs("liger_kernel")
 @pytest.mark.parametrize(("tokens", "chunks"), [(10, 1), (300, 2), (6000, 28)])
 def test_ligers_chunks_are_of_the_size_asked_for(by_liger, tokens, chunks):
     """For the vocabulary of a 7B model; how Liger cuts, by the text of its forward."""

@@ -15,6 +15,8 @@ from swim_fast.options import Lora
 from swim_fast.training.run import build_trainer
 from tests.training.conftest import history, run, run_here, weights
 
+pytestmark = pytest.mark.needs("peft")
+
 LAYERS = "model.language_model.layers"
 DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -176,7 +178,10 @@ def test_run_leaves_adapters_and_a_merged_checkpoint_and_resumes_exactly(write_c
         load_adapters(trainer.model, checkpoint)
 
 
-@pytest.mark.parametrize("deepspeed", [None, pytest.param("configs/deepspeed/zero3.json", marks=pytest.mark.slow)])
+ZERO3 = pytest.param("configs/deepspeed/zero3.json", marks=[pytest.mark.slow, pytest.mark.needs("deepspeed")])
+
+
+@pytest.mark.parametrize("deepspeed", [None, ZERO3])
 def test_two_ranks_train_the_adapters_that_one_does(write_config, tmp_path, deepspeed):
     """Checkpointed, over batches with and without video."""
     sgd = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
@@ -206,6 +211,7 @@ def test_adapters_of_a_model_of_16_bits_are_trained_in_fp32(trainer_of):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
 
 
+@pytest.mark.needs("bitsandbytes")
 @pytest.mark.parametrize(("quantize", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
 def test_quantised_base_trains_and_merges_into_the_whole_one(trainer_of, checkpoint, tmp_path, quantize, kind):
     trainer, batch = trainer_of(model={"lora": {"rank": 4, "quantize": quantize}, "dtype": "bfloat16"})

@@ -56,6 +56,7 @@ def test_batch_accumulation_and_ranks_give_one_gradient(write_config, start):
 
 
 @pytest.mark.slow
+@pytest.mark.needs("deepspeed")
 def test_deepspeed_zero2_equals_one_rank_with_twice_the_accumulation(write_config, start):
     adam = {"learning_rate": 1e-3, "max_steps": 3, "optim": "adamw_torch"}
     one = write_config("one", training={**adam, "gradient_accumulation_steps": 2})
@@ -106,6 +107,7 @@ def test_the_seed_brings_every_contrast(unlike):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2_offload", "zero3_offload")]
 
 
+@pytest.mark.needs("deepspeed")
 @pytest.mark.parametrize("zero", ["zero3", *SLOW])
 def test_ranks_with_unlike_batches_give_the_losses_of_one_rank(write_config, unlike, zero):
     """Text against video and image, tag against none, nothing against something; everything is trained."""

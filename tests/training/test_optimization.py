@@ -69,6 +69,7 @@ def test_each_part_moves_at_its_rate_and_the_schedule_scales_all(write_config, c
 
 
 @pytest.mark.slow
+@pytest.mark.needs("deepspeed")
 def test_deepspeed_takes_the_groups(write_config, tmp_path):
     config = write_config(
         optimization={"learning_rates": {"vision_tower": 0.0, "merger": 2e-3}},
@@ -145,6 +146,7 @@ def test_early_stop_leaves_the_best_checkpoint_and_its_metrics(judged, tmp_path,
     assert history(folder)[-1]["step"] == 4
 
 
+@pytest.mark.needs("peft")
 def test_best_checkpoint_of_adapters(judged, write_config, tmp_path):
     """Adapters are loaded where whole weights would be."""
     from safetensors.torch import load_file

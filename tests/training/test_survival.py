@@ -229,7 +229,10 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(write_co
         assert all(value.isfinite().all() for value in weights(last).values())
 
 
-@pytest.mark.parametrize("deepspeed", [None, pytest.param("zero3", marks=pytest.mark.slow)])
+ZERO3 = pytest.param("zero3", marks=[pytest.mark.slow, pytest.mark.needs("deepspeed")])
+
+
+@pytest.mark.parametrize("deepspeed", [None, ZERO3])
 def test_a_loss_that_is_not_finite_can_be_left_out(write_config, tmp_path, with_a_bad_clip, deepspeed):
     config = write_config(
         data=with_a_bad_clip,
@@ -286,6 +289,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_optimizer(write_config
 
 
 @pytest.mark.slow
+@pytest.mark.needs("deepspeed")
 def test_deepspeed_is_not_resumed_by_another_number_of_ranks_unless_converted(write_config, tmp_path):
     config = write_config(training={**STEADY, "max_steps": 4, "save_strategy": "steps", "save_steps": 2})
     zero3 = "training.deepspeed=configs/deepspeed/zero3.json"

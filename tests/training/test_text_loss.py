@@ -11,6 +11,7 @@ from tests.training import text_loss_ranks
 from tests.training.conftest import ROOT, environment
 
 
+@pytest.mark.needs("deepspeed")
 def test_two_ranks_equal_one(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(ROOT / "tests" / "training" / "text_loss_ranks.py")

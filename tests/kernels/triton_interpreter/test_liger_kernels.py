@@ -14,7 +14,7 @@ from swim_fast.modeling.liger import apply_liger
 from swim_fast.modeling.text_loss import attach_text_loss
 from swim_kernels import NounQueries
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.needs("liger_kernel")]
 
 
 @pytest.fixture
