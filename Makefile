@@ -1,10 +1,11 @@
 # `make demo` and `make test` set up what they need on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install install-gpu demo test test-all lint bench bench-quick bench-check bench-train kernel-report gpu-check clean
+.PHONY: install install-gpu demo test test-all test-oldest lint bench bench-quick bench-check bench-train kernel-report gpu-check clean
 
 install: $(STAMP)
 
@@ -33,6 +34,16 @@ test-all: $(STAMP)
 	$(BIN)/pytest tests -m ''
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter -m ''
 	$(BIN)/python -m tests.helpers.pretend_gpu $(BIN)/pytest tests/pretend_gpu -m ''
+
+# Kernels, models and training with the oldest torch and triton of setup.py, in an environment of its own.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest tests/kernels tests/modeling tests/training
+	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest tests/kernels/triton_interpreter
+
+$(OLDEST)/.installed: setup.py tests/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint tests/oldest.txt -e '.[test]'
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What an installed package must bring along: recipes that are found from anywhere, types, one version."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,12 @@ def test_flash_attn_is_built_beside_torch_and_its_tools():
     assert {"wheel", "packaging", "ninja", "psutil"} <= set(tools.split()) and "setuptools>=77" in tools
     assert "MAX_JOBS=" in flash and flash.endswith("--no-build-isolation -e '.[cuda]'")
     assert deepspeed.endswith("-e '.[deepspeed]'") and "isolation" not in deepspeed
+
+
+def test_the_oldest_pair_is_the_one_of_setup():
+    lowest = dict(re.findall(r'"(torch|triton)>=([\d.]+)', (ROOT / "setup.py").read_text()))
+    pinned = dict(re.findall(r"^(torch|triton)==([\d.]+)$", (ROOT / "tests" / "oldest.txt").read_text(), re.M))
+    assert pinned == {name: f"{version}.0" for name, version in lowest.items()} and len(pinned) == 2
 
 
 def test_one_version():
