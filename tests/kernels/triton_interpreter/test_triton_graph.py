@@ -184,14 +184,14 @@ def test_nothing_is_allocated_but_outputs_and_partials(inputs, monkeypatch):
     plan = list(plans.plan_of(queries, batch, length, row_block))
     row_heads = 4 * num_rows * num_heads
     with Allocated() as forward:
-        lse = backend.log_sum_exp._init_fn(query, key, plan, scale)
-        backend.maps_of._init_fn(query, key, lse, plan, scale)
+        lse = backend.log_sum_exp._init_fn(query, key, plan, scale, False)
+        backend.maps_of._init_fn(query, key, lse, plan, scale, False)
     # lse, its two partials (one split), maps
     assert sorted(size for size in forward.tensors.values() if size) == sorted(
         [row_heads, 2 * row_heads, 4 * grad.numel()]
     )
     with Allocated() as backward:
-        backend.gradients_of._init_fn(grad, query, key, lse, plan, scale, True, True)
+        backend.gradients_of._init_fn(grad, query, key, lse, plan, scale, True, True, False)
     outputs = [2 * query.numel(), 2 * key.numel()]
     partials = [row_heads, row_heads * head_dim, 4 * grad.numel()]  # δ, ∂q (one split each), weights
     assert sorted(size for size in backward.tensors.values() if size) == sorted(outputs + partials)
@@ -280,12 +280,12 @@ def operator_arguments(inputs):
 def test_operators_are_registered_properly(inputs):
     """Schema, fake implementation, autograd, and both again with symbolic shapes."""
     query, key, plan, scale = operator_arguments(inputs)
-    lse = backend.log_sum_exp(query, key, plan, scale)
+    lse = backend.log_sum_exp(query, key, plan, scale, False)
     grad = inputs[-1]
-    torch.library.opcheck(backend.log_sum_exp, (query, key, plan, scale))
-    torch.library.opcheck(backend.gradients_of, (grad, query, key, lse, plan, scale, True, True))
+    torch.library.opcheck(backend.log_sum_exp, (query, key, plan, scale, False))
+    torch.library.opcheck(backend.gradients_of, (grad, query, key, lse, plan, scale, True, True, False))
     query.requires_grad_(), key.requires_grad_()
-    torch.library.opcheck(backend.maps_of, (query, key, lse, plan, scale))
+    torch.library.opcheck(backend.maps_of, (query, key, lse, plan, scale, False))
 
 
 @pytest.mark.parametrize("given_lse", [False, True])

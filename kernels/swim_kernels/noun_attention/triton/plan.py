@@ -163,7 +163,7 @@ def _tables(
 
 def _table(columns: tuple[Tensor, ...]) -> Tensor:
     """Return int32 [·, 8], filled up with zeros."""
-    return torch.nn.functional.pad(torch.stack(columns, dim=1), (0, _WIDTH - len(columns))).int()
+    return torch.nn.functional.pad(torch.stack(list(columns), dim=1), (0, _WIDTH - len(columns))).int()
 
 
 def num_blocks(num_rows: int, block_rows: int, segments: int) -> int:
