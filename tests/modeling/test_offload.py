@@ -51,7 +51,7 @@ def test_what_comes_back_is_the_same():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_gradients_are_the_same_bits(stock, monkeypatch, checkpointing, attention):
-    monkeypatch.setattr(offload, "SMALLEST", 0)
+    monkeypatch.setattr(offload, "SMALLEST", 1)  # checkpointing may save empty tensors beside the inputs
     ids = torch.randint(20, 250, (2, 24), generator=torch.Generator().manual_seed(0))
     position = torch.tensor([20, 23, 17])
     queries = NounQueries(
