@@ -81,6 +81,7 @@ def test_a_copy_has_its_own_changes(model, stock, batch):
     assert describe(plain) == describe(stock) and torch.equal(plain(**inputs).logits, stock(**inputs).logits)
 
 
+@pytest.mark.needs("peft")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
