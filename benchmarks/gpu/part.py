@@ -29,7 +29,7 @@ class Part:
 
 PARTS = {
     "environment": Part("environment", 60, False, "versions, GPU, backends and providers that are chosen"),
-    "kernels": Part("suites", 210, True, "Triton kernels against float64, and bit for bit"),
+    "kernels": Part("suites", 240, True, "Triton kernels against float64, and bit for bit"),
     "providers": Part("suites", 90, False, "every flash attention beside separate nodes"),
     "model": Part("suites", 90, False, "a tiny model: fused, checkpointed, autocast, compiled, in a CUDA graph"),
     "trainer": Part("suites", 90, False, "training steps: losses beside the CPU's, waits of the host"),

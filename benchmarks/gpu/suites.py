@@ -24,7 +24,7 @@ TRITON = "tests/kernels/triton_interpreter"
 KERNELS = [f"{TRITON}/test_{name}.py" for name in ("triton_values", "triton_graph", "grid_prediction_triton")]
 KERNELS += [f"{TRITON}/test_{name}.py" for name in ("mask_bce_triton", "flash_noun_attention_triton")]
 SUITES = {
-    "kernels": [*KERNELS, "tests/kernels/test_real_sizes.py"],
+    "kernels": ["tests/kernels/test_real_sizes.py", *KERNELS],
     "providers": ["tests/kernels/test_flash_providers.py"],
     "model": ["tests/modeling/test_on_device.py"],
     "trainer": ["tests/training/test_on_device.py"],
@@ -68,7 +68,7 @@ def run(options: Options, log: CheckLog) -> None:
 
 def count_workers(device: str) -> int:
     """Return the processes: compilation is their work on a GPU, and each takes a gigabyte of its memory."""
-    return 1 if device == "cpu" else max(1, min(12, len(os.sched_getaffinity(0)) - 1))
+    return 1 if device == "cpu" else max(1, min(16, len(os.sched_getaffinity(0)) - 1))
 
 
 def collect(part: str, options: Options) -> list[str]:

@@ -24,8 +24,7 @@ def on_device(values, device: torch.device | None = None):
     if not isinstance(values, Tensor):
         return values.to(device)
     size = values.untyped_storage().nbytes() // values.element_size()
-    memory = torch.empty(0, dtype=values.dtype, device=values.device)
-    memory = memory.set_(values.untyped_storage(), 0, (size,), (1,)).to(device)
+    memory = values.detach().as_strided((size,), (1,), 0).to(device)
     moved = memory.as_strided(values.shape, values.stride(), values.storage_offset())
     return moved.requires_grad_(values.requires_grad)
 

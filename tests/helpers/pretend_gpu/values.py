@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_iter, tree_map
 
 aten = torch.ops.aten
 # What they return has a size that follows from values: on a GPU the host waits for it.
-_SIZED_BY_VALUES = (aten.nonzero, aten.repeat_interleave, aten._unique2, aten.unique_consecutive, aten.masked_select)
+_SIZED_BY_VALUES = (aten.nonzero, aten.repeat_interleave, aten._unique2, aten.unique_consecutive)
+_SIZED_BY_VALUES += (aten.masked_select, aten.masked_scatter_backward)
 
 
 class CpuValues(TorchDispatchMode):
