@@ -88,7 +88,14 @@ def collect(part: str, options: Options) -> list[str]:
 
 def pytest_words(options: Options) -> list[str]:
     words = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.pytest_plugin", "-p", "no:cacheprovider"]
-    return [*words, "-m", "", "--device", options.device, *["--ignore-values"] * options.ignore_values]
+    return [
+        *words,
+        "-m",
+        "",
+        "--device",
+        options.device,
+        *["--ignore-values", "--assert=plain"] * options.ignore_values,
+    ]
 
 
 def run_tests(tests: list[str], options: Options, deadline: float, results: Results) -> None:
