@@ -1,7 +1,8 @@
 """What is known of the Triton kernels without a GPU: `python -m benchmarks.kernels`.
 
 Builds every configuration of `configurations.py` and the kernels of `fixed_builds.py` ahead of time, counts bytes in
-the interpreter (`noun_attention_bytes.py`), and draws the report. Every record is written at once.
+the interpreter (`noun_attention_bytes.py`), and draws the report. Every record is written at once, beside those of
+other versions of triton.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import triton
 from triton.errors import TritonError
 
 from benchmarks.core import RecordFile
@@ -18,8 +19,9 @@ from benchmarks.kernels.fixed_builds import FixedBuild
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """A configuration and what its build says; figures are None where there is no build."""
+    """A configuration and what its build by one version of triton says; figures are None where there is no build."""
 
+    triton: str
     kernel: str
     arch: str
     dtype: str
@@ -44,8 +46,9 @@ class BuildRecord:
 
 @dataclass(frozen=True)
 class FixedRecord:
-    """A kernel that always runs with the same tile, built for one architecture."""
+    """A kernel that always runs with the same tile, built by one version of triton for one architecture."""
 
+    triton: str
     op: str
     build: str
     arch: str
@@ -72,12 +75,13 @@ class TrafficRecord:
 
 
 def open_builds(folder: Path) -> RecordFile[BuildRecord]:
-    key = ("kernel", "arch", "dtype", "head_dim", "add", "over_set", "block_rows", "block_heads", "block_keys")
+    tile = ("block_rows", "block_heads", "block_keys")
+    key = ("triton", "kernel", "arch", "dtype", "head_dim", "add", "over_set", *tile)
     return RecordFile(folder / "kernel_builds.csv", BuildRecord, *key)
 
 
 def open_fixed(folder: Path) -> RecordFile[FixedRecord]:
-    return RecordFile(folder / "fixed_builds.csv", FixedRecord, "op", "build", "arch")
+    return RecordFile(folder / "fixed_builds.csv", FixedRecord, "triton", "op", "build", "arch")
 
 
 def open_traffic(folder: Path) -> RecordFile[TrafficRecord]:
@@ -124,6 +128,7 @@ class Result:
             said["tensor_cores"] = " ".join(f"{kind} {count}" for kind, count in build.tensor_cores.items() if count)
             said["key_load_bytes"] = " ".join(str(width) for width in sorted(build.loads.get("key", ())))
         return BuildRecord(
+            triton=triton.__version__,
             kernel=configuration.kernel,
             arch=f"sm_{configuration.architecture}",
             dtype=configuration.dtype,
@@ -170,6 +175,6 @@ def build_fixed(fixed: FixedBuild) -> list[FixedRecord]:
     found = []
     for architecture in ARCHITECTURES:
         built = fixed.build(architecture)
-        complaints = "; ".join(fixed.complaints(built))
-        found.append(FixedRecord(fixed.op, fixed.name, f"sm_{architecture}", built.registers, built.shared, complaints))
+        figures = (built.registers, built.shared, "; ".join(fixed.complaints(built)))
+        found.append(FixedRecord(triton.__version__, fixed.op, fixed.name, f"sm_{architecture}", *figures))
     return found

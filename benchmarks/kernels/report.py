@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-import triton
-
 from benchmarks.core import markdown_table
 from benchmarks.kernels import noun_attention_bytes as counted
 from benchmarks.kernels.configurations import ARCHITECTURES, all_configurations
@@ -27,13 +25,18 @@ the interpreter.
 
 _BUILDS = """## Builds
 
-triton {version}. {builds} of the {total} configurations of the table, each built for its architecture;
-{objections} of them are objected to. One by one in `kernel_builds.csv`. Bounds: shared memory 163 kB on sm_80, 227 kB
-on sm_90 and sm_100; no spills on sm_90 up to head_dim 128 and blocks of 8 rows (fp32 with groups of 16 excepted);
-mma on sm_80, wgmma on sm_90, tcgen05 on sm_100 (not for fp32, which is multiplied in IEEE precision); K loaded
-16 bytes at a time. *Over sets*: the softmax is over the rows' key sets.
+By the oldest supported triton (`PYTHONPATH=kernels .venv-oldest/bin/python -m benchmarks.kernels --no-bytes`) and a
+newer one, each of which brings its own ptxas. Bounds: shared memory 163 kB on sm_80, 227 kB on sm_90 and sm_100; no
+spills on sm_90 up to head_dim 128 and blocks of 8 rows (fp32 with groups of 16 excepted); mma on sm_80, wgmma on sm_90,
+tcgen05 on sm_100 (not for fp32, which is multiplied in IEEE precision); K loaded 16 bytes at a time. One by one in
+`kernel_builds.csv`, those with a tile that is always the same in `fixed_builds.csv`. *Over sets*: the softmax is over
+the rows' key sets."""
 
-head_dim 128, bf16, groups of 8 heads: registers a thread, shared memory, tensor-core instructions of the code.
+_VERSION = """
+### triton {version}
+
+{builds} of the {total} configurations of the table, each built for its architecture; {objections} of them are objected
+to. head_dim 128, bf16, groups of 8 heads: registers a thread, shared memory, tensor-core instructions of the code.
 """
 
 _FIXED = """
@@ -63,10 +66,18 @@ def draw(folder: Path) -> None:
 
 
 def draw_text(builds: Iterable[BuildRecord], fixed: Iterable[FixedRecord], traffic: Iterable[TrafficRecord]) -> str:
-    return "\n".join([_INTRODUCTION, *_draw_builds(list(builds)), *_draw_fixed(fixed), *_draw_traffic(traffic), ""])
+    by_version: dict[str, tuple[list[BuildRecord], list[FixedRecord]]] = defaultdict(lambda: ([], []))
+    for record in builds:
+        by_version[record.triton][0].append(record)
+    for record in fixed:
+        by_version[record.triton][1].append(record)
+    lines = [_INTRODUCTION, _BUILDS]
+    for version, (chosen, same) in sorted(by_version.items()):
+        lines += [*_draw_builds(version, chosen), *_draw_fixed(same)]
+    return "\n".join([*lines, *_draw_traffic(traffic), ""])
 
 
-def _draw_builds(records: list[BuildRecord]) -> list[str]:
+def _draw_builds(version: str, records: list[BuildRecord]) -> list[str]:
     objections = [record for record in records if record.complaints]
     counts = {"builds": len(records), "total": len(list(all_configurations())), "objections": len(objections)}
     cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
@@ -77,7 +88,7 @@ def _draw_builds(records: list[BuildRecord]) -> list[str]:
             kernel = record.kernel + ", adding" * bool(record.add) + ", over sets" * bool(record.over_set)
             cells[kernel, _tile(record)][record.arch] = _cell(record)
     rows = [(*name, *(by_arch.get(arch) for arch in NAMES)) for name, by_arch in cells.items()]
-    lines = [_BUILDS.format(version=triton.__version__, **counts)]
+    lines = [_VERSION.format(version=version, **counts)]
     lines += markdown_table(("kernel", "rows × heads × keys, warps, stages", *NAMES), "lllll", rows)
     lines += ["", "The largest figures, by dtype and head_dim:", ""]
     header = ("dtype", "head_dim", "builds", "registers", "shared kB", "builds with STL", "STL", "objections")
@@ -114,12 +125,12 @@ def _largest(group: list[BuildRecord]) -> tuple[object, ...]:
     return len(group), registers, f"{shared / 1024:.0f}", spilling, stores, sum(bool(r.complaints) for r in group)
 
 
-def _draw_fixed(records: Iterable[FixedRecord]) -> list[str]:
+def _draw_fixed(records: list[FixedRecord]) -> list[str]:
     cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for record in records:
         complaints = f" **{record.complaints}**" if record.complaints else ""
         cells[record.op, record.build][record.arch] = f"{record.registers}, {record.shared}{complaints}"
-    rows = [(*name, *(by_arch[arch] for arch in NAMES)) for name, by_arch in cells.items()]
+    rows = [(*name, *(by_arch.get(arch) for arch in NAMES)) for name, by_arch in cells.items()]
     return [_FIXED.format(layers=LAYERS), *markdown_table(("op", "kernel and switches", *NAMES), "lllll", rows)]
 
 
