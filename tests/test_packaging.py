@@ -86,11 +86,13 @@ def test_flash_attn_is_built_beside_torch_and_its_tools():
         ["make", "--dry-run", "--assume-new=setup.py", "install-gpu"],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    project, tools, flash, deepspeed = (line for line in shown.splitlines() if "pip install" in line)
+    project, tools, flash, extras = (line for line in shown.splitlines() if "pip install" in line)
     assert project.endswith("-e '.[dev,demo]'")
     assert {"wheel", "packaging", "ninja", "psutil"} <= set(tools.split()) and "setuptools>=77" in tools
-    assert "MAX_JOBS=" in flash and flash.endswith("--no-build-isolation -e '.[cuda]'")
-    assert deepspeed.endswith("-e '.[deepspeed]'") and "isolation" not in deepspeed
+    assert "MAX_JOBS=" in flash and "--no-build-isolation ./build/flash-attn/" in flash
+    assert extras.endswith("-e '.[cuda,deepspeed]'") and "isolation" not in extras
+    assert tools in shown.partition("pip download --no-build-isolation")[0]  # which runs flash-attn's setup.py, too
+    assert "std=c++20" in shown.partition(flash)[0]
 
 
 def test_the_oldest_pair_is_the_one_of_setup():
