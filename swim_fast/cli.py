@@ -32,6 +32,14 @@ def _train(options: jobs.Train) -> int:
     return 0
 
 
+def _doctor(options: jobs.Doctor) -> int:
+    from swim_fast.doctor import examine
+
+    report = examine()
+    print(report.as_json() if options.format == "json" else report)
+    return 0 if report.usable else 1
+
+
 def _demo(options: jobs.Demo) -> int:
     from swim_fast.demo.run import run_demo
 
@@ -138,6 +146,7 @@ def _grounding(options: jobs.Grounding) -> int:
 
 JOBS = {
     "train": (jobs.Train, _train),
+    "doctor": (jobs.Doctor, _doctor),
     "demo": (jobs.Demo, _demo),
     "describe": (jobs.Describe, _describe),
     "data check": (jobs.Check, _check),

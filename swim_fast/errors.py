@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+SEE_DOCTOR = " (swim-fast doctor shows what works here)"
+
 
 class UserError(Exception):
     """Base of every error whose message names what is wrong, where, and the remedy."""
@@ -16,6 +18,9 @@ class OptionError(UserError, ValueError):
 
 class MissingLibraryError(UserError, ImportError):
     """A library that a job needs and that is not installed; the message says how to install it."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{SEE_DOCTOR}"
 
 
 _OTHER = re.compile(r"\{([\w.]+)\}")  # option that the text of a mistake names

@@ -45,6 +45,13 @@ class Train(Options):
     """Records whose lengths the dry run measures."""
 
 
+class Doctor(Options):
+    """Say what is installed, what works here, and what installs the rest."""
+
+    format: Literal["text", "json"] = "text"
+    """One screen, or JSON for a report."""
+
+
 class Demo(Options):
     """Render clips, train a tiny model with and without the mask loss, draw pictures."""
 

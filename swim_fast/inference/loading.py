@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from swim_fast.config import ConfigError, RunConfig, load_config
-from swim_fast.errors import OptionError, UserError
+from swim_fast.errors import SEE_DOCTOR, OptionError, UserError
 from swim_fast.modeling.positions import set_position_rule
 from swim_fast.options import Decoding, Inference, Options, Sampling
 
@@ -133,5 +133,5 @@ def explain_failure(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, OSError | ValueError | ImportError) else repr(error)
-        reason = textwrap.shorten(reason, 300)
+        reason = textwrap.shorten(reason, 300) + SEE_DOCTOR * isinstance(error, ImportError)
         raise CheckpointError(f"model {str(path)!r} is no checkpoint that can be loaded: {reason}") from error

@@ -16,16 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from swim_fast.errors import OptionError, UserError, nearest
+from swim_fast.errors import MissingLibraryError, OptionError, nearest
 from swim_fast.modeling.families import FAMILIES, get_family
 from swim_fast.modeling.freezing import get_part_parameters
 
 NAME = "default"  # of the adapter, as peft calls one that nobody named
 PREFIX = "base_model.model."  # of the names in an adapter's file: those below peft's wrapper
-
-
-class MissingLibraryError(UserError, ImportError):
-    """An optional library that an option needs; the message says how to install it."""
 
 
 def build_quantization_config(quantize: str, compute_dtype: torch.dtype):

@@ -3,6 +3,7 @@
 from transformers import TrainingArguments
 
 from swim_fast.config import FIXED, ConfigError, RunConfig
+from swim_fast.errors import SEE_DOCTOR
 from swim_fast.recipes import find_recipe
 
 
@@ -29,7 +30,7 @@ def build_arguments(config: RunConfig) -> TrainingArguments:
     try:
         return TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"training: {error}") from error
+        raise ConfigError(f"training: {error}{SEE_DOCTOR * isinstance(error, ImportError)}") from error
 
 
 def get_data_seed(args: TrainingArguments) -> int:

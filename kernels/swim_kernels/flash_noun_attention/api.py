@@ -81,6 +81,18 @@ def flash_noun_attention(
         return FlashNounAttention.apply(query, key, value, queries, call, chosen, maps_backend, own_softmax)
 
 
+def check_providers(device: torch.device | str) -> tuple[str, dict[str, str | None]]:
+    """Return the provider that "auto" is on a device, and why each cannot run a plain bf16 call there, or None."""
+    query = torch.empty(1, 1, 8, 64, dtype=torch.bfloat16, device=device)
+    reasons = {}
+    for name, provider in PROVIDERS.items():
+        try:
+            reasons[name] = provider.check(query, query, query, Call(scale=1.0))
+        except Unsupported as reason:
+            reasons[name] = str(reason)
+    return _get_provider("auto", query).name, reasons
+
+
 def _get_provider(provider: str | Provider, query: Tensor) -> Provider:
     if isinstance(provider, Provider):
         return provider
