@@ -26,8 +26,8 @@ KERNELS += [f"{TRITON}/test_{name}.py" for name in ("mask_bce_triton", "flash_no
 SUITES = {
     "kernels": ["tests/kernels/test_real_sizes.py", *KERNELS],
     "providers": ["tests/kernels/test_flash_providers.py"],
-    "model": ["tests/modeling/test_on_device.py"],
-    "trainer": ["tests/training/test_on_device.py"],
+    "model": ["tests/gpu/test_model.py"],
+    "trainer": ["tests/gpu/test_trainer.py"],
 }
 ALONE = ("offsets_beyond", "gigabytes")  # they take most of the memory: one after the other, when no other test runs
 SLOW_ON_CPU = ("gigabytes", "registered", "many_rows", "compiled", "added_to", "splits", "head_dims", "float64[several")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import traceback
 import warnings
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ import yaml
 from PIL import Image
 from transformers import TrainerCallback
 
+import swim_fast
+import swim_kernels
 from swim_fast.config import load_config
 from swim_fast.demo.tiny_model import ModelSize, build_checkpoint
 
@@ -28,6 +31,9 @@ HEIGHT, WIDTH, FRAMES = 56, 84, 6
 SIZE = ModelSize(hidden_size=128, num_layers=2, num_heads=2, num_key_value_heads=1)  # a head size of 64
 TEXTS = ["What does the square do?", "The square moves to the right.", "then on"]
 
+OURS = tuple(str(Path(package.__file__).parent) for package in (swim_fast, swim_kernels))
+# between those who wait and the warning
+BETWEEN = (str(Path(torch.__file__).parent), warnings.__file__, str(Path(__file__).parents[1] / "helpers"))
 # Functions of ours in which a step may wait for the GPU, `file:function`; waits of transformers are not ours.
 ALLOWED_WAITS: set[str] = {
     "nonfinite.py:check_loss",  # of the guard, which stops before the optimizer's step
@@ -159,15 +165,10 @@ class WatchWaits(TrainerCallback):
         if "synchroniz" in str(message):
             self.stacks.append(traceback.extract_stack()[:-1])
 
-    def ours(self) -> dict[str, str]:
-        """Return `file:function` → place of the waits whose innermost frame outside of torch is in our packages."""
-        found = {}
-        for stack in self.stacks:
-            outside = [frame for frame in stack if not re.search(r"/torch/|/tests/helpers/", frame.filename)]
-            if outside and ("/swim_fast/" in outside[-1].filename or "/swim_kernels/" in outside[-1].filename):
-                name = f"{outside[-1].filename.rpartition('/')[2]}:{outside[-1].name}"
-                found[name] = f"{outside[-1].filename}:{outside[-1].lineno} {outside[-1].line}"
-        return found
+    def places(self) -> Counter[tuple[str, str, int]]:
+        """Count the waits by file, function and line of the innermost frame outside of torch."""
+        outside = ([frame for frame in stack if not frame.filename.startswith(BETWEEN)] for stack in self.stacks)
+        return Counter((frames[-1].filename, frames[-1].name, frames[-1].lineno) for frames in outside if frames)
 
 
 @pytest.mark.cuda
@@ -176,6 +177,10 @@ def test_the_host_does_not_wait(train, kind):
     watch = WatchWaits()
     training = KINDS[kind].get("training", {}) | {"logging_steps": 1000}
     train("watched", 16, False, [watch], **KINDS[kind] | {"training": training})
-    unknown = {name: place for name, place in watch.ours().items() if name not in ALLOWED_WAITS}
-    print(f"{len(watch.stacks)} waits in {len(WATCHED)} steps; ours: {watch.ours()}")
-    assert not unknown, f"{len(unknown)} places of ours wait for the GPU: {'; '.join(unknown.values())}"
+    unknown = []
+    for (file, function, line), count in watch.places().most_common():
+        print(f"{count} waits in {len(WATCHED)} steps: {file}:{line} {function}")
+        allowed = f"{Path(file).name}:{function}" in ALLOWED_WAITS
+        if file.startswith(OURS) and not allowed:
+            unknown.append(f"{Path(file).name}:{line} {function}")
+    assert not unknown, f"{len(unknown)} places of ours wait for the GPU: {'; '.join(unknown)}"
