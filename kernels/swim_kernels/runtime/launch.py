@@ -28,3 +28,22 @@ def get_architecture(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def count_processors(device: torch.device) -> int:
+    """Return the number of streaming multiprocessors; that of an H100 in the interpreter."""
+    return 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def choose_splits(num_tiles: int, others: int, processors: int, least: int = 1, ample: int = 0) -> int:
+    """Return the number of splits that fill a GPU: two programs for each processor, or one.
+
+    Args:
+        num_tiles: what is split.
+        others: programs of each split.
+        least: tiles of a split at least, where there are as many.
+        ample: tiles of a split at least where there are two programs for each processor.
+    """
+    one, two = max(1, processors // others), max(1, 2 * processors // others)
+    return max(1, min(two if num_tiles >= two * ample else one, num_tiles // least))

@@ -22,7 +22,7 @@ import triton.language as tl
 # Arguments that differ from batch to batch: no build of their own where a number happens to be 1 or 16 · n, or an
 # address 16 · n. Only query, key, their gradients and the partials of ∂q are read and written many bytes at a time.
 _VARYING = ["scale", "length", "num_rows", "num_heads", "num_key_heads", "group", "num_columns", "num_items"]
-_VARYING += ["num_splits", "tiles_per_split", "delta_splits", "grad_maps_stride"]
+_VARYING += ["num_splits", "delta_splits", "grad_maps_stride"]
 _VARYING += ["entries", "blocks", "key_sets", "inverse", "next_column", "repeats"]
 _VARYING += ["lse", "maps", "grad_maps", "weights", "deltas", "maxima", "sums"]
 
@@ -116,6 +116,21 @@ def _load_key(key, strides, sequence, head, position, valid, HEAD_DIM: tl.conste
 
 
 @triton.jit
+def _own_tiles(split, length, BLOCK_KEYS: tl.constexpr):
+    """Return the tiles [first, end) of a split: those of so many keys or columns, divided evenly among all splits."""
+    tiles, splits = tl.cdiv(length, BLOCK_KEYS), tl.num_programs(0)
+    return split * tiles // splits, (split + 1) * tiles // splits
+
+
+@triton.jit
+def _tiles_in_reach(split, first_key, end_key, length, BLOCK_KEYS: tl.constexpr):
+    """Return the tiles [first, end) of a split, and of these the ones [begin, stop) in reach of any entry."""
+    first, end = _own_tiles(split, length, BLOCK_KEYS)
+    begin = tl.minimum(tl.maximum(first, first_key // BLOCK_KEYS), end)
+    return first, begin, tl.maximum(tl.minimum(end, tl.cdiv(end_key, BLOCK_KEYS)), begin), end
+
+
+@triton.jit
 def _scores(k, q, scale, UPCAST: tl.constexpr):
     """Return s [BLOCK_KEYS, columns]. Scaled afterwards: a scaled q would be a rounded one."""
     zero = tl.zeros([k.shape[0], q.shape[0]], dtype=tl.float32)
@@ -146,7 +161,7 @@ def _per_head(values, BLOCK_HEADS: tl.constexpr):
 @triton.jit(do_not_specialize=_VARYING)
 def lse_partials_kernel(
     query, key, entries, blocks, key_sets, inverse, maxima, sums,
-    scale, length, num_rows, num_heads, group, num_columns, tiles_per_split,
+    scale, length, num_rows, num_heads, group, num_columns,
     query_strides, key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, SET: tl.constexpr, UPCAST: tl.constexpr,
@@ -166,11 +181,9 @@ def lse_partials_kernel(
     maximum = tl.full([BLOCK_ROWS * BLOCK_HEADS], -3.0e38, dtype=tl.float32)  # not −inf: −inf − (−inf) is NaN
     total = tl.zeros([BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
     if SET:
-        begin = split * tiles_per_split
-        stop = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(num_columns, BLOCK_KEYS))
+        begin, stop = _own_tiles(split, num_columns, BLOCK_KEYS)
     else:
-        begin = tl.maximum(split * tiles_per_split, first_key // BLOCK_KEYS)
-        stop = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(end_key, BLOCK_KEYS))
+        _, begin, stop, _ = _tiles_in_reach(split, first_key, end_key, length, BLOCK_KEYS)
     for tile in range(begin, stop):
         j = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         if SET:
@@ -242,7 +255,7 @@ def maps_kernel(
 @triton.jit(do_not_specialize=_VARYING)
 def delta_partials_kernel(
     query, key, lse, grad_maps, entries, blocks, key_sets, next_column, repeats, deltas, weights,
-    scale, num_rows, num_heads, group, num_columns, tiles_per_split,
+    scale, num_rows, num_heads, group, num_columns,
     query_strides, key_strides, grad_maps_stride,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
@@ -265,8 +278,8 @@ def delta_partials_kernel(
     key_sets += key_set.to(tl.int64) * num_columns
 
     delta = tl.zeros([BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
-    stop = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(num_columns, BLOCK_KEYS))
-    for tile in range(split * tiles_per_split, stop):
+    begin, stop = _own_tiles(split, num_columns, BLOCK_KEYS)
+    for tile in range(begin, stop):
         n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         j = tl.load(key_sets + n, mask=n < num_columns, other=-1)
         k = _load_key(key, key_strides, sequence, key_head, j, j >= 0, HEAD_DIM, BLOCK_DIM)
@@ -281,7 +294,7 @@ def delta_partials_kernel(
         next_of_set = next_column + key_set.to(tl.int64) * num_columns
         weights_of_rows = weights + block_row.to(tl.int64)[None, :] * num_columns
         times = tl.load(repeats) + 1
-        for tile in range(split * tiles_per_split, stop):
+        for tile in range(begin, stop):
             n = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
             column = tl.where(n < num_columns, n, -1)
             total = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], dtype=tl.float32)
@@ -320,11 +333,14 @@ def _load_weights(weights, inverse, rows, j, inside, length, num_columns, BLOCK_
 
 @triton.jit
 def _sum_deltas(deltas, row, head, valid, num_rows, num_heads, num_splits):
-    offset = deltas + row.to(tl.int64) * num_heads + head
+    """Return δ [columns] of the partials [splits, R, Hq], many of them loaded at a time."""
+    offset = row.to(tl.int64) * num_heads + head
     delta = tl.zeros(row.shape, dtype=tl.float32)
-    for _split in range(num_splits):
-        delta += tl.load(offset, mask=valid, other=0.0)
-        offset += num_rows * num_heads
+    for start in range(0, num_splits, 16):
+        split = start + tl.arange(0, 16)
+        mask = (split < num_splits)[:, None] & valid[None, :]
+        partials = deltas + split.to(tl.int64)[:, None] * (num_rows * num_heads) + offset[None, :]
+        delta += tl.sum(tl.load(partials, mask=mask, other=0.0), axis=0)
     return delta
 
 
@@ -334,12 +350,18 @@ def _load_for_gradient(
     num_rows, num_heads, delta_splits,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Return q, lse and δ of a tile's columns, given as of `_load_columns`, their head, and the block's rows."""
+    """Return q, lse and δ of a tile's columns, given as of `_load_columns`, their head, and the block's rows.
+
+    delta_splits: number of partials whose sum is δ; None: δ itself is given.
+    """
     row, position, _, _, head, valid = columns
     head += first_head
     q = _load_query(query, query_strides, sequence, head, position, valid, HEAD_DIM, BLOCK_DIM)
     row_lse = tl.load(lse + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
-    delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
+    if delta_splits is None:
+        delta = tl.load(deltas + row.to(tl.int64) * num_heads + head, mask=valid, other=0.0)
+    else:
+        delta = _sum_deltas(deltas, row, head, valid, num_rows, num_heads, delta_splits)
     return q, row_lse, delta, head, _load_rows(entries, first, end, BLOCK_ROWS)
 
 
@@ -348,15 +370,6 @@ def _score_gradient(k, q, w, inside, lse, delta, scale, UPCAST: tl.constexpr):
     """Return ds = p · (w − δ) [BLOCK_KEYS, columns], exactly 0 outside the softmax."""
     p = _probabilities(k, q, inside, lse, scale, UPCAST)
     return tl.where(inside, p * (w - delta[None, :]), 0.0)
-
-
-@triton.jit
-def _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS: tl.constexpr):
-    """Return the tiles [first, end) of a split, and of these the ones [begin, stop) in reach of any entry."""
-    first = split * tiles_per_split
-    end = tl.minimum(first + tiles_per_split, tl.cdiv(length, BLOCK_KEYS))
-    begin = tl.minimum(tl.maximum(first, first_key // BLOCK_KEYS), end)
-    return first, begin, tl.maximum(tl.minimum(end, tl.cdiv(end_key, BLOCK_KEYS)), begin), end
 
 
 @triton.jit
@@ -399,7 +412,7 @@ def _store_query_gradient(
 @triton.jit(do_not_specialize=_VARYING)
 def gradients_kernel(
     query, key, lse, weights, deltas, entries, blocks, inverse, grad_query_partials, grad_key,
-    scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
+    scale, length, num_rows, num_heads, group, num_columns, delta_splits,
     query_strides, key_strides, grad_key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
@@ -412,7 +425,7 @@ def gradients_kernel(
     """
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
-    first_tile, begin, stop, end_tile = _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS)
+    first_tile, begin, stop, end_tile = _tiles_in_reach(split, first_key, end_key, length, BLOCK_KEYS)
     grad_key += sequence.to(tl.int64) * grad_key_strides[0] + tl.cast(key_head, tl.int64) * grad_key_strides[1]
     if not ADD:
         _zero_out_of_reach(
@@ -442,7 +455,7 @@ def gradients_kernel(
 @triton.jit(do_not_specialize=_VARYING)
 def query_gradients_kernel(
     query, key, lse, weights, deltas, entries, blocks, inverse, grad_query_partials,
-    scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
+    scale, length, num_rows, num_heads, group, num_columns,
     query_strides, key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, SET: tl.constexpr, UPCAST: tl.constexpr,
@@ -452,12 +465,12 @@ def query_gradients_kernel(
     sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
     if first >= end:
         return
-    _, begin, stop, _ = _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS)
+    _, begin, stop, _ = _tiles_in_reach(split, first_key, end_key, length, BLOCK_KEYS)
     columns = _load_columns(entries, first, end, group, BLOCK_ROWS, BLOCK_HEADS)
     row, _, key_start, key_end, _, valid = columns
     q, row_lse, delta, head, rows = _load_for_gradient(
         query, query_strides, lse, deltas, entries, columns, sequence, key_head * group, first, end,
-        num_rows, num_heads, delta_splits, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+        num_rows, num_heads, None, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
     )  # fmt: skip
     grad_query = tl.zeros([BLOCK_DIM, BLOCK_ROWS * BLOCK_HEADS], dtype=tl.float32)
     for tile in range(begin, stop):
@@ -475,7 +488,7 @@ def query_gradients_kernel(
 @triton.jit(do_not_specialize=_VARYING)
 def key_gradients_kernel(
     query, key, lse, weights, deltas, entries, blocks, inverse, grad_key,
-    scale, length, num_rows, num_heads, group, num_columns, delta_splits, tiles_per_split,
+    scale, length, num_rows, num_heads, group, num_columns,
     query_strides, key_strides, grad_key_strides,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, SET: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
@@ -486,7 +499,7 @@ def key_gradients_kernel(
     """
     split, key_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, end, first_key, end_key, _ = _load_block(blocks, block)
-    first_tile, begin, stop, end_tile = _tiles_in_reach(split, tiles_per_split, first_key, end_key, length, BLOCK_KEYS)
+    first_tile, begin, stop, end_tile = _tiles_in_reach(split, first_key, end_key, length, BLOCK_KEYS)
     grad_key += sequence.to(tl.int64) * grad_key_strides[0] + tl.cast(key_head, tl.int64) * grad_key_strides[1]
     if not ADD:
         _zero_out_of_reach(
@@ -504,7 +517,7 @@ def key_gradients_kernel(
             if tl.max(tl.max(inside.to(tl.int32), axis=1), axis=0) > 0:
                 q, row_lse, delta, head, rows = _load_for_gradient(
                     query, query_strides, lse, deltas, entries, columns, sequence, key_head * group, entry, end,
-                    num_rows, num_heads, delta_splits, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+                    num_rows, num_heads, None, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
                 )  # fmt: skip
                 w, inside = _load_weights(weights, inverse, rows, j, inside, length, num_columns, BLOCK_HEADS, SET)
                 ds = _score_gradient(k, q, w, inside, row_lse, delta, scale, UPCAST)

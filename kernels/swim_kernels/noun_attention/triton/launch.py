@@ -29,11 +29,19 @@ from swim_kernels.noun_attention.triton.tiles import (
     pad_group,
     tile_constexprs,
 )
-from swim_kernels.runtime.launch import DTYPES, get_architecture, is_interpreted, launch
+from swim_kernels.runtime.launch import (
+    DTYPES,
+    choose_splits,
+    count_processors,
+    get_architecture,
+    is_interpreted,
+    launch,
+)
 from swim_kernels.structs.noun_queries import NounQueries
 
-_LEAST_KEYS = 512  # of a split
-_GRADIENT_PROGRAMS = 80  # over which ∂q partials are spread; more of them would write more partials
+_LEAST_TILES = 2  # of a split of lse and δ
+_LEAST_KEYS = 512  # of a split of ∂q, whose partials are large
+_FEW_BYTES = 16  # a second program of ∂q on a processor where partials have at most 1/16 of the bytes of K
 _BLOCK_ITEMS = 128  # of the kernels that combine partials
 
 
@@ -100,12 +108,11 @@ def log_sum_exp(query: Tensor, key: Tensor, plan: list[Tensor], scale: float, ov
     lse = query.new_empty(layer.num_rows, layer.num_heads, dtype=torch.float32)
     if layer.is_empty:
         return lse.zero_()
-    num_keys = layer.num_columns if over_set else layer.length
-    num_splits, tiles = _splits(num_keys, layer.tile("lse_partials").block_keys, most=64)
+    num_splits = layer.count_splits("lse_partials", layer.num_columns if over_set else layer.length, _LEAST_TILES)
     maxima, sums = lse.new_empty(2, num_splits, *lse.shape)
     blocks = layer.plan.blocks
     grid = (num_splits, layer.num_key_heads, len(blocks))
-    layer.launch("lse_partials", grid, blocks=blocks, maxima=maxima, sums=sums, tiles_per_split=tiles)
+    layer.launch("lse_partials", grid, blocks=blocks, maxima=maxima, sums=sums)
     _combine(kernels.lse_combine_kernel, num_splits, maxima=maxima, sums=sums, lse=lse)
     return lse
 
@@ -242,13 +249,13 @@ class _Layer:
         over_set: bool = False,
     ) -> None:
         self.plan, self.over_set = Plan(*plan), over_set
-        _, self.num_heads, self.length, self.head_dim = query.shape
+        self.batch, self.num_heads, self.length, self.head_dim = query.shape
         self.num_rows, self.num_columns = len(self.plan.entries), self.plan.key_sets.shape[1]
         self.num_key_heads = key.shape[1]
         self.group = self.num_heads // self.num_key_heads
         self.is_empty = not self.num_rows or not self.num_columns
         self.key, self.dtype = key, DTYPES[query.dtype]
-        self.architecture = get_architecture(query.device)
+        self.architecture, self.processors = get_architecture(query.device), count_processors(query.device)
         shape = ("length", "num_rows", "num_heads", "num_key_heads", "group", "num_columns")
         self.arguments = {name: getattr(self, name) for name in shape} | self.plan._asdict()
         self.arguments |= {"query": query, "key": key, "lse": lse, "scale": float(scale)}
@@ -271,13 +278,13 @@ class _Layer:
         """Return δ partials [splits, R, Hq] and the weights [R, N] of the keys that are read out, fp32."""
         if grad_maps.stride(1) != 1:
             grad_maps = grad_maps.contiguous()  # expanded, as that of a sum
-        num_splits, tiles = _splits(self.num_columns, self.tile("delta_partials").block_keys, most=32)
+        num_splits = self.count_splits("delta_partials", self.num_columns, _LEAST_TILES)
         deltas = grad_maps.new_empty(num_splits, self.num_rows, self.num_heads, dtype=torch.float32)
         weights = deltas.new_empty(self.num_rows, self.num_columns)
         blocks = self.plan.read_blocks
         grid = (num_splits, self.num_key_heads, len(blocks))
         inputs = {"grad_maps": grad_maps, "grad_maps_stride": grad_maps.stride(0), "blocks": blocks}
-        self.launch("delta_partials", grid, **inputs, deltas=deltas, weights=weights, tiles_per_split=tiles)
+        self.launch("delta_partials", grid, **inputs, deltas=deltas, weights=weights)
         return deltas, weights
 
     def sum_deltas(self, partials: Tensor) -> Tensor:
@@ -313,20 +320,33 @@ class _Layer:
         add: bool = False,
     ) -> Tensor | None:
         """Write ∂k if it is given; return the partials of ∂q [splits, R, Hq, D], None for "key_gradients"."""
-        tile = self.tile(kernel)
-        arguments = {"blocks": blocks, "deltas": deltas, "delta_splits": len(deltas), "weights": weights}
+        arguments = {"blocks": blocks, "deltas": deltas, "weights": weights}
+        if kernel == "gradients":
+            arguments["delta_splits"] = len(deltas)
         if grad_key is not None:
             arguments |= {"grad_key": grad_key, "grad_key_strides": _strides(grad_key)}
-        most, partials = self.length, None
-        if kernel != "key_gradients":
-            row_blocks = triton.cdiv(self.num_rows, tile.block_rows)
-            most = max(1, _GRADIENT_PROGRAMS // (self.num_key_heads * row_blocks))
-        num_splits, tiles = _splits(self.length, tile.block_keys, most)
-        if kernel != "key_gradients":
+        tile, partials = self.tile(kernel), None
+        if kernel == "key_gradients":
+            programs = self.num_key_heads * min(self.batch, self.num_rows)  # the program of a tile does all rows
+            tiles = triton.cdiv(self.length, tile.block_keys)
+            num_splits = choose_splits(tiles, programs, 2 * self.processors)
+        else:
+            # fp32, written and read once
+            bytes_per_dim = 8 * min(tile.block_rows, self.num_rows) * self.group
+            ample = _FEW_BYTES * bytes_per_dim // (self.key.element_size() * tile.block_keys)
+            least = triton.cdiv(_LEAST_KEYS, tile.block_keys)
+            num_splits = self.count_splits(kernel, self.length, least, ample)
             partials = deltas.new_empty(num_splits, self.num_rows, self.num_heads, self.head_dim)
             arguments["grad_query_partials"] = partials
-        self.launch(kernel, (num_splits, self.num_key_heads, len(blocks)), add, **arguments, tiles_per_split=tiles)
+        self.launch(kernel, (num_splits, self.num_key_heads, len(blocks)), add, **arguments)
         return partials
+
+    def count_splits(self, kernel: str, num_keys: int, least: int, ample: int = 0) -> int:
+        """Return the splits of keys or columns for a kernel of which each block of rows has programs of its own."""
+        tile = self.tile(kernel)
+        row_blocks = max(triton.cdiv(self.num_rows, tile.block_rows), min(self.batch, self.num_rows))
+        tiles = triton.cdiv(num_keys, tile.block_keys)
+        return choose_splits(tiles, self.num_key_heads * row_blocks, self.processors, least, ample)
 
     def sum_query_gradient(self, partials: Tensor, grad_query: Tensor, add: bool) -> None:
         launch(
@@ -356,10 +376,3 @@ def _combine(kernel, num_splits: int, **tensors: Tensor) -> None:
 def _strides(tensor: Tensor) -> tuple[int, ...]:
     """Return the strides, 0 of a dimension of size 1: it may be any number there, which would ask for another build."""
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _splits(length: int, block_keys: int, most: int) -> tuple[int, int]:
-    """Return the number of splits, from shapes only, and of tiles in each."""
-    tiles = triton.cdiv(length, block_keys)
-    per_split = triton.cdiv(tiles, max(1, min(triton.cdiv(length, _LEAST_KEYS), most)))
-    return triton.cdiv(tiles, per_split), per_split
