@@ -1,5 +1,6 @@
 """Kernels of swim-fast: ops on tensors that know nothing of models, data or training."""
 
+from swim_kernels.compilation import compile_in_background
 from swim_kernels.flash_noun_attention import Unsupported, flash_noun_attention
 from swim_kernels.grid_prediction import grid_prediction
 from swim_kernels.mask_bce import mask_bce
@@ -12,6 +13,7 @@ __all__ = [
     "NounQueries",
     "PackedMasks",
     "Unsupported",
+    "compile_in_background",
     "flash_noun_attention",
     "grid_prediction",
     "mask_bce",

@@ -179,6 +179,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     from swim_fast.modeling.adapters import merge_adapters
     from swim_fast.training.checkpoints import check_resumable, find_last_checkpoint
     from swim_fast.training.model_card import render_model_card
+    from swim_fast.training.warm_up import start_warm_up
 
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one file, e.g. data.train: [{path: train.jsonl}]")
@@ -201,6 +202,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
             file.write(text)
         if checkpoint:
             print(f"resuming from {checkpoint}", flush=True)
+    start_warm_up(run.model, config.attention_loss, args)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.stopped_early
     if stopped:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -10,10 +13,31 @@ import triton
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # as Triton calls them
 
 
+_compiling: dict[int, set[str]] = {}  # thread → builds that it has compiled
+_locks: dict[object, threading.Lock] = {}  # kernel → held while a thread compiles it
+
+
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
     """Launch a kernel on the device of its tensors; every launch goes through here."""
     with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, torch.Tensor))):
-        kernel[grid](**arguments)
+        if not _compiling:
+            kernel[grid](**arguments)
+            return
+        with _locks.setdefault(kernel, threading.Lock()):  # not twice at once
+            if threading.get_ident() in _compiling:
+                _compiling[threading.get_ident()].add(kernel.warmup(grid=grid, **arguments).hash)
+            else:
+                kernel[grid](**arguments)
+
+
+@contextlib.contextmanager
+def compile_only() -> Iterator[set[str]]:
+    """Let launches of this thread compile their kernels and not run them; give the hashes of the builds."""
+    builds = _compiling[threading.get_ident()] = set()
+    try:
+        yield builds
+    finally:
+        del _compiling[threading.get_ident()]
 
 
 def is_interpreted(kernel) -> bool:

@@ -1,0 +1,36 @@
+"""Compilation of a run's Triton kernels while its first batch is being read."""
+
+import threading
+
+import torch
+
+from swim_fast.options import AttentionLoss
+from swim_kernels import compile_in_background
+
+
+def start_warm_up(model, loss: AttentionLoss | None, args) -> threading.Thread | None:
+    """Start to compile what a run on a GPU will launch; return the thread, None where there is nothing to compile.
+
+    Args:
+        model: to be trained.
+        loss: with its layers by index.
+        args: the trainer's, for device and precision.
+    """
+    if loss is None or args.device.type != "cuda" or loss.backend not in ("auto", "triton"):
+        return None
+    text = model.config.get_text_config()
+    trained = [] if loss.prediction == "released" else [loss.prediction]  # by torch's operators
+    return compile_in_background(
+        args.device,
+        num_heads=text.num_attention_heads,
+        num_key_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype,
+        fused=loss.fused and text._attn_implementation != "eager",
+        over=loss.over,
+        num_layers=len(loss.layers),
+        fusion=loss.fusion,
+        predictions=tuple(dict.fromkeys([*trained, "min_max"])),  # that one for the metrics
+        with_masks=loss.criterion == "bce" and loss.resolution == "mask" and bool(trained),
+        backend=loss.backend,
+    )
