@@ -110,7 +110,13 @@ def verdict(met: bool) -> str:
 
 
 def describe_machine() -> dict[str, object]:
-    """Return the columns that say where a record was measured."""
+    """Return the columns that say where a record was measured, which must have been the CPU.
+
+    Raises:
+        RuntimeError: this process has used a GPU.
+    """
+    if torch.cuda.is_initialized():
+        raise RuntimeError("this process has used a GPU, and its figures would be recorded as those of the CPU")
     return {
         "cpu": read_cpu_model(),
         "threads": torch.get_num_threads(),

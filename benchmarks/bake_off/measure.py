@@ -156,6 +156,7 @@ def train_and_evaluate(choice: Choice, folder: Path, output: Path, seed: int, st
         "data.train": f"[{{path: {folder / 'data' / 'train.jsonl'}}}]",
         "data.eval": f"{{heldout: {{path: {heldout}}}}}",
         "training.output_dir": output,
+        "training.use_cpu": "true",
         "training.max_steps": steps,
         "training.eval_steps": EVAL_STEPS,
         "training.save_strategy": "no",
@@ -166,6 +167,7 @@ def train_and_evaluate(choice: Choice, folder: Path, output: Path, seed: int, st
     }
     train(load_config("demo", [f"{key}={value}" for key, value in values.items()]))
     words = ["evaluate", "grounding", output, heldout, "--out", output / "out", "--layers", "supervised"]
+    words += ["--device", "cpu"]
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         if main([str(word) for word in words]):
             raise RuntimeError(f"{choice}: evaluation failed")

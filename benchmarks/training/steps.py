@@ -56,6 +56,7 @@ def prepare(folder: Path, size: str, frames: int = FRAMES, side: int = SIDE) -> 
         "data": {"train": [{"path": str(records), "weight": 64.0}], "max_frames": frames},
         "training": {
             "output_dir": str(folder / "run"),
+            "use_cpu": True,  # as the report says, on a machine with GPUs too
             "per_device_train_batch_size": 1,
             "save_strategy": "no",
             "logging_steps": 10**6,

@@ -4,11 +4,18 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from swim_fast.config import RunConfig
 from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.data.source.records import Record
 from swim_fast.inference.generation import generate, split_answer
 from swim_fast.inference.loading import Checkpoint
-from swim_fast.options import Decoding, Sampling
+from swim_fast.options import Decoding, Inference, Sampling
+
+
+def choose_inference(config: RunConfig) -> Inference:
+    """Return how a trained checkpoint is loaded: on the CPU if it was trained there on purpose."""
+    device = "cpu" if config.training.get("use_cpu") else None
+    return Inference(device=device, position_ids=config.model.position_ids)
 
 
 def compute_accuracy(

@@ -36,9 +36,9 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     """
     from swim_fast.data.sample.builder import SampleBuilder
     from swim_fast.data.source.records import RecordFile
+    from swim_fast.demo.answers import choose_inference
     from swim_fast.inference.loading import load_model, load_processor
     from swim_fast.inference.noun_maps import compute_noun_maps
-    from swim_fast.options import Inference
     from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid
 
     source = next(iter(config.data.eval.values()))
@@ -49,7 +49,7 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
     conversation, info = builder.render(record), builder.reader.info(record)
     pixels = builder.reader.frames(record, sample.frames)
     encoding = builder.encode.video(conversation, pixels, sample.frames, info)
-    options = Inference(position_ids=config.model.position_ids)
+    options = choose_inference(config)
     maps = [
         compute_noun_maps(load_model(folder, options), processor, encoding, config.attention_loss)[0]
         for folder in folders.values()

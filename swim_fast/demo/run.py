@@ -62,14 +62,13 @@ def _variant(config: RunConfig, output: Path, mask_weight: float) -> RunConfig:
 
 def _train_and_score(config: RunConfig) -> dict[str, float]:
     from swim_fast.data.source.records import RecordFile
-    from swim_fast.demo.answers import compute_accuracy
+    from swim_fast.demo.answers import choose_inference, compute_accuracy
     from swim_fast.inference.loading import load_checkpoint
-    from swim_fast.options import Inference
     from swim_fast.training.run import train
 
     metrics = train(config)
     (name, source), *_ = config.data.eval.items()
-    checkpoint = load_checkpoint(config.training["output_dir"], Inference(position_ids=config.model.position_ids))
+    checkpoint = load_checkpoint(config.training["output_dir"], choose_inference(config))
     records = RecordFile.from_source(source)
     accuracy = compute_accuracy(checkpoint, records, config.sampling, config.decoding)
     scores = {key: metrics[f"eval_{name}_{key}"] for key in METRICS[:-1]} | {"answer_accuracy": accuracy}

@@ -251,10 +251,10 @@ def _refuse_data_parallel(config: RunConfig) -> None:
 
 
 def _get_machine_settings(config: RunConfig) -> dict[str, Any]:
-    """Return defaults of `training` that let the same configuration run on a machine without a GPU."""
+    """Return defaults of `training` for the CPU: there is no GPU, or `use_cpu` is set."""
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not config.training.get("use_cpu"):
         return {}
     if config.training.get("deepspeed"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -4,7 +4,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from benchmarks.core import RecordFile, Target, format_ratio, markdown_table, read_cpu_model, targets_table
+from benchmarks.core import (
+    RecordFile,
+    Target,
+    describe_machine,
+    format_ratio,
+    markdown_table,
+    read_cpu_model,
+    targets_table,
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,13 @@ def test_targets():
         "| copies | none | none | met |",
     ]
     assert [format_ratio(value) for value in (2.6, 0.1, 1 / 500)] == ["2.60", "0.10", "1/500"]
+
+
+def test_figures_of_a_gpu_are_not_recorded_as_those_of_the_cpu(monkeypatch):
+    assert describe_machine()["cpu"] == read_cpu_model()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="has used a GPU"):
+        describe_machine()
 
 
 def test_cpu_model(tmp_path):

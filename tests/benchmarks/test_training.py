@@ -78,6 +78,16 @@ def test_nothing_is_timed_unless_the_losses_agree(trainer, monkeypatch):
     assert trainer.loss_options is loss  # as it was, also after an error
 
 
+def test_steps_stay_on_the_cpu_of_a_machine_with_gpus(folder, monkeypatch):
+    from swim_fast.training.run import _get_machine_settings, _refuse_data_parallel
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    config = load_config(training_steps.prepare(folder, "tiny", *SMALL))
+    _refuse_data_parallel(config)
+    assert config.training["use_cpu"] and _get_machine_settings(config)["dataloader_pin_memory"] is False
+
+
 def test_padding(folder):
     clips = [Clip(frames, 112, 112) for frames in (2, 4, 8, 16)]
     found = training_input.measure_padding(folder, clips, pack_tokens=1024)
