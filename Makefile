@@ -42,6 +42,8 @@ test-all: $(STAMP)
 	$(BIN)/python -m tests.helpers.pretend_gpu $(BIN)/pytest tests/pretend_gpu -m ''
 
 # Kernels, models and training with the oldest torch and triton of setup.py, in an environment of its own.
+# The folder of compiled extensions is its own too: torch 2.11 waits for ever at the lock file that newer ones leave there.
+test-oldest: export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(OLDEST)/torch_extensions
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest tests/kernels tests/modeling tests/training
 	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest tests/kernels/triton_interpreter
