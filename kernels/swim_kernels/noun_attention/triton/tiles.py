@@ -83,8 +83,6 @@ def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
         block_keys, num_stages = 64, 1  # with 2, ptxas spills a register
     else:
         block_keys, num_stages = 64, 2
-        if kernel == "key_gradients" and _nearest(architecture) == 90 and 64 < head_dim <= 128:
-            num_warps = 4  # with 8, the ptxas of triton 3.6 spills a register or two
     return Tile(columns // block_heads, block_heads, block_keys, num_warps, num_stages)
 
 
