@@ -27,7 +27,8 @@ _TYPES = {
     "mask_table": "*i64",
     "maps": ("*fp32",) * LAYERS,
 } | dict.fromkeys(
-    ("maxima", "sums", "lse", "partials", "deltas", "p", "grad_p", "grad_maps", "cells", "losses", "gradient"), "*fp32"
+    "maxima sums lse partials deltas p grad_p grad_maps shares centres log_f metrics cells losses gradient".split(),
+    "*fp32",
 )
 
 
@@ -102,7 +103,8 @@ def fixed_builds() -> Iterator[FixedBuild]:
     warps = frame_backend.NUM_WARPS, frame_backend.NUM_STAGES
     for mean, separate in ((False, False), (True, False), (False, True)):
         fusion = {"MEAN": mean, "SEPARATE": separate} | block
-        yield FixedBuild("grid_prediction", frame_kernels.prediction_kernel, fusion, *warps, {})
+        for kernel in (frame_kernels.prediction_kernel, frame_kernels.metrics_kernel):
+            yield FixedBuild("grid_prediction", kernel, fusion, *warps, {})
         for dense in (True, False):
             yield FixedBuild("grid_prediction", frame_kernels.gradient_kernel, fusion | {"DENSE": dense}, *warps, {})
     for fusion in FUSIONS:

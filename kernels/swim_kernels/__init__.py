@@ -2,7 +2,7 @@
 
 from swim_kernels.compilation import compile_in_background
 from swim_kernels.flash_noun_attention import Unsupported, flash_noun_attention
-from swim_kernels.grid_prediction import grid_prediction
+from swim_kernels.grid_prediction import grid_metrics, grid_prediction
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.noun_attention import NounQueries, noun_attention
 from swim_kernels.structs.grid_pairs import GridPairs
@@ -15,6 +15,7 @@ __all__ = [
     "Unsupported",
     "compile_in_background",
     "flash_noun_attention",
+    "grid_metrics",
     "grid_prediction",
     "mask_bce",
     "noun_attention",

@@ -124,15 +124,6 @@ class GridPredictions:
         vars(detached).update({name: vars(self)[name].detach() for name in ("p", "log_f") if name in vars(self)})
         return detached
 
-    def as_min_max(self) -> GridPredictions:
-        """Return the predictions that are normalised per patch, of the same maps, without a graph."""
-        if self.prediction == "min_max":
-            return self.detach()
-        other = replace(self, maps=[layer.detach() for layer in self.maps], prediction="min_max")
-        if self.prediction == "probability" and "log_f" in vars(self):
-            vars(other)["log_f"] = self.log_f.detach()
-        return other
-
     @cached_property
     def p(self) -> Tensor:
         """Predictions [K, M], in the order of the pairs; K = 1 or, with fusion "none", the layers.
@@ -183,38 +174,8 @@ def compute_pair_losses(predictions: GridPredictions, criterion: str = "bce", re
 
 
 def compute_mask_shares(targets: MaskTargets, group: PairGroup, dtype: torch.dtype) -> Tensor:
-    """Return the masked share of each cell's area, for every pair of a group: [P_g, h, w]. See `average_mask`."""
-    shares = [average_mask(masks, group.grid, dtype) for masks in targets.mask_chunks(group)]
-    return torch.cat(shares)[group.mask]
-
-
-def average_mask(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the masked share of each cell's area, by exact overlap of pixels and cells.
-
-    `adaptive_avg_pool2d` counts a pixel that straddles two cells fully in both; here it is divided between them. In
-    units of 1/h pixel a pixel spans h and a cell Hm, so all overlaps are integers, and products and sums stay exact
-    in fp32 for masks below 2^24 pixels (also under TF32 with sides below 2^11): the result is correctly rounded.
-
-    Args:
-        masks: bool or uint8 {0, 1}, [..., Hm, Wm].
-        grid: (h, w).
-        dtype: of the result, fp32 or float64.
-
-    Returns:
-        [..., h, w] in [0, 1].
-    """
-    height, width = masks.shape[-2:]
-    rows = _integer_overlaps(height, grid[0], masks.device).to(dtype)  # [h, Hm]
-    columns = _integer_overlaps(width, grid[1], masks.device).to(dtype)  # [w, Wm]
-    with no_autocast(masks.device.type):  # 16 bits do not hold the integers
-        return rows @ masks.to(dtype) @ columns.T / (height * width)
-
-
-def _integer_overlaps(pixels: int, cells: int, device: torch.device) -> Tensor:
-    """[cells, pixels] int64: length of cell c that pixel i covers, in units of 1/cells pixel."""
-    pixel = torch.arange(pixels, device=device) * cells
-    cell = torch.arange(cells, device=device)[:, None] * pixels
-    return (torch.minimum(pixel + cells, cell + pixels) - torch.maximum(pixel, cell)).clamp_min(0)
+    """Return the masked share of each cell's area, for every pair of a group: [P_g, h, w]."""
+    return targets.frames(group, targets.cell_shares(dtype))
 
 
 def _check_maps(maps: Sequence[Tensor], targets: MaskTargets) -> list[Tensor]:

@@ -26,11 +26,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from swim_fast.loss.mask_loss import GridPredictions, compute_mask_shares
+from swim_fast.loss.mask_loss import GridPredictions
 from swim_fast.options import METRICS
+from swim_kernels import grid_metrics
 
 
-@torch.no_grad()
 def sum_metrics(predictions: GridPredictions) -> Tensor:
     """Return sums over the pairs, to be added up over batches and ranks before `average_metrics`.
 
@@ -38,22 +38,11 @@ def sum_metrics(predictions: GridPredictions) -> Tensor:
         float64 [4], on the maps' device: sums in the order of `METRICS`, then the number of pairs with a mask; with
         fusion "none" [layers, 4]. Nothing is read back from the device.
     """
-    predictions = predictions.as_min_max()
-    targets, per_layer = predictions.targets, predictions.fusion == "none"
-    sums = torch.zeros((len(predictions.maps) if per_layer else 1, 4), dtype=torch.float64, device=targets.device)
-    for group in targets.groups:
-        p, log_f = targets.frames(group, predictions.p), targets.frames(group, predictions.log_f)  # [K, P_g, h, w]
-        share = compute_mask_shares(targets, group, p.dtype)  # [P_g, h, w]
-        centres = torch.cat([_at_cell_centres(masks, group.grid) for masks in targets.mask_chunks(group)])[group.mask]
-        peak = log_f == log_f.amax((-2, -1), keepdim=True)
-        hit = (peak & centres).sum((-2, -1)) / peak.sum((-2, -1))
-        mass = (log_f.exp() * share).sum((-2, -1))
-        common = (p * share).sum((-2, -1))
-        iou = common / (p.sum((-2, -1)) + share.sum((-2, -1)) - common)
-        counts = (share.sum((-2, -1)) > 0).expand_as(hit)
-        values = torch.stack([hit, mass, iou, torch.ones_like(mass)], dim=-1)  # [K, P_g, 4]
-        sums += torch.where(counts[..., None], values, 0).double().sum(-2)
-    return sums if per_layer else sums[0]
+    maps, targets = predictions.maps, predictions.targets
+    shares, centres = targets.cell_shares(maps[0].dtype), targets.cell_targets[1]
+    how = {"fusion": predictions.fusion, "backend": predictions.backend}
+    sums = grid_metrics(maps, targets.pairs, shares, centres, **how).sum(1, dtype=torch.float64)
+    return sums if predictions.fusion == "none" else sums[0]
 
 
 def average_metrics(sums: Tensor, names: Iterable[str] = METRICS) -> dict[str, float]:
@@ -65,12 +54,3 @@ def average_metrics(sums: Tensor, names: Iterable[str] = METRICS) -> dict[str, f
     """
     *totals, pairs = sums.tolist()
     return {name: total / pairs if pairs else float("nan") for name, total in zip(names, totals, strict=True)}
-
-
-def _at_cell_centres(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the pixel under each cell's centre: bool [..., Hm, Wm] -> [..., h, w]."""
-    rows, columns = (
-        (2 * torch.arange(cells, device=masks.device) + 1) * pixels // (2 * cells)
-        for cells, pixels in zip(grid, masks.shape[-2:], strict=True)
-    )
-    return masks[..., rows[:, None], columns]

@@ -5,7 +5,7 @@ Import the names from `swim_fast.loss.mask_loss`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swim_kernels import GridPairs, PackedMasks
-from swim_kernels.runtime import move_together, pin_together
+from swim_kernels.runtime import move_together, no_autocast, pin_together
 
 # Pixels of masks unpacked at a time; an accelerator wants fewer, longer launches.
 _CHUNK_PIXELS_CPU = 2**21
@@ -106,10 +106,18 @@ class MaskTargets:
     def device(self) -> torch.device:
         return self.row.device
 
+    def prepare(self) -> MaskTargets:
+        """Sort the pairs and read the masks now, best in a worker on the CPU, and return self.
+
+        `to`, `pin_memory` and pickles carry the results along.
+        """
+        _ = self.groups, self.cell_targets
+        return self
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskTargets:
         """Return the targets on `device`, the masks bit-packed.
 
-        Sizes and groups are found before the move, on the CPU: the loss would have to wait for the device.
+        They are prepared before the move, on the CPU: the loss would have to wait for the device.
         """
         return self._like(move_together(self._tensors(), device, non_blocking))
 
@@ -118,17 +126,18 @@ class MaskTargets:
         return self._like(pin_together(self._tensors()))
 
     def _tensors(self) -> list[Tensor]:
+        of_masks = self.packed.bits, self.packed.table, self.pairs.table, self.cell_targets
         of_groups = [tensor for group in self.groups for tensor in (group.pairs, group.mask)]
-        return [*self._indices().values(), self.packed.bits, self.packed.table, self.pairs.table, *of_groups]
+        return [*self._indices().values(), *of_masks, *of_groups]
 
     def _like(self, tensors: list[Tensor]) -> MaskTargets:
         """Return the same targets with these copies of `_tensors()`."""
-        row, start, height, width, mask, bits, table, pairs, *of_groups = tensors
+        row, start, height, width, mask, bits, table, pairs, cells, *of_groups = tensors
         moved = MaskTargets(row, start, height, width, mask, PackedMasks(bits, table, self.packed.sizes))
         # into the cache of the properties, so that nothing is read back from the device
         both = zip(self.groups, of_groups[::2], of_groups[1::2], strict=True)
         groups = tuple(replace(group, pairs=pairs, mask=mask) for group, pairs, mask in both)
-        moved.__dict__.update(_table=self._table, groups=groups, pairs=self.pairs.with_table(pairs))
+        moved.__dict__.update(_table=self._table, groups=groups, pairs=self.pairs.with_table(pairs), cell_targets=cells)
         return moved
 
     def check(self, rows: int | None = None, columns: int | None = None) -> MaskTargets:
@@ -202,12 +211,39 @@ class MaskTargets:
             )
         return tuple(groups)
 
+    @cached_property
+    def cell_targets(self) -> Tensor:
+        """What every cell should look like, in the order of `pairs`: fp32 [2, M].
+
+        The masked share of its area, see `average_mask`, and 1 if the pixel under its centre is masked, else 0.
+        """
+        return self._read_masks(
+            lambda masks, grid: torch.stack([average_mask(masks, grid), _at_cell_centres(masks, grid).float()]),
+            torch.empty(2, self.pairs.num_cells, device=self.device),
+        )
+
+    def cell_shares(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the masked share of every cell [M], in fp32 or float64, which alone is not kept."""
+        if dtype == torch.float32:
+            return self.cell_targets[0]
+        out = torch.empty(1, self.pairs.num_cells, dtype=dtype, device=self.device)
+        return self._read_masks(lambda masks, grid: average_mask(masks, grid, dtype)[None], out)[0]
+
+    def _read_masks(self, read: Callable[[Tensor, tuple[int, int]], Tensor], out: Tensor) -> Tensor:
+        """Write to out [k, M] what `read` finds in some masks [n, Hm, Wm] for one grid: [k, n, h, w]."""
+        for group in self.groups:
+            found = torch.cat([read(masks, group.grid) for masks in self.mask_chunks(group)], dim=1)
+            out.index_copy_(1, self._cells_of(group), found.index_select(1, group.mask).flatten(1))
+        return out
+
     def frames(self, group: PairGroup, cells: Tensor) -> Tensor:
         """Return the frames of one group, [..., P_g, h, w], from cells [..., M] in the order of `pairs`."""
-        height, width = group.grid
+        return cells.index_select(-1, self._cells_of(group)).unflatten(-1, (len(group.pairs), *group.grid))
+
+    def _cells_of(self, group: PairGroup) -> Tensor:
+        """Return the indices of a group's cells, pair by pair: [P_g · h · w]."""
         first = self.pairs.columns.first_cell.long().index_select(0, group.pairs)
-        index = first[:, None] + torch.arange(height * width, device=self.device)
-        return cells.index_select(-1, index.flatten()).unflatten(-1, (len(group.pairs), height, width))
+        return (first[:, None] + torch.arange(group.grid[0] * group.grid[1], device=self.device)).flatten()
 
     @property
     def chunk_pixels(self) -> int:
@@ -219,6 +255,44 @@ class MaskTargets:
         step = max(1, self.chunk_pixels // (group.mask_size[0] * group.mask_size[1]))
         for first in range(0, len(group.mask_indices), step):
             yield self.packed.unpack(group.mask_indices[first : first + step])
+
+
+def average_mask(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the masked share of each cell's area, by exact overlap of pixels and cells.
+
+    `adaptive_avg_pool2d` counts a pixel that straddles two cells fully in both; here it is divided between them. In
+    units of 1/h pixel a pixel spans h and a cell Hm, so all overlaps are integers, and products and sums stay exact
+    in fp32 for masks below 2^24 pixels (also under TF32 with sides below 2^11): the result is correctly rounded.
+
+    Args:
+        masks: bool or uint8 {0, 1}, [..., Hm, Wm].
+        grid: (h, w).
+        dtype: of the result, fp32 or float64.
+
+    Returns:
+        [..., h, w] in [0, 1].
+    """
+    height, width = masks.shape[-2:]
+    rows = _integer_overlaps(height, grid[0], masks.device).to(dtype)  # [h, Hm]
+    columns = _integer_overlaps(width, grid[1], masks.device).to(dtype)  # [w, Wm]
+    with no_autocast(masks.device.type):  # 16 bits do not hold the integers
+        return rows @ masks.to(dtype) @ columns.T / (height * width)
+
+
+def _integer_overlaps(pixels: int, cells: int, device: torch.device) -> Tensor:
+    """[cells, pixels] int64: length of cell c that pixel i covers, in units of 1/cells pixel."""
+    pixel = torch.arange(pixels, device=device) * cells
+    cell = torch.arange(cells, device=device)[:, None] * pixels
+    return (torch.minimum(pixel + cells, cell + pixels) - torch.maximum(pixel, cell)).clamp_min(0)
+
+
+def _at_cell_centres(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the pixel under each cell's centre: bool [..., Hm, Wm] -> [..., h, w]."""
+    rows, columns = (
+        (2 * torch.arange(cells, device=masks.device) + 1) * pixels // (2 * cells)
+        for cells, pixels in zip(grid, masks.shape[-2:], strict=True)
+    )
+    return masks[..., rows[:, None], columns]
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int | None = None) -> None:

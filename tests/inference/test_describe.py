@@ -77,7 +77,8 @@ def training_maps(folder, model, noun, run, loss) -> dict[int, np.ndarray]:
     with torch.no_grad():
         maps = attached(**{name: batch[name] for name in names}, noun_queries=queries, use_cache=False).attentions
     (group,) = targets.groups
-    frames = targets.frames(group, GridPredictions.from_maps(maps, targets, fusion=loss.fusion).as_min_max().p[0])
+    predictions = GridPredictions.from_maps(maps, targets, fusion=loss.fusion, prediction="min_max")
+    frames = targets.frames(group, predictions.p[0])
     found = {}
     for pair, p in zip(group.pairs.tolist(), frames.numpy(), strict=True):
         found.setdefault(sample.patch(sample.pairs[pair]), []).append(p)

@@ -7,7 +7,12 @@ import pytest
 
 from swim_kernels.runtime import backends
 
-OPS = {"noun attention": "noun_attention", "grid prediction": "grid_prediction", "mask BCE": "mask_bce"}
+OPS = {
+    "noun attention": ("noun_attention", "OP"),
+    "grid prediction": ("grid_prediction", "OP"),
+    "grid metrics": ("grid_prediction", "METRICS_OP"),
+    "mask BCE": ("mask_bce", "OP"),
+}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -21,12 +26,13 @@ OPS = {"noun attention": "noun_attention", "grid prediction": "grid_prediction",
     ],
 )
 def test_choice_is_said_once(op, backend, device_type, chosen, level, why, caplog, monkeypatch):
-    dispatch = importlib.import_module(f"swim_kernels.{OPS[op]}.api")
-    monkeypatch.setattr(dispatch.OP, "refuse_triton", lambda *_: "no reason")
+    folder, name = OPS[op]
+    dispatch = getattr(importlib.import_module(f"swim_kernels.{folder}.api"), name)
+    monkeypatch.setattr(dispatch, "refuse_triton", lambda *_: "no reason")
     backends.log_once.cache_clear()
     caplog.set_level(logging.DEBUG, logger=backends.__name__)
     for _ in range(3):
-        assert dispatch.OP.choose(backend, device_type) == chosen
+        assert dispatch.choose(backend, device_type) == chosen
     (record,) = [record for record in caplog.records if record.name == backends.__name__]
     assert record.levelno == level
     assert record.getMessage().startswith(f"{op} on {device_type}: backend {chosen} ({why}")

@@ -17,11 +17,11 @@ from swim_fast.loss.mask_loss import (
     RESOLUTIONS,
     GridPredictions,
     MaskTargets,
-    average_mask,
     compute_pair_losses,
     mask_alignment_loss,
 )
 from swim_fast.loss.metrics import sum_metrics
+from swim_fast.loss.targets import average_mask
 from swim_kernels import PackedMasks
 
 CHOICES = [
@@ -553,7 +553,7 @@ def test_splitting_the_pairs_changes_nothing(choice, generator):
 
 
 @each_choice
-def test_metrics_read_what_the_loss_has_computed(choice, generator):
+def test_metrics_and_loss_leave_each_other_alone(choice, generator):
     """In any order, and without taking the loss's graph from it."""
     maps, targets = random_maps(generator), random_targets(generator)
     criterion, resolution = choice["criterion"], choice["resolution"]

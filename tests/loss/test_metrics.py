@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, average_mask, mask_alignment_loss
+from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, mask_alignment_loss
 from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
+from swim_fast.loss.targets import average_mask
 
 
 def grounding_sums(maps, targets, **options):

@@ -1,4 +1,4 @@
-"""The public op: checks its arguments and dispatches to a backend."""
+"""The public ops: check their arguments and dispatch to a backend."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from swim_kernels.grid_prediction.reference import FUSIONS, PREDICTIONS, grid_prediction_eager
+from swim_kernels.grid_prediction.reference import (
+    FUSIONS,
+    PREDICTIONS,
+    grid_metrics_eager,
+    grid_prediction_eager,
+)
 from swim_kernels.grid_prediction.torch_backend import grid_prediction_torch
 from swim_kernels.runtime.backends import Op
 from swim_kernels.runtime.numerics import check_floating
@@ -20,6 +25,12 @@ def _import_triton() -> Callable[..., Tensor]:
     return grid_prediction_triton
 
 
+def _import_triton_metrics() -> Callable[..., Tensor]:
+    from swim_kernels.grid_prediction.triton.launch import grid_metrics_triton
+
+    return grid_metrics_triton
+
+
 def _refuse_triton(dtype: torch.dtype = torch.float32) -> str | None:
     return None if dtype == torch.float32 else f"it takes float32 maps, not {str(dtype).removeprefix('torch.')}"
 
@@ -29,6 +40,13 @@ OP = Op(
     eager=grid_prediction_eager,
     torch=grid_prediction_torch,
     import_triton=_import_triton,
+    refuse=_refuse_triton,
+)
+METRICS_OP = Op(
+    "grid metrics",
+    eager=grid_metrics_eager,
+    torch=grid_metrics_eager,  # it has no gradient whose memory could be saved
+    import_triton=_import_triton_metrics,
     refuse=_refuse_triton,
 )
 
@@ -68,17 +86,60 @@ def grid_prediction(
         IndexError: a patch outside the maps (CPU); the pair is named.
         RuntimeError: a backend that is not available here.
     """
-    maps = _checked_maps(maps)
-    check_pairs(pairs, "maps", maps[0].device)
-    if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_frames(pairs, *maps[0].shape)
-    for name, value, choices in (("fusion", fusion, FUSIONS), ("prediction", prediction, PREDICTIONS)):
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+    maps = _checked_maps(maps, pairs)
+    _check_choice("fusion", fusion, FUSIONS)
+    _check_choice("prediction", prediction, PREDICTIONS)
     return OP(backend, maps[0].device.type, (maps[0].dtype,), maps, pairs, fusion, prediction)
 
 
-def _checked_maps(maps: Sequence[Tensor]) -> list[Tensor]:
+@torch.no_grad()
+def grid_metrics(
+    maps: Sequence[Tensor],
+    pairs: GridPairs,
+    shares: Tensor,
+    centres: Tensor,
+    *,
+    fusion: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Return how well the fused maps lie on the masks, pair by pair, without a graph; equations in `reference.py`.
+
+    Args:
+        maps, pairs, fusion: as of `grid_prediction`.
+        shares: [M] floating, masked share of each cell's area, the cells in the order of the pairs.
+        centres: [M] bool or floating, 1 where the pixel under the cell's centre is masked, else 0.
+        backend: "eager" (the reference), "torch" (the same), "triton" (CUDA, or CPU tensors in Triton's interpreter;
+            fp32 maps; one launch), or "auto": triton on CUDA where it can run, else torch.
+
+    Returns:
+        [1, P, 4] fp32 (fp64 for fp64 maps), for "none" [layers, P, 4]: (hit, mass, iou, 1), zeros for a pair whose mask
+        has no pixel, so that sums over the pairs are sums and a count.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as `grid_prediction`; `shares` or `centres` do not fit.
+    """
+    maps = _checked_maps(maps, pairs)
+    _check_choice("fusion", fusion, FUSIONS)
+    for name, values in (("shares", shares), ("centres", centres)):
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a tensor [M], got {type(values).__name__}")
+        if name == "shares" or values.dtype != torch.bool:
+            check_floating(name, values)
+        if values.shape != (pairs.num_cells,) or values.device != maps[0].device:
+            raise ValueError(
+                f"{name} must be [{pairs.num_cells}] on {maps[0].device}, one for each cell of the pairs, "
+                f"got {list(values.shape)} on {values.device}"
+            )
+    return METRICS_OP(backend, maps[0].device.type, (maps[0].dtype,), maps, pairs, shares, centres, fusion)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+
+
+def _checked_maps(maps: Sequence[Tensor], pairs: GridPairs) -> list[Tensor]:
+    """Return the maps as a list, after the checks of maps and pairs that need no value of a device."""
     maps = list(maps)
     if not maps:
         raise ValueError("no attention map: at least one layer's [R, N] is needed")
@@ -95,6 +156,9 @@ def _checked_maps(maps: Sequence[Tensor]) -> list[Tensor]:
             raise TypeError(f"maps[{number}] is {layer.dtype}, maps[0] is {maps[0].dtype}: cast one of them")
         if layer.device != maps[0].device:
             raise ValueError(f"maps[{number}] is on {layer.device}, maps[0] on {maps[0].device}")
+    check_pairs(pairs, "maps", maps[0].device)
+    if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_frames(pairs, *maps[0].shape)
     return maps
 
 

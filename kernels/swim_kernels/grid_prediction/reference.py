@@ -1,4 +1,5 @@
-"""Grid prediction, eager: the specification. Plain operations, everything materialised, differentiated by autograd.
+"""Grid prediction and metrics, eager: the specification. Plain operations, everything materialised, differentiated by
+autograd.
 
 Of one pair, with c the cells of its patch and a_l the attention of layer l on them (SWIM, arXiv 2605.18018):
 
@@ -23,6 +24,15 @@ patch's maximum subtracted, so that neither the product of many small probabilit
 * Cells that tie at the minimum or maximum share what min f and max f get evenly.
 * p is what a min-max makes of f: its gradient grows as the patch flattens, like 1 / (max − min).
 * A NaN in a patch makes all of its p NaN.
+
+`grid_metrics` compares f with the mask, of which cell c has the share m_c of its area and the pixel z_c ∈ {0, 1} under
+its centre:
+
+    hit  = Σ_(c at max f) z_c / number of cells at max f
+    mass = Σ m f / Σ f
+    iou  = Σ p m / Σ (p + m − p m)              p of "min_max"
+
+from the same log f, so that none depends on the scale of f. A NaN in a patch makes all three NaN.
 """
 
 from __future__ import annotations
@@ -44,17 +54,51 @@ def grid_prediction_eager(maps: Sequence[Tensor], pairs: GridPairs, fusion: str,
 
     Computed and returned in float64 for float64 maps, in float32 for all others.
     """
-    dtype = compute_dtype(maps[0].dtype)
-    rows, columns = pairs.cells
-    # index_select, whose gradient is summed in a fixed order on the CPU where pairs share columns
-    index = rows * maps[0].shape[1] + columns
-    a = torch.stack([layer.to(dtype).reshape(-1).index_select(0, index) for layer in maps])  # [layers, M]
+    a = _gather_cells(maps, pairs)
     if prediction == "probability":
         return fuse(a, fusion)
     p = [
         min_max(log_fused(a[:, cells].unflatten(1, (-1, *size)), fusion)).flatten(1) for _, cells, size in pairs.runs()
     ]
     return torch.cat(p, dim=1) if p else a[: num_predictions(maps, fusion)]
+
+
+def grid_metrics_eager(
+    maps: Sequence[Tensor], pairs: GridPairs, shares: Tensor, centres: Tensor, fusion: str
+) -> Tensor:
+    """Return (hit, mass, iou, 1) of every pair [1 or layers, P, 4], zeros where its mask has no pixel; arguments as
+    `grid_metrics`, already checked.
+
+    Computed and returned in float64 for float64 maps, in float32 for all others.
+    """
+    a = _gather_cells(maps, pairs)
+    metrics = a.new_empty(num_predictions(maps, fusion), len(pairs), 4)
+    for run, cells, size in pairs.runs():
+        log_f = log_fused(a[:, cells].unflatten(1, (-1, *size)), fusion)
+        share, centre = (values[cells].to(a.dtype).unflatten(0, (-1, *size)) for values in (shares, centres))
+        metrics[:, run] = _compare(log_f, share, centre)
+    return metrics
+
+
+def _compare(log_f: Tensor, share: Tensor, centre: Tensor) -> Tensor:
+    """Return the metrics [K, P, 4] of patches [K, P, h, w] and what they should look like [P, h, w]."""
+    frame = (-2, -1)
+    p, high = min_max(log_f), log_f.amax(frame, keepdim=True)
+    f, peak = (log_f - high).exp(), log_f == high
+    hit = (peak * centre).sum(frame) / peak.sum(frame)
+    mass = (f * share).sum(frame) / f.sum(frame)
+    common, area = (p * share).sum(frame), share.sum(frame)
+    iou = common / (p.sum(frame) + area - common)
+    return torch.where((area > 0)[:, None], torch.stack([hit, mass, iou, torch.ones_like(mass)], dim=-1), 0)
+
+
+def _gather_cells(maps: Sequence[Tensor], pairs: GridPairs) -> Tensor:
+    """Return a [layers, M] in the dtype of the computation."""
+    dtype = compute_dtype(maps[0].dtype)
+    rows, columns = pairs.cells
+    # index_select, whose gradient is summed in a fixed order on the CPU where pairs share columns
+    index = rows * maps[0].shape[1] + columns
+    return torch.stack([layer.to(dtype).reshape(-1).index_select(0, index) for layer in maps])
 
 
 def num_predictions(maps: Sequence[Tensor], fusion: str) -> int:

@@ -169,7 +169,8 @@ def _mask_targets(samples: Sequence[Sample]) -> MaskTargets:
         masks += sample.masks
         first_row += len(sample.rows)
     row, start, height, width, mask = _columns(pairs, 5)
-    return MaskTargets(row=row, start=start, height=height, width=width, mask=mask, masks=PackedMasks.pack(masks))
+    packed = PackedMasks.pack(masks)
+    return MaskTargets(row=row, start=start, height=height, width=width, mask=mask, masks=packed).prepare()
 
 
 def _columns(table: list[tuple[int, ...]], width: int) -> tuple[Tensor, ...]:

@@ -144,6 +144,7 @@ def test_patches_lie_where_the_mask_is(build, processor, make_record, clip):
     assert batch["video_grid_thw"].tolist() == [[frames // 2, 2 * height, 2 * width]]
     maps = torch.full((1, frames // 2 * height * width), 1e-6)
     targets = batch["mask_targets"]
+    assert {"cell_targets", "groups", "pairs"} <= vars(targets).keys(), "made in the worker"
     frame_of_4, frame_of_11 = (numbered.index(number) // 2 for number in (4, 11))
     maps[0, frame_of_4 * height * width] = 1  # top left cell
     maps[0, frame_of_11 * height * width + 5] = 1  # bottom right cell

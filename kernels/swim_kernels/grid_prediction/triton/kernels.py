@@ -1,8 +1,9 @@
-"""Grid prediction, device code. Mathematics in `reference.py`, the gradient's formula in `torch_backend.py`.
+"""Grid prediction and metrics, device code. Mathematics in `reference.py`, the gradient in `torch_backend.py`.
 
              "probability"             "min_max"
     p        fusion_kernel             prediction_kernel
     ∂maps    fusion_gradient_kernel    gradient_kernel
+    metrics                            metrics_kernel
 
 One program does one patch (of one layer, for fusion "none"), block by block, for "min_max" in several passes over its
 cells; the layers' maps come as a tuple of pointers. log f is computed once, into the patch's part of the output, and
@@ -23,7 +24,7 @@ FLOOR = tl.constexpr(2.0**-103)  # finfo.tiny / finfo.eps of fp32: the least att
 
 # Numbers that differ from video to video: not to be compiled in, and no new build where one happens to be 1 or 16 · n.
 _NUMBERS = ["row_stride", "num_cells", "out_layer_stride", "out_row_stride"]
-_NUMBERS += ["table", "p", "grad_p", "grad_maps"]  # nor where an address is 16 · n
+_NUMBERS += "table p grad_p grad_maps shares centres log_f metrics".split()  # nor where an address is 16 · n
 
 
 @triton.jit
@@ -149,6 +150,14 @@ def _spread(low, high):
     return tl.where(spread == 0.0, 1.0, spread)
 
 
+@triton.jit
+def _min_max(log_f, low, high, spread):
+    """p = F (1 − exp(low − log f)) / (1 − m), exactly 1 at the maximum, 0 at the minimum."""
+    p = tl.exp(log_f - high) * -_expm1(low - log_f) / spread
+    p = tl.where(log_f == high, 1.0, p)
+    return tl.where(log_f == low, 0.0, p)
+
+
 @triton.jit(do_not_specialize=_NUMBERS)
 def fusion_kernel(
     table, maps, p,
@@ -214,7 +223,7 @@ def prediction_kernel(
     row_stride, column_stride, num_cells,
     MEAN: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p = F (1 − exp(low − log f)) / (1 − m), exactly 1 at the maximum, 0 at the minimum. Grid: P, 1 or layers."""
+    """p of "min_max". Grid: P, 1 or layers."""
     _, size, frame, first_p = _patch(table, row_stride, column_stride, num_cells)
     first, end = _terms(maps, MEAN, SEPARATE)
     p += first_p
@@ -224,10 +233,7 @@ def prediction_kernel(
         cell = begin + tl.arange(0, BLOCK)
         mask = cell < size
         log_f = _load_log_f(p, cell, mask, high)
-        values = tl.exp(log_f - high) * -_expm1(low - log_f) / spread
-        values = tl.where(log_f == high, 1.0, values)
-        values = tl.where(log_f == low, 0.0, values)
-        tl.store(p + cell, values, mask=mask)
+        tl.store(p + cell, _min_max(log_f, low, high, spread), mask=mask)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -288,3 +294,49 @@ def gradient_kernel(
             else:
                 out = grad_maps + tl.cast(term, tl.int64) * out_layer_stride
                 tl.store(out + cell, values, mask=mask)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def metrics_kernel(
+    table, maps, shares, centres, log_f, metrics,
+    row_stride, column_stride, num_cells,
+    MEAN: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(hit, mass, iou, 1) of one patch, zeros where Σ m = 0; log_f is scratch. Grid: P, 1 or layers.
+
+    hit = Σ_(log f = high) z / their number    mass = Σ m F / Σ F    iou = Σ p m / Σ (p + m − p m)
+    """
+    pair, size, frame, first_p = _patch(table, row_stride, column_stride, num_cells)
+    first, end = _terms(maps, MEAN, SEPARATE)
+    log_f += first_p
+    shares += pair[2]
+    centres += pair[2]
+    low, high = _store_log_f(maps, first, end, frame, column_stride, size, log_f, MEAN, BLOCK)
+    spread = _spread(low, high)
+
+    zero = tl.full([BLOCK], 0.0, tl.float32)
+    hits, num_high, sum_f, inside, common, union, area = zero, zero, zero, zero, zero, zero, zero
+    for begin in range(0, size, BLOCK):
+        cell = begin + tl.arange(0, BLOCK)
+        mask = cell < size
+        values = _load_log_f(log_f, cell, mask, high)
+        share = tl.load(shares + cell, mask=mask, other=0.0)
+        centre = tl.load(centres + cell, mask=mask, other=0.0)
+        f = tl.where(mask, tl.exp(values - high), 0.0)
+        p = tl.where(mask, _min_max(values, low, high, spread), 0.0)
+        is_high = ((values == high) & mask).to(tl.float32)
+        hits += is_high * centre
+        num_high += is_high
+        sum_f += f
+        inside += share * f
+        common += share * p
+        union += p + share - share * p
+        area += share
+    some = tl.sum(area, axis=0) > 0.0
+    metrics += (tl.cast(tl.program_id(1), tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 4
+    # a NaN leaves no cell at the maximum: 0 / 0
+    tl.store(metrics, tl.where(some, tl.div_rn(tl.sum(hits, axis=0), tl.sum(num_high, axis=0)), 0.0))
+    tl.store(metrics + 1, tl.where(some, tl.div_rn(tl.sum(inside, axis=0), tl.sum(sum_f, axis=0)), 0.0))
+    divisor = tl.where(some, tl.sum(union, axis=0), 1.0)  # 0 on a constant patch with an empty mask
+    tl.store(metrics + 2, tl.where(some, tl.div_rn(tl.sum(common, axis=0), divisor), 0.0))
+    tl.store(metrics + 3, some.to(tl.float32))

@@ -3,6 +3,7 @@
     p           1 launch
     ∂ of maps   1, besides one fill of them with zeros; where pairs may share columns, the cells' gradients are added to
                 the maps by torch, in a fixed order
+    metrics     1
 
 Nothing is read back from the device, and grids follow from shapes.
 """
@@ -57,6 +58,20 @@ def gradients(grad_p: Tensor, maps: Sequence[Tensor], pairs: GridPairs, fusion: 
         kernel, variant = kernels.gradient_kernel, {"MEAN": fusion in ("mean", "add")}
     _run(kernel, maps, pairs, fusion, **arguments, **variant)
     return list(grad) if dense else scatter_cells(grad, maps, pairs)
+
+
+def grid_metrics_triton(
+    maps: Sequence[Tensor], pairs: GridPairs, shares: Tensor, centres: Tensor, fusion: str
+) -> Tensor:
+    """Return (hit, mass, iou, 1) of every pair [1 or layers, P, 4] fp32; arguments as `grid_metrics`, already checked,
+    maps fp32."""
+    count = num_predictions(maps, fusion)
+    metrics = maps[0].new_empty(count, len(pairs), 4)
+    arguments = {"shares": shares.float().contiguous(), "centres": centres.float().contiguous(), "metrics": metrics}
+    scratch = maps[0].new_empty(count, pairs.num_cells)
+    mean = fusion in ("mean", "add")
+    _run(kernels.metrics_kernel, maps, pairs, fusion, **arguments, log_f=scratch, MEAN=mean)
+    return metrics
 
 
 def _run(kernel, maps: Sequence[Tensor], pairs: GridPairs, fusion: str, **arguments) -> None:
