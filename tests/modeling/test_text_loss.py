@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_the_length(model):
             hidden = model.model(input_ids=torch.full((1, length), 25)).last_hidden_state
         hidden.requires_grad_()
         with (
-            text_loss._loss_at_head(model, labels),
+            text_loss._loss_at_head(model, {"labels": labels}),
             watch_saved((hidden, head.weight)) as saved,
             count_allocations() as counted,
         ):
