@@ -47,6 +47,17 @@ def test_a_micro_batch_waits_for_the_device_where_the_stock_model_does(trainer_o
         assert happened.count("wait") == alone.count("wait"), happened.describe("wait") + "\n" + alone.describe("wait")
 
 
+def test_launches_of_a_micro_batch(trainer_of):
+    """What the attention loss adds to the stock model's launches; 2 supervised layers."""
+    (_, happened), (_, alone) = micro_batches(trainer_of()), micro_batches(trainer_of(attention_loss=None))
+    text = happened.describe("launch", ours=True)
+    assert happened.count("launch") - alone.count("launch") <= 60, text
+    assert happened.count("launch", inside="plan.py") == 2, text
+    assert happened.count("launch", inside="metrics.py") <= 3, text
+    assert happened.count("launch", inside="noun_attention/triton/launch.py") <= 2 * 8, text  # of each layer
+    assert happened.count("copy", ours=True) <= 3, happened.describe("copy", ours=True)  # queries, targets, plan
+
+
 def test_a_step_waits_once_for_its_losses_and_gradient(trainer_of):
     trainer = trainer_of()
     micro_batches(trainer)
