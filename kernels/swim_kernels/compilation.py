@@ -9,7 +9,7 @@ import time
 import torch
 
 from swim_kernels.flash_noun_attention import Unsupported, flash_noun_attention
-from swim_kernels.grid_prediction import grid_prediction
+from swim_kernels.grid_prediction import grid_metrics, grid_prediction
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.noun_attention import NounQueries, noun_attention
 from swim_kernels.structs.grid_pairs import GridPairs
@@ -62,7 +62,7 @@ def run_ops(
     over: str = "set",
     num_layers: int = 6,
     fusion: str = "mean",
-    predictions: tuple[str, ...] = ("probability", "min_max"),
+    prediction: str | None = "probability",
     with_masks: bool = True,
     backend: str = "auto",
 ) -> None:
@@ -74,8 +74,8 @@ def run_ops(
         fused: attention output and maps come from one node, if that can be.
         over: keys of the softmax of the maps, as in `NounQueries`; those of ranges are causal.
         num_layers: layers whose maps are fused.
-        fusion, predictions: of `grid_prediction`; the first one is trained.
-        with_masks: predictions are compared with masks by `mask_bce`.
+        fusion, prediction: of `grid_prediction`; None: it is not called.
+        with_masks: the prediction is compared with masks by `mask_bce`.
         backend: of all ops.
     """
     query, key, value = (
@@ -95,13 +95,13 @@ def run_ops(
 
     starts = torch.tensor([0, _COLUMNS // 2])
     pairs = GridPairs.from_rows(torch.zeros_like(starts), starts, [_GRID] * 2, torch.zeros_like(starts)).to(device)
-    layers = [maps] * num_layers
-    for index, prediction in enumerate(predictions):
-        trained = layers if index == 0 else [layer.detach() for layer in layers]
-        cells = grid_prediction(trained, pairs, fusion=fusion, prediction=prediction, backend=backend)
-        losses = [cells.sum()]
+    layers, losses = [maps] * num_layers, [maps.sum() + outputs]
+    how = {"fusion": fusion, "backend": backend}
+    if prediction is not None:
+        cells = grid_prediction(layers, pairs, prediction=prediction, **how)
+        losses.append(cells.sum())
         if with_masks:
             masks = PackedMasks.pack([torch.ones(32, 32, dtype=torch.uint8)]).to(device)
-            losses = [mask_bce(wanted, pairs, masks, backend=backend).sum() for wanted in (cells, cells.detach())]
-        if index == 0:
-            (losses[0] + outputs).backward()
+            losses += [mask_bce(wanted, pairs, masks, backend=backend).sum() for wanted in (cells, cells.detach())]
+    grid_metrics(layers, pairs, *torch.ones(2, pairs.num_cells, device=device), **how)
+    sum(losses).backward()

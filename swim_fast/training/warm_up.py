@@ -19,7 +19,7 @@ def start_warm_up(model, loss: AttentionLoss | None, args) -> threading.Thread |
     if loss is None or args.device.type != "cuda" or loss.backend not in ("auto", "triton"):
         return None
     text = model.config.get_text_config()
-    trained = [] if loss.prediction == "released" else [loss.prediction]  # by torch's operators
+    prediction = None if loss.prediction == "released" else loss.prediction  # that one is made by torch's operators
     return compile_in_background(
         args.device,
         num_heads=text.num_attention_heads,
@@ -30,7 +30,7 @@ def start_warm_up(model, loss: AttentionLoss | None, args) -> threading.Thread |
         over=loss.over,
         num_layers=len(loss.layers),
         fusion=loss.fusion,
-        predictions=tuple(dict.fromkeys([*trained, "min_max"])),  # that one for the metrics
-        with_masks=loss.criterion == "bce" and loss.resolution == "mask" and bool(trained),
+        prediction=prediction,
+        with_masks=loss.criterion == "bce" and loss.resolution == "mask" and prediction is not None,
         backend=loss.backend,
     )

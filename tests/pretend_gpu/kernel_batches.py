@@ -9,7 +9,15 @@ import triton
 from torch import Tensor
 
 from benchmarks.kernels.fixed_builds import LAYERS
-from swim_kernels import GridPairs, NounQueries, PackedMasks, flash_noun_attention, grid_prediction, mask_bce
+from swim_kernels import (
+    GridPairs,
+    NounQueries,
+    PackedMasks,
+    flash_noun_attention,
+    grid_metrics,
+    grid_prediction,
+    mask_bce,
+)
 from swim_kernels import noun_attention as noun_attention_op
 from swim_kernels.grid_prediction.triton import kernels as grid_kernels
 from swim_kernels.mask_bce.triton import kernels as mask_kernels
@@ -69,6 +77,7 @@ class Batches:
         pairs = GridPairs.from_rows(rows, starts, [(height, width)] * len(rows), torch.zeros_like(rows)).to("cuda")
         masks = PackedMasks.pack([torch.ones(draw.randint(20, 90), draw.randint(20, 90), dtype=torch.uint8)]).to("cuda")
         cells = grid_prediction(maps, pairs, prediction="probability")
+        grid_metrics(maps, pairs, *torch.ones(2, pairs.num_cells, device="cuda"))
         (mask_bce(cells, pairs, masks).sum() + sum(outputs)).backward(retain_graph=True)
         for layer in maps:  # gradients of another kind: that of a sum, and one at any address
             layer.backward(draw.choice([self.at_any_address(layer), layer.new_ones(()).expand_as(layer)]))

@@ -10,7 +10,7 @@ from tests.pretend_gpu.kernel_batches import HEAD_DIM, Batches, builds, forget_b
 
 BATCHES = 200
 TWICE = {"gradients_kernel"}  # with a tile for up to 8 rows and one for up to 16, of groups of 7 heads
-MASK_LOSS = {"fusion_kernel", "fusion_gradient_kernel", "bands_kernel", "combine_kernel"}
+MASK_LOSS = {"fusion_kernel", "fusion_gradient_kernel", "bands_kernel", "combine_kernel", "metrics_kernel"}
 RUNS = [(fused, over) for fused in (True, False) for over in ("range", "set")]
 
 

@@ -32,14 +32,16 @@ def test_a_run_on_a_gpu_compiles_what_it_will_launch(asked):
     assert device == "cuda"
     assert (run["num_heads"], run["num_key_heads"], run["head_dim"]) == (14, 2, 64)
     assert (run["dtype"], run["fused"], run["over"], run["num_layers"]) == (torch.bfloat16, True, "set", 2)
-    assert run["predictions"] == ("probability", "min_max") and run["with_masks"]
+    assert run["prediction"] == "probability" and run["with_masks"]
 
 
 def test_choices_of_the_run_are_followed(asked):
     start(bf16=False, attention="eager", softmax="causal", prediction="min_max", criterion="dice")
     run = asked[0][1]
     assert (run["dtype"], run["fused"], run["over"]) == (torch.float32, False, "range")
-    assert run["predictions"] == ("min_max",) and not run["with_masks"]
+    assert run["prediction"] == "min_max" and not run["with_masks"]
+    start(softmax="causal", prediction="released")
+    assert asked[1][1]["prediction"] is None and not asked[1][1]["with_masks"]
 
 
 def test_nothing_is_compiled_without_a_gpu_or_with_another_backend(asked):
