@@ -85,6 +85,8 @@ def check_other(words: list[str]) -> None:
         extras = re.fullmatch(r"\.\[(.+)\]", words[-1])[1].split(",")
         known = re.search(r"extras_require=\{(.*?)\n    \}", (ROOT / "setup.py").read_text(), re.S)[1]
         assert all(f'"{extra}":' in known for extra in extras), words
+    elif words[1:3] == ["-m", "tests.helpers.pretend_gpu"]:
+        check_other(words[3:])
     elif name == "pytest":
         assert all((ROOT / word).exists() for word in words[1:] if not word.startswith("-")), words
     else:

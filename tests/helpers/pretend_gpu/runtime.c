@@ -158,22 +158,24 @@ Error cudaGetDriverEntryPointByVersion(const char *name, void **function, unsign
     return cudaSuccess;
 }
 
-/* Memory. Blocks are never returned to the system small enough to matter; what is page-locked is remembered. */
+/* Memory: zeros, which take no room before they are written to. What is page-locked is remembered. */
 #define PINNED 4096
 static struct { char *first, *end; } pinned[PINNED];
 static void *allocate(size_t bytes) {
-    void *memory = NULL;
-    if (posix_memalign(&memory, 512, bytes ? bytes : 1)) return NULL;
-    return memset(memory, 0, bytes);
+    char *block = calloc(1, bytes + 1024), *memory = (char *)(((size_t)block + 1024) & ~511ul);
+    if (!block) return NULL;
+    ((void **)memory)[-1] = block;
+    return memory;
 }
+static void release(void *memory) { if (memory) free(((void **)memory)[-1]); }
 Error cudaMalloc(void **memory, size_t bytes) {
     pretend_count(ALLOCATION, "cudaMalloc", bytes);
     *memory = allocate(bytes);
     return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 Error cudaMallocAsync(void **memory, size_t bytes, cudaStream_t stream) { return cudaMalloc(memory, bytes); }
-Error cudaFree(void *memory) { free(memory); return cudaSuccess; }
-Error cudaFreeAsync(void *memory, cudaStream_t stream) { free(memory); return cudaSuccess; }
+Error cudaFree(void *memory) { release(memory); return cudaSuccess; }
+Error cudaFreeAsync(void *memory, cudaStream_t stream) { release(memory); return cudaSuccess; }
 Error cudaHostAlloc(void **memory, size_t bytes, unsigned flags) {
     *memory = allocate(bytes);
     for (int i = 0; i < PINNED; i++)
@@ -183,7 +185,7 @@ Error cudaHostAlloc(void **memory, size_t bytes, unsigned flags) {
 Error cudaFreeHost(void *memory) {
     for (int i = 0; i < PINNED; i++)
         if (pinned[i].first == memory) pinned[i].first = pinned[i].end = NULL;
-    free(memory);
+    release(memory);
     return cudaSuccess;
 }
 Error cudaHostRegister(void *memory, size_t bytes, unsigned flags) { return cudaSuccess; }

@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -13,6 +14,7 @@ aten = torch.ops.aten
 # What they return has a size that follows from values: on a GPU the host waits for it.
 _SIZED_BY_VALUES = (aten.nonzero, aten.repeat_interleave, aten._unique2, aten.unique_consecutive)
 _SIZED_BY_VALUES += (aten.masked_select, aten.masked_scatter_backward)
+_LARGE = 2**26  # elements
 
 
 class CpuValues(TorchDispatchMode):
@@ -24,6 +26,8 @@ class CpuValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(issubclass(kind, FakeTensor) for kind in types):
+            return function(*args, **kwargs)
         if not any(isinstance(x, Tensor) and x.is_cuda for x in tree_iter((args, kwargs))):
             if not str(kwargs.get("device", "")).startswith("cuda"):
                 return function(*args, **kwargs)
@@ -42,7 +46,10 @@ class CpuValues(TorchDispatchMode):
         for mine in tree_iter(result):
             theirs = next(computed, None)
             if isinstance(mine, Tensor):
-                _on_cpu(mine).copy_(theirs) if isinstance(theirs, Tensor) else _on_cpu(mine).zero_()
+                if isinstance(theirs, Tensor):
+                    _on_cpu(mine).copy_(theirs)
+                elif mine.numel() < _LARGE:  # zeros take room
+                    _on_cpu(mine).zero_()
         return result
 
     def _compute(self, function, args, kwargs):

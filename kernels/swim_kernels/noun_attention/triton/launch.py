@@ -10,8 +10,8 @@ so the same launches serve every batch of a shape:
     ∂q and ∂k, more than fit one tile,    5: δ partials, δ; ∂q partials; ∂q; ∂k
     or with a softmax over key sets
 
-besides one fill of ∂q with zeros where it is fresh. The plan of a batch takes tensor operations of its own, once for
-all layers.
+besides one fill of ∂q with zeros where it is fresh. The plan of a batch takes two more and a copy, once for all layers,
+where the rows came from the CPU; see `plan.py`.
 """
 
 from __future__ import annotations
