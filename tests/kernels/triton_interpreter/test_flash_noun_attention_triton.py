@@ -91,6 +91,7 @@ def test_launches(launches):
     assert [launch.name for launch in launches] == ["maps", "delta_partials", "gradients", "query_gradient_sum"]
 
 
+@pytest.mark.real_values
 def test_operators_are_registered_properly():
     queries = random_queries(3, batch=1, length=70, num_sets=1, num_columns=40)
     query, key, grad, queries = on_device((*random_inputs(queries, 1, 4, 2, 70, 16), queries))

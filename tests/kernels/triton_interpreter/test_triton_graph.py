@@ -277,6 +277,7 @@ def operator_arguments(inputs):
     return query, key, list(plans.plan_of(queries, batch, length, row_block)), 0.2
 
 
+@pytest.mark.real_values
 def test_operators_are_registered_properly(inputs):
     """Schema, fake implementation, autograd, and both again with symbolic shapes."""
     query, key, plan, scale = operator_arguments(inputs)
