@@ -289,6 +289,7 @@ def test_operators_are_registered_properly(inputs):
     torch.library.opcheck(backend.maps_of, (query, key, lse, plan, scale, False))
 
 
+@pytest.mark.real_values
 @pytest.mark.parametrize("given_lse", [False, True])
 def test_compiled_in_one_piece(inputs, given_lse):
     query, key, queries, grad = inputs
