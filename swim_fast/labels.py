@@ -6,6 +6,11 @@ from torch import Tensor
 IGNORED_LABEL = -100  # of a token that is not trained on, as everywhere in transformers
 
 
+def count_labels(labels: Tensor) -> Tensor:
+    """Return the number of labels that are predicted (the first token of a sequence never is); scalar int64."""
+    return (labels[:, 1:] != IGNORED_LABEL).sum()
+
+
 def shift_labels(labels: Tensor) -> Tensor:
     """Return the label that each position predicts, that of the token behind it: [B, L] -> [B · L]."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()

@@ -13,9 +13,7 @@ import torch
 from benchmarks.core import read_cpu_model
 from benchmarks.gpu.checks import FAIL, PASS, SKIP, CheckLog, Options
 from benchmarks.gpu.report import MACHINE
-from swim_kernels import Unsupported
-from swim_kernels.flash_noun_attention.api import PROVIDERS
-from swim_kernels.flash_noun_attention.providers.base import Call
+from swim_kernels.flash_noun_attention import check_providers
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 OPS = ("noun_attention", "grid_prediction", "mask_bce")
@@ -35,24 +33,13 @@ def run(options: Options, log: CheckLog) -> None:
             op = importlib.import_module(f"swim_kernels.{name}.api").OP
             chosen, reason = op.choose("auto", options.device), op.refuse_triton(options.device)
             assert chosen == ("triton" if on_gpu else "torch"), f"auto falls back to {chosen}: {reason}"
-    check_providers(options.device, log)
+    auto, obstacles = check_providers(options.device)
+    for name, obstacle in obstacles.items():
+        failed = FAIL if name == auto else SKIP
+        log.add(f"flash attention {name}", failed if obstacle else PASS, obstacle or "")
     if on_gpu:
         with log.judge("attention that sdpa chooses") as detail:
             detail.append(choose_sdpa())
-
-
-def check_providers(device: str, log: CheckLog) -> None:
-    """Say which flash attentions can be called; that of torch must be."""
-    query, key = (torch.zeros(1, 256, heads, 128, dtype=torch.bfloat16, device=device) for heads in (28, 4))
-    query, key = query.transpose(1, 2), key.transpose(1, 2)
-    needed = "torch_cuda" if device == "cuda" else "torch_cpu"
-    for name, provider in PROVIDERS.items():
-        try:
-            provider.check(query, key, key, Call(128**-0.5))
-        except Unsupported as reason:
-            log.add(f"flash attention {name}", FAIL if name == needed else SKIP, str(reason))
-        else:
-            log.add(f"flash attention {name}", PASS)
 
 
 def choose_sdpa() -> str:

@@ -69,6 +69,11 @@ def get_attentions(model: nn.Module) -> list[nn.Module]:
     return [layer.get_submodule(family.attention) for layer in layers]
 
 
+def get_head_dim(text_config) -> int:
+    """Return the head size of a text configuration, which may leave it to follow from the width."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
 def get_default_layers(num_layers: int) -> list[int]:
     """Return every fifth layer counted back from the last: 2, 7, …, 27 of 28 as in the paper (arXiv 2605.18018)."""
     return list(range((num_layers - 1) % 5, num_layers, 5))

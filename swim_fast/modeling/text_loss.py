@@ -17,18 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swim_fast.labels import IGNORED_LABEL, find_label_positions, shift_labels
+from swim_fast.labels import IGNORED_LABEL, count_labels, find_label_positions, shift_labels
 from swim_fast.modeling import liger
 from swim_fast.modeling.families import get_family
 from swim_fast.modeling.hooks import add_context, add_keyword_step, remove_context, remove_keyword_step
 from swim_fast.modeling.linear_cross_entropy import BLOCK_LOGITS, linear_cross_entropy_sum
 
 logger = logging.getLogger(__name__)
-
-
-def count_labels(labels: Tensor) -> Tensor:
-    """Return the number of labels that are predicted (the first token of a sequence never is); scalar int64."""
-    return (labels[:, 1:] != IGNORED_LABEL).sum()
 
 
 def attach_text_loss(model: nn.Module, use_liger: bool = True, block_logits: int = BLOCK_LOGITS) -> nn.Module:

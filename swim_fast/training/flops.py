@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from swim_fast.data.batch.counts import BatchCounts
-from swim_fast.modeling.families import get_family
+from swim_fast.modeling.families import get_family, get_head_dim
 
 # Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets (where these give the figure with sparsity,
 # half of it). The first one whose words occur in the device's name is taken.
@@ -81,7 +81,7 @@ class StepFlops:
         embedding = [module for module in language_model.modules() if isinstance(module, nn.Embedding)]
         trained = trained or any(_is_trained(module) for module in embedding)
         self._per_token, self._per_text_pair = 0, 0
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        head_dim = get_head_dim(text)
         for layer in language_model.layers:
             products, trained = _count_products(list(layer.modules()), trained)
             self._per_token += products

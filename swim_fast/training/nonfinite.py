@@ -94,8 +94,7 @@ class FiniteGuard:
         if norm is None or not bad[-1]:
             self._in_a_row["gradient"] = 0
             return None
-        samples = [name for batch in batches for name in batch.samples]
-        return samples, self._refuse("gradient", batches, step)
+        return _list_samples(batches), self._refuse("gradient", batches, step)
 
     def _count_ranks(self, *flags: Tensor) -> list[float]:
         """Return on how many ranks each flag is set. Waits for the device, once."""
@@ -112,8 +111,7 @@ class FiniteGuard:
         if kind == "loss":
             own = [batch.describe() for batch in batches if not torch.isfinite(batch.loss).item()]
         else:
-            samples = [name for batch in batches for name in batch.samples]
-            own = [("the gradient is not finite (the losses are)", samples)]
+            own = [("the gradient is not finite (the losses are)", _list_samples(batches))]
         found: dict[str, list[str]] = {}
         for what, names in gather_object(own):
             found[what] = found.get(what, []) + names
@@ -131,6 +129,10 @@ class FiniteGuard:
             f"step {step}: {told}. The weights were not changed by it{rest}. Look at these records with `swim-fast "
             "data show`, lower training.learning_rate, or leave such batches out with optimization.on_nan=skip"
         )
+
+
+def _list_samples(batches: list[_Batch]) -> list[str]:
+    return [name for batch in batches for name in batch.samples]
 
 
 def _shorten(names: list[str]) -> str:

@@ -118,11 +118,13 @@ def _build_trainer(run: ResolvedRun):
     builder = build_sample_builder(config, processor)
 
     train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
-    positions, packing = PositionIds.find(model.config, config.model.position_ids), {}
-    if train_dataset is not None and config.data.max_tokens_per_batch is not None:
+    pack = train_dataset is not None and config.data.max_tokens_per_batch is not None
+    # packing cannot do without
+    positions = (PositionIds if pack else PositionIds.find)(model.config, config.model.position_ids)
+    packing = {}
+    if pack:
         sampler = _build_packing_sampler(config, train_dataset, args)
-        collator = Collator(processor, PositionIds(model.config, config.model.position_ids), pack=True)
-        packing = {"batch_sampler": sampler, "train_collator": collator}
+        packing = {"batch_sampler": sampler, "train_collator": Collator(processor, positions, pack=True)}
     patience = config.optimization.early_stopping_patience
     return SwimTrainer(
         model=model,

@@ -4,6 +4,7 @@ import threading
 
 import torch
 
+from swim_fast.modeling.families import get_head_dim
 from swim_fast.options import AttentionLoss
 from swim_kernels import compile_in_background
 
@@ -24,7 +25,7 @@ def start_warm_up(model, loss: AttentionLoss | None, args) -> threading.Thread |
         args.device,
         num_heads=text.num_attention_heads,
         num_key_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_dim=get_head_dim(text),
         dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype,
         fused=loss.fused and text._attn_implementation != "eager",
         over=loss.over,

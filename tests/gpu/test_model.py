@@ -13,9 +13,8 @@ from swim_fast.loss.mask_loss import mask_alignment_loss
 from swim_fast.loss.targets import MaskTargets
 from swim_fast.modeling import attach_noun_attention, fused_attention
 from swim_kernels import NounQueries, flash_noun_attention, noun_attention
-from swim_kernels.flash_noun_attention import node
 from tests.helpers.pretend_gpu import is_running
-from tests.modeling.test_fused_attention import batch
+from tests.modeling.test_fused_attention import batch, calls  # noqa: F401
 
 pytestmark = pytest.mark.slow  # a part of `make gpu-check`
 LAYERS = [0, 1]
@@ -57,20 +56,9 @@ def assert_as_exact_as(found, plain, exact):
         assert error <= budget + 1e-6, f"{name}: error {error:.2e} above the budget {budget:.2e}"
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Providers that were run, in order."""
-    seen = []
-    apply = node.FlashNounAttention.apply
-    monkeypatch.setattr(
-        node.FlashNounAttention, "apply", lambda *arguments: (seen.append(arguments[5].name), apply(*arguments))[1]
-    )
-    return seen
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "right padding"])
-def test_fused_and_separate(model, exact, kind, checkpointing, device, calls):
+def test_fused_and_separate(model, exact, kind, checkpointing, device, calls):  # noqa: F811
     truth = results(attach_noun_attention(copy.deepcopy(exact), LAYERS, fused=False), kind)
     model.train()
     if checkpointing:
@@ -86,7 +74,7 @@ def test_fused_and_separate(model, exact, kind, checkpointing, device, calls):
     assert_as_exact_as(separate, fused, truth)
 
 
-def test_autocast(exact, device, calls):
+def test_autocast(exact, device, calls):  # noqa: F811
     truth = results(attach_noun_attention(copy.deepcopy(exact), LAYERS, fused=False))
     model = copy.deepcopy(exact).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -185,4 +173,6 @@ def test_log_says_what_runs(model, device, caplog):
     caplog.set_level("INFO", logger=fused_attention.logger.name)
     results(attach_noun_attention(model, LAYERS))
     lines = [record.message for record in caplog.records if record.name == fused_attention.logger.name]
-    assert lines == [f"noun maps behind sdpa on {device.type}: one node with the attention (auto)"]
+    provider = fused_attention.describe_provider("auto", torch.empty(0, device=device))
+    assert provider.startswith("auto: torch_cuda" if device.type == "cuda" else "auto")
+    assert lines == [f"noun maps behind sdpa on {device.type}: one node with the attention ({provider})"]

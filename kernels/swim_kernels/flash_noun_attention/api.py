@@ -82,12 +82,13 @@ def flash_noun_attention(
 
 
 def check_providers(device: torch.device | str) -> tuple[str, dict[str, str | None]]:
-    """Return the provider that "auto" is on a device, and why each cannot run a plain bf16 call there, or None."""
-    query = torch.empty(1, 1, 8, 64, dtype=torch.bfloat16, device=device)
+    """Return the provider that "auto" is on a device, and why each cannot run a call of a 7B model there, or None."""
+    query, key = (torch.empty(1, 256, heads, 128, dtype=torch.bfloat16, device=device) for heads in (28, 4))
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
     reasons = {}
     for name, provider in PROVIDERS.items():
         try:
-            reasons[name] = provider.check(query, query, query, Call(scale=1.0))
+            reasons[name] = provider.check(query, key, key, Call(128**-0.5))
         except Unsupported as reason:
             reasons[name] = str(reason)
     return _get_provider("auto", query).name, reasons

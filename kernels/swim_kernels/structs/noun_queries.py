@@ -100,7 +100,12 @@ class NounQueries:
 
     @property
     def source(self) -> NounQueries | None:
-        """These rows on the CPU, if they came from there by `to` and were not written to since."""
+        """These rows on the CPU, if they came from there by `to` and were not written to since.
+
+        None while a CUDA graph is captured: a replay would copy the rows of the capture.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
         known, versions = self.__dict__.get("_source", (None, ()))
         return known if known is not None and versions == self.versions() else None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from swim_fast.labels import find_label_positions
+from swim_fast.labels import count_labels
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BatchCounts:
             lengths = batch["attention_mask"].sum(1)
         grids = [grid for key in ("image_grid_thw", "video_grid_thw") if key in batch for grid in batch[key].tolist()]
         return cls(
-            labels=len(find_label_positions(batch["labels"])),
+            labels=int(count_labels(batch["labels"])),
             lengths=(length,) * rows if lengths is None else tuple(lengths.tolist()),
             token_slots=rows * length,
             grids=tuple((frames, height, width) for frames, height, width in grids),

@@ -35,6 +35,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from swim_fast.modeling.families import get_head_dim
 from swim_fast.modeling.linear_cross_entropy import BLOCK_LOGITS
 
 GIB = 2**30
@@ -83,7 +84,7 @@ class Geometry:
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
             key_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            head_dim=get_head_dim(text),
             intermediate=text.intermediate_size,
             vocabulary=text.vocab_size,
             vision_hidden=vision.hidden_size,

@@ -100,7 +100,7 @@ def plan_of(queries: NounQueries, batch: int, length: int, block_rows: int) -> P
     plans = _plans.setdefault(queries, {})
     which = (batch, length, block_rows, capturing, queries.versions())
     if which not in plans:
-        source = None if capturing else queries.source  # a replay would copy the rows of the capture
+        source = queries.source
         if source is None:
             plans[which] = make_plan(queries, batch, length, block_rows)
         else:
