@@ -294,13 +294,16 @@ class SampleBuilder:
         else:
             encoding = self.encode.video(plan.conversation, pixels, plan.frames, plan.info, plan.max_pixels)
         sample = Sample(name, encoding.inputs, frames=list(plan.frames), notes=list(plan.notes))
+        visual = encoding.visual()
         for tag in range(len(record.objects)):
-            self._add_noun(sample, record, tag, plan.info, encoding)
+            self._add_noun(sample, record, tag, plan.info, encoding, visual)
         if sample.rows:
             self._add_key_sets(sample, encoding)
         return sample
 
-    def _add_noun(self, sample: Sample, record: Record, tag: int, info: MediaInfo, encoding: Encoding) -> None:
+    def _add_noun(
+        self, sample: Sample, record: Record, tag: int, info: MediaInfo, encoding: Encoding, visual: Tensor
+    ) -> None:
         """Append the rows of one tagged noun, its masks, and the pairs of each row with each mask."""
         frames = [frame for frame in dict.fromkeys(sample.frames) if frame in record.objects[tag]]
         masks = {frame: decode_mask(record, tag, frame, info.height, info.width) for frame in frames}
@@ -312,7 +315,7 @@ class SampleBuilder:
         height, width = encoding.patch_grid
         first_mask = len(sample.masks)
         sample.masks += [torch.from_numpy(np.ascontiguousarray(mask, dtype=np.uint8)) for mask in patches.values()]
-        visual, cells, softmax = encoding.visual(), height * width, self.supervision.softmax
+        cells, softmax = height * width, self.supervision.softmax
         first_visual, last_visual = int(visual[0]), int(visual[-1])
         for token in encoding.noun_tokens(tag):
             position = token - 1 if self.supervision.query_position == "predictor" else token

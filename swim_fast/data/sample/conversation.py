@@ -14,8 +14,11 @@ from swim_fast.errors import OptionError
 
 Span = tuple[int, int]
 
-# LLaVA-style files write <image> also where the record names a video.
-PLACEHOLDER = re.compile(r"\s*<(?:video|image)>\s*")
+# LLaVA-style files write <image> also where the record names a video. White space is tried from its beginning alone,
+# or a long stretch of it would take quadratic time.
+PLACEHOLDER = re.compile(r"(?:(?<!\s)\s+)?<(?:video|image)>\s*")
+# Answers at either end of a conversation before which the template is tried out; each costs as much as the whole.
+ANSWERS_TRIED = 8
 # Private-use characters stand in for the turns' texts while the template's own text is being found out.
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 
@@ -186,6 +189,8 @@ class ConversationRenderer:
         if template[1::2] != [str(number) for number in range(len(texts))]:
             raise DataError("the chat template leaves out, repeats or reorders turns", key="conversations")
 
+        answering = [number for number, role in enumerate(roles) if role == "assistant"]
+        tried = {*answering[:ANSWERS_TRIED], *answering[-ANSWERS_TRIED:]}
         rendered, length = [template[0]], len(template[0])
         nouns: list[Span] = []
         answers: list[Span] = []
@@ -194,7 +199,8 @@ class ConversationRenderer:
             end = length + len(part.text)
             nouns += [(length + first, length + last) for first, last in part.nouns]
             if roles[number] == "assistant":
-                self._check_beginning(skeleton, roles, stand_ins, number, kind)
+                if number in tried:
+                    self._check_beginning(skeleton, roles, stand_ins, number, kind)
                 end_of_turn = self.special_tokens.match(following)
                 if not end_of_turn:
                     raise DataError(

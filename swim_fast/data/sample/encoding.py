@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from swim_fast.data.sample.conversation import Conversation, Span
 from swim_fast.data.sample.sampling import PixelLimits
 from swim_fast.data.source.errors import DataError, ProcessorError
-from swim_fast.data.source.tags import tokens_of_span
+from swim_fast.data.source.tags import TokenRanges
 from swim_fast.data.video.reader import MediaInfo
 from swim_fast.labels import IGNORED_LABEL
 from swim_fast.options import Sampling
@@ -40,6 +41,10 @@ class Encoding:
     def __len__(self) -> int:
         return len(self.inputs["input_ids"])
 
+    @cached_property
+    def _ranges(self) -> TokenRanges:
+        return TokenRanges(self.offsets)
+
     def visual(self) -> Tensor:
         """Return the positions of the visual tokens, [N] int64, ascending."""
         return torch.nonzero(self.inputs["mm_token_type_ids"]).flatten()
@@ -50,7 +55,7 @@ class Encoding:
         Raises:
             DataError: there are none, such as for a character that the tokenizer drops.
         """
-        tokens = tokens_of_span(self.offsets, self.nouns[tag])
+        tokens = self._ranges.tokens_of(self.nouns[tag])
         if not tokens:
             raise DataError("the noun has no token of its own; tag a visible word", key=f"tag {tag}")
         return tokens
@@ -263,12 +268,12 @@ def label_spans(input_ids: Tensor, offsets: Tensor, spans: Sequence[Span]) -> Te
     Args:
         input_ids: [L] int64.
         offsets: [L, 2] character range of each token.
-        spans: character spans of the answers, end-of-turn token included.
+        spans: character spans of the answers, end-of-turn token included, ascending and disjoint.
     """
-    inside = torch.zeros_like(input_ids, dtype=torch.bool)
-    for start, end in spans:
-        inside |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 0] < offsets[:, 1])
-    return torch.where(inside, input_ids, IGNORED_LABEL)
+    bounds = torch.tensor([(-1, -1), *spans])  # the first one holds no token
+    begin, end = offsets.contiguous().T
+    last_end = bounds[torch.searchsorted(bounds[:, 0].contiguous(), begin.contiguous(), right=True) - 1, 1]
+    return torch.where((begin < end) & (end <= last_end), input_ids, IGNORED_LABEL)
 
 
 def _shifted(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from swim_fast.data.source.errors import DataError
@@ -42,7 +42,7 @@ def strip_tags(text: str) -> tuple[str, list[tuple[int, int]]]:
         else:
             if opened is None:
                 raise DataError(f"</ins> without <ins> before it, at {_excerpt(text, tag)}; add the missing tag")
-            content = "".join(pieces)[opened:]
+            content = pieces[-1]  # tags do not nest, so the noun is one piece
             if not content.strip():
                 raise DataError(f"an <ins> tag with nothing in it, at {_excerpt(text, tag)}; name the object in it")
             start = opened + len(content) - len(content.lstrip())
@@ -58,17 +58,25 @@ def _excerpt(text: str, tag: re.Match[str]) -> str:
     return repr(text[max(0, tag.start() - 25) : tag.end() + 25])
 
 
-def tokens_of_span(offsets: Tensor, span: tuple[int, int]) -> list[int]:
-    """Return the positions of the tokens that hold at least one character of a span, in order.
-
-    A token may hold more than the noun (the space before it, a bracket, its plural's apostrophe) or a part of one
-    character (byte-level tokens of an emoji share its offsets); every one that overlaps the span counts.
+class TokenRanges:
+    """Tokens by the characters that they hold; each lookup is a binary search.
 
     Args:
-        offsets: [L, 2] integers, the half-open character range of each token, as a fast tokenizer returns it.
-            Tokens without characters have an empty range and are never part of a noun.
-        span: half-open character range in the same text.
+        offsets: [L, 2] integers, the half-open character range of each token, ascending, as a fast tokenizer returns
+            it. Tokens without characters have an empty range and are never part of a noun.
     """
-    start, end = span
-    overlap = (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 0] < offsets[:, 1])
-    return torch.nonzero(overlap).flatten().tolist()
+
+    def __init__(self, offsets: Tensor):
+        ranges = offsets.numpy()
+        self._tokens = np.flatnonzero(ranges[:, 0] < ranges[:, 1])
+        self._starts, self._ends = ranges[self._tokens].T.copy()
+
+    def tokens_of(self, span: tuple[int, int]) -> list[int]:
+        """Return the positions of the tokens that hold at least one character of a span, in order.
+
+        A token may hold more than the noun (the space before it, a bracket, its plural's apostrophe) or a part of one
+        character (byte-level tokens of an emoji share its offsets); every one that overlaps the span counts.
+        """
+        start, end = span
+        first, last = np.searchsorted(self._ends, start, "right"), np.searchsorted(self._starts, end, "left")
+        return self._tokens[first:last].tolist()

@@ -1,5 +1,6 @@
 import dataclasses
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -257,3 +258,18 @@ def test_picklable(render, make_record):
 
 def copy_of(processor):
     return pickle.loads(pickle.dumps(processor))
+
+
+@pytest.mark.parametrize("turns", [["a", "b"] * 2_000, ["a" + " " * 200_000 + "b", "c"]], ids=["turns", "white space"])
+def test_long_conversations_take_linear_time(render, make_record, turns):
+    begin = time.perf_counter()
+    assert len(render(make_record(*turns)).answers) == len(turns) // 2
+    assert time.perf_counter() - begin < 8  # minutes, if the time were quadratic
+
+
+def test_the_placeholder_takes_the_white_space_around_it(render, make_record):
+    for text in ("a \n <video>\t b", "a<video>b"):
+        start, end = render(make_record(text, "c", **VIDEO)).media
+        assert render(make_record(text, "c", **VIDEO)).text[start - 1 - len("<|vision_start|>")] == "a"
+    with pytest.raises(DataError, match="more than one <video>"):
+        render(make_record("<video>  <video>", "c", **VIDEO))

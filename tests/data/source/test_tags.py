@@ -1,8 +1,11 @@
+import time
+
+import numpy as np
 import pytest
 import torch
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.tags import strip_tags, tokens_of_span
+from swim_fast.data.source.tags import TokenRanges, strip_tags
 
 
 @pytest.mark.parametrize(
@@ -47,13 +50,13 @@ def test_bad_tags(text, reason):
     assert str(error.value).startswith(reason)
 
 
-def test_tokens_of_span_takes_every_overlap_and_no_empty_token():
+def test_every_overlapping_token_belongs_to_a_span_and_no_empty_one():
     offsets = torch.tensor([[0, 3], [3, 5], [5, 8], [5, 8], [6, 6], [8, 9], [0, 0]])
-    assert tokens_of_span(offsets, (3, 5)) == [1]
-    assert tokens_of_span(offsets, (4, 7)) == [1, 2, 3]
-    assert tokens_of_span(offsets, (2, 4)) == [0, 1]
-    assert tokens_of_span(offsets, (7, 9)) == [2, 3, 5]
-    assert tokens_of_span(offsets, (9, 12)) == []
+    assert TokenRanges(offsets).tokens_of((3, 5)) == [1]
+    assert TokenRanges(offsets).tokens_of((4, 7)) == [1, 2, 3]
+    assert TokenRanges(offsets).tokens_of((2, 4)) == [0, 1]
+    assert TokenRanges(offsets).tokens_of((7, 9)) == [2, 3, 5]
+    assert TokenRanges(offsets).tokens_of((9, 12)) == []
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_tokens_of_a_noun_spell_it(tokenizer, text, nouns):
     encoding = tokenizer(clean, return_offsets_mapping=True, return_tensors="pt", add_special_tokens=False)
     ids, offsets = encoding["input_ids"][0], encoding["offset_mapping"][0]
     for span, noun in zip(spans, nouns, strict=True):
-        tokens = tokens_of_span(offsets, span)
+        tokens = TokenRanges(offsets).tokens_of(span)
         assert tokens == list(range(tokens[0], tokens[-1] + 1))
         spelt = tokenizer.decode(ids[tokens])
         assert unicodedata.normalize("NFC", noun.strip()) in spelt
@@ -88,3 +91,28 @@ def test_tokens_of_a_noun_spell_it(tokenizer, text, nouns):
         before, after = tokenizer.decode(ids[: tokens[0]]), tokenizer.decode(ids[tokens[-1] + 1 :])
         assert before + spelt + after == unicodedata.normalize("NFC", clean)
         assert len(before) <= len(unicodedata.normalize("NFC", clean[: span[0]]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tokens_of_random_spans_are_those_of_a_full_search(seed):
+    generator = np.random.default_rng(seed)
+    ends = np.sort(generator.integers(0, 60, 40))
+    starts = np.maximum(np.concatenate(([0], ends[:-1])) - generator.integers(0, 2, 40), 0)
+    offsets = np.stack((np.maximum.accumulate(np.minimum(starts, ends)), ends), axis=1)
+    offsets[generator.integers(0, 40, 5)] = 0  # tokens without characters
+    ranges = TokenRanges(torch.from_numpy(offsets))
+    for start in range(60):
+        for end in range(start + 1, 62):
+            expected = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > start]
+            assert ranges.tokens_of((start, end)) == expected
+
+
+def test_many_tags_take_linear_time():
+    def seconds(count):
+        begin = time.perf_counter()
+        _, spans = strip_tags("the <ins>dog</ins> " * count)
+        ranges = TokenRanges(torch.tensor([(4 * i, 4 * i + 4) for i in range(2 * count)]))
+        assert sum(len(ranges.tokens_of(span)) for span in spans) >= count
+        return time.perf_counter() - begin
+
+    assert seconds(40_000) < 2.5  # took minutes when each tag went through all text and all tokens
