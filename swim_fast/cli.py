@@ -67,6 +67,13 @@ def _check(options: jobs.Check) -> int:
     return 1 if report.problems else 0
 
 
+def _import(options: jobs.Import) -> int:
+    from swim_fast.importing.run import import_data
+
+    print(import_data(options))
+    return 0
+
+
 def _show(options: jobs.Show) -> int:
     from swim_fast.data.show import show_record
     from swim_fast.inference.loading import load_processor
@@ -150,6 +157,7 @@ JOBS = {
     "demo": (jobs.Demo, _demo),
     "describe": (jobs.Describe, _describe),
     "data check": (jobs.Check, _check),
+    "data import": (jobs.Import, _import),
     "data show": (jobs.Show, _show),
     "nl-refer build": (jobs.Build, _build),
     "nl-refer synonyms": (jobs.Synonyms, _synonyms),
@@ -159,7 +167,7 @@ JOBS = {
     "evaluate grounding": (jobs.Grounding, _grounding),
 }
 GROUPS = {
-    "data": "check or show a data file",
+    "data": "check, show or import data",
     "nl-refer": "VideoRefer to NL-Refer; variants and counts of such sets",
     "evaluate": "VideoRefer-Bench Q and D, and grounding, of a checkpoint",
 }

@@ -128,6 +128,45 @@ class Show(InputFile, Media, Excerpt, Sampling, Decoding, Supervision):
         return self
 
 
+class Import(Limited, Decoding):
+    """Make records of another data set: DAVIS, MeViS, SA-V, COCO, CVAT and others."""
+
+    words = ("format", "source", "out")
+    format: Literal["davis", "youtube-vos", "masks"]
+    """What the source is; see docs/import.md."""
+    source: File
+    """Folder or file of the data set."""
+    out: File
+    """Records to write: a JSON list if it ends in .json, else JSONL."""
+    media: File | None = None
+    """Folder of the clips, folders of frames or images, or the one clip; without it, where the data set has them."""
+    names: File | None = None
+    """JSON of what the objects are called, {clip: {object: name}}, or {object: name} for all clips."""
+    clips: File | None = None
+    """Text file of the clips to take, a name a line."""
+    question: list[str] = []
+    """Question in place of the built-in ones, with {name} where the tagged name goes; may be repeated."""
+    answer: list[str] = []
+    """Answer to the questions, or as many as questions; may be repeated."""
+    turns: int = Field(1, gt=0)
+    """Names of a clip that one record asks about, a turn each."""
+    first: int = Field(0, ge=0)
+    """Number of a clip's first frame in the names of the masks."""
+    every: Annotated[int, Positive] | None = None
+    """Frames of a clip from one mask to the next: with 4, mask 1 belongs to frame 4; without it, 4 for sa-v, else 1."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    @model_validator(mode="after")
+    def _check_templates(self):
+        for text in self.question:
+            if text.count("{name}") != 1 or "<ins>" in text:
+                raise mistake("question", "must have the word name in braces once, and no tags of its own")
+        if len(self.answer) not in (0 if not self.question else 1, 1, len(self.question)):
+            raise mistake("answer", f"is given {len(self.answer)} times: give one, or one for each {{question}}")
+        return self
+
+
 class Build(InputFile, Limited, Asking):
     """Replace the placeholders of raw VideoRefer records by expressions with a tagged noun."""
 

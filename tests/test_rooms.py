@@ -24,6 +24,7 @@ RULES = {
     "swim_fast.data": "options jobs files labels loss.targets position_ids viz.record swim_kernels",
     "swim_fast.llm": "files options",
     "swim_fast.nl_refer.english": "options",
+    "swim_fast.importing": "options jobs data nl_refer",  # names of objects are tagged as nl_refer does
     "swim_fast.viz": "files",
     "swim_fast.evaluation": "not nl_refer",
 }

@@ -40,6 +40,9 @@ _POSITION = frozenset(
 # … and X is dropped from the expression.
 _DROPPED = frozenset("type kind sort form view close-up closeup image picture photo shot depiction example".split())
 
+# Nouns of what an object is seen in.
+_SHOWING = frozenset("video clip scene image frame footage picture photo".split())
+
 _ARTICLES = frozenset("a an the some this that these those another".split())
 _APPEARANCE = frozenset(
     "wearing holding carrying dressed clad covered filled made decorated adorned labeled featuring".split()
@@ -236,6 +239,25 @@ def find_described_phrase(tokens: list[Token], *, subjects: bool = True) -> Noun
         return better or (phrase if subjects else None)
     verb = next((j for j in range(phrase.end, len(tokens)) if _links(tokens[j])), None)
     return None if verb is None else _find_complement(tokens, verb)
+
+
+def find_referred_phrase(tokens: list[Token]) -> NounPhrase | None:
+    """Return the phrase that a referring expression is headed by ("a *dog* running"); None if that is not clear.
+
+    The object may be as generic as it likes ("the *object* that moves"). In a question it is what "which" or "what"
+    asks for ("which *ball* is on the rack"). "The man and the woman" names two objects: None.
+    """
+    if not tokens:
+        return None
+    if tokens[0].tag in ("DTQ", "PNQ", "AVQ") or tokens[0].word in ("which", "what", "who", "where", "how"):
+        phrase = find_noun_phrase(tokens, 1) if tokens[0].word in ("which", "what") else None
+    else:
+        i = _skip_adverbials(tokens)
+        phrase = None if i is None else _find_phrase_with_of(tokens, i)
+    if phrase is None or tokens[phrase.head].word in _SHOWING:
+        return None
+    joined = phrase.end < len(tokens) and (tokens[phrase.end].tag == "CJC" or tokens[phrase.end].text == ",")
+    return None if joined and find_noun_phrase(tokens, phrase.end + 1) else phrase
 
 
 def _text_at(tokens: list[Token], i: int) -> str:

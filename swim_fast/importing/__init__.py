@@ -1,0 +1,1 @@
+"""Records of other data sets' formats (`swim-fast data import`): masks, names and conversations to NL-Refer."""
