@@ -77,7 +77,7 @@ class Clip:
         """
         if not 0 <= frame < self.num_frames:
             raise DataError(
-                f"frame {frame} is past the end: {self.path} has {self.num_frames} frames; is it that clip?"
+                f"frame {frame} is not in the clip: {self.path} has {self.num_frames} frames; is it the right one?"
             )
         check_mask_size(*size, self.height, self.width)
 
@@ -123,6 +123,11 @@ class Clips:
         return self.open(found[0] if found else folder / name, name)
 
 
+def is_clip(path: Path) -> bool:
+    """Tell if a path is a video file or folder of frames, rather than a folder of those."""
+    return path.is_file() or (path.is_dir() and bool(frame_files(path)))
+
+
 def frame_files(folder: Path) -> list[str]:
     """Return the names of the frames of a folder, in the order in which readers number them."""
     names = (name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".")
@@ -144,11 +149,15 @@ def _image_size(path: Path) -> tuple[int, int]:
 
 @dataclass
 class Mention:
-    """A name and the masks of what it names; `key` tells it from the others of its clip."""
+    """A name and the masks of what it names; `key` tells it from the others of its clip.
+
+    `answer` is the source's own to a name that is a question.
+    """
 
     key: str
     name: Name
     masks: Masks
+    answer: str | None = None
 
 
 @dataclass
@@ -198,7 +207,8 @@ def make_records(clip: Clip, mentions: Iterable[Mention], options: Import, notin
             for frame, mask in found.items():
                 clip.check(int(frame), mask["segmentation"]["size"])
             key = f"{clip.name}_{mention.key}"
-            question, answer = ask(mention.name, clip.kind, key, options.question, options.answer)
+            answers = [mention.answer] if mention.answer and mention.name.form == "question" else options.answer
+            question, answer = ask(mention.name, clip.kind, key, options.question, answers)
             index = index or key
             shown = "" if turns else f"<{clip.kind}>\n"
             turns += [{"from": "human", "value": shown + question}, {"from": "gpt", "value": answer}]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.importing.clips import Clips
-from swim_fast.importing.sources import Names
+from swim_fast.importing.clips import Clip, Clips, Mention, Objects, is_clip, make_records
+from swim_fast.importing.sources import Names, find_folder
 from swim_fast.jobs import Import
 
 
@@ -28,3 +29,22 @@ class Job:
             yield
         except DataError as error:
             self.note(error.within(**where))
+
+    def open(self, name: str, *folders: Path) -> Clip:
+        """Return the clip of a name: `--media`, or in that folder, or else in the first of `folders` that exists.
+
+        Raises:
+            DataError: it is missing, or cannot be read.
+        """
+        media = self.options.media and Path(self.options.media)
+        if media and is_clip(media):
+            return self.clips.open(media, name)
+        return self.clips.find(media or find_folder(*folders), name)
+
+    def records(self, objects: Objects) -> Iterator[dict]:
+        """Yield the records about a clip's objects."""
+        return self.records_about(objects.clip, objects.mentions(self.noting))
+
+    def records_about(self, clip: Clip, mentions: Iterator[Mention]) -> Iterator[dict]:
+        """Yield the records about what is mentioned of a clip."""
+        return make_records(clip, mentions, self.options, self.noting)

@@ -118,13 +118,13 @@ def ask(
     Raises:
         DataError: a question of the source's own, and no answer to it.
     """
-    own = list(zip(questions, answers * len(questions) if len(answers) == 1 else answers, strict=True))
-    built_in = CLAUSES if name.form == "clause" else PHRASES
+    templates = CLAUSES if name.form == "clause" else PHRASES
     if name.form == "question":
         if not answers:
             raise DataError("is a question, and the source has no answer to it; give one for all with --answer")
-        built_in, own = [(name.tagged, answer) for answer in answers], []
-    templates = own or built_in
+        templates = [(name.tagged, answer) for answer in answers]
+    elif questions:
+        templates = list(zip(questions, answers * len(questions) if len(answers) == 1 else answers, strict=True))
     question, answer = templates[zlib.crc32(key.encode(errors="replace")) % len(templates)]
     return _fill(question, name.tagged, medium), _fill(answer, name.plain, medium)
 

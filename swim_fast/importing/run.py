@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clips
+from swim_fast.importing.formats.codes import Sam2Files, SavFiles
+from swim_fast.importing.formats.expressions import Expressions
 from swim_fast.importing.formats.folders import ObjectFolders, PaletteFolders
 from swim_fast.importing.job import Job
 from swim_fast.importing.sources import Names, read_lines
@@ -35,6 +37,11 @@ FORMATS: dict[str, Callable[[Job], Format]] = {
     "davis": PaletteFolders,
     "youtube-vos": PaletteFolders,
     "masks": ObjectFolders,
+    "sa-v": SavFiles,
+    "sam2": Sam2Files,
+    "ref-youtube-vos": Expressions,
+    "mevis": Expressions,
+    "revos": Expressions,
 }
 
 

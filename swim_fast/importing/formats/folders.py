@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.importing.clips import Clip, Objects, frame_files, make_records
+from swim_fast.importing.clips import Clip, Objects, frame_files, is_clip
 from swim_fast.importing.job import Job
 from swim_fast.importing.masks import Masks, read_labels, read_mask
-from swim_fast.importing.sources import entry, find_folder, read_json, subfolders
+from swim_fast.importing.sources import entry, read_json, subfolders
 
 
 class _Folders:
@@ -27,37 +27,22 @@ class _Folders:
     media_folders: tuple[str, ...]
 
     def __init__(self, job: Job):
-        self.job, options = job, job.options
-        self.root = Path(options.source)
+        self.job = job
+        self.root = Path(job.options.source)
         if not self.root.is_dir():
-            raise DataError("is no folder; name the one with the masks' folders in it", source=options.source)
+            raise DataError("is no folder; name the one with the masks' folders in it", source=job.options.source)
         found = [self.root / name for name in self.annotation_folders if (self.root / name).is_dir()]
-        self.annotations = self._resolution(found[0] if found else self.root)
-        self.every = options.every or 1
+        self.annotations = found[0] if found else self.root
         self.units = self._units()
 
     def _units(self) -> list[str]:
         return subfolders(self.annotations)
 
-    def _resolution(self, folder: Path) -> Path:
-        """Return the folder of the clips: DAVIS has one of a resolution between."""
-        return folder
-
     def _open(self, name: str) -> Clip:
-        clips, media = self.job.clips, self.job.options.media
-        if media is not None:
-            return clips.open(Path(media), name) if self.is_clip(Path(media)) else clips.find(Path(media), name)
-        candidates = [self.root / folder for folder in self.media_folders]
-        candidates += [self.annotations.parents[up] / folder for up in (0, 1) for folder in self.media_folders]
-        folder = find_folder(*dict.fromkeys(candidates))
-        if not (folder / name).exists() and (folder / self.annotations.name).is_dir():
-            folder /= self.annotations.name  # DAVIS: JPEGImages/480p beside Annotations/480p
-        return clips.find(folder, name)
-
-    @staticmethod
-    def is_clip(path: Path) -> bool:
-        """Tell if `--media` names a clip itself, rather than a folder of clips."""
-        return path.is_file() or (path.is_dir() and bool(frame_files(path)))
+        folders = [self.root / folder for folder in self.media_folders]
+        folders += [self.annotations.parents[up] / folder for up in (0, 1) for folder in self.media_folders]
+        inner = [folder / self.annotations.name for folder in folders]  # JPEGImages/480p beside Annotations/480p
+        return self.job.open(name, *inner, *dict.fromkeys(folders))
 
 
 class PaletteFolders(_Folders):
@@ -72,45 +57,54 @@ class PaletteFolders(_Folders):
         meta = next((path for path in metas if path.is_file()), None)
         self.videos = {} if meta is None else entry(read_json(meta), "videos", dict)
 
-    def _resolution(self, folder: Path) -> Path:
-        inner = subfolders(folder)
-        if not inner or any(frame_files(folder / name) for name in inner):
-            return folder
-        if len(inner) > 1:
-            raise DataError(
-                f"{folder} has {', '.join(inner)}; name one of these folders as the source",
-                source=self.job.options.source,
-            )
-        return folder / inner[0]
+    def _units(self) -> list[str]:
+        inner = subfolders(self.annotations)
+        if inner and not any(frame_files(self.annotations / name) for name in inner):  # DAVIS: a folder per resolution
+            if len(inner) > 1:
+                text = f"{self.annotations} has {', '.join(inner)}; name one of these folders as the source"
+                raise DataError(text, source=self.job.options.source)
+            self.annotations /= inner[0]
+        return subfolders(self.annotations)
 
     def records(self, video: str) -> Iterator[dict]:
         """Yield the records of a clip."""
         clip = self._open(video)
-        masks = self.read(video, clip)
         objects = Objects(clip)
-        for number, found in sorted(masks.items()):
+        for number, found in sorted(read_palette(self.job, self.annotations / video, clip).items()):
             with self.job.noting(name=video):
                 objects.add(self.job.names.find(video, str(number), self._category(video, str(number))), found)
-        yield from make_records(clip, objects.mentions(self.job.noting), self.job.options, self.job.noting)
-
-    def read(self, video: str, clip: Clip) -> dict[int, Masks]:
-        """Return the masks of a clip by object number."""
-        folder = self.annotations / video
-        masks: dict[int, Masks] = {}
-        for file in frame_files(folder):
-            with self.job.noting(name=video, key=str(folder / file)):
-                frame = clip.index(Path(file).stem, self.job.options.first, self.every)
-                labels = read_labels(folder / file)
-                clip.check(frame, labels.shape)
-                for number in np.unique(labels[labels > 0]).tolist():
-                    masks.setdefault(number, Masks()).add(frame, labels == number)
-        if not masks:
-            raise DataError(f"{folder} marks no object in any frame", name=video)
-        return masks
+        yield from self.job.records(objects)
 
     def _category(self, video: str, number: str) -> str | None:
         found = self.videos.get(video, {}).get("objects", {}).get(number, {}).get("category")
         return found if isinstance(found, str) else None
+
+
+def read_palette(job: Job, folder: Path, clip: Clip) -> dict[int, Masks]:
+    """Return the masks of a clip by object number, from a folder with an image of object numbers per frame.
+
+    Raises:
+        DataError: no such folder, or one that marks no object; what is wrong with one image goes to the job.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist; restore the masks of this clip")
+    masks: dict[int, Masks] = {}
+    for file, frame in _frames(job, folder, clip):
+        with job.noting(name=clip.name, key=str(file)):
+            labels = read_labels(file)
+            clip.check(frame, labels.shape)
+            for number in np.unique(labels[labels > 0]).tolist():
+                masks.setdefault(number, Masks()).add(frame, labels == number)
+    if not masks:
+        raise DataError(f"{folder} marks no object in any frame", name=clip.name)
+    return masks
+
+
+def _frames(job: Job, folder: Path, clip: Clip) -> Iterator[tuple[Path, int]]:
+    """Yield each mask's file and the index of its frame."""
+    for name in frame_files(folder):
+        with job.noting(name=clip.name, key=str(folder / name)):
+            yield folder / name, clip.index(Path(name).stem, job.options.first, job.options.every or 1)
 
 
 class ObjectFolders(_Folders):
@@ -128,11 +122,9 @@ class ObjectFolders(_Folders):
         if not self.single:
             return inner
         media = self.job.options.media
-        if media is None or not self.is_clip(Path(media)):
-            raise DataError(
-                f"{self.annotations} holds folders of one clip's objects; name that clip with --media",
-                source=self.job.options.source,
-            )
+        if media is None or not is_clip(Path(media)):
+            text = f"{self.annotations} holds folders of one clip's objects; name that clip with --media"
+            raise DataError(text, source=self.job.options.source)
         return [Path(media).stem]
 
     def records(self, video: str) -> Iterator[dict]:
@@ -144,14 +136,13 @@ class ObjectFolders(_Folders):
             with self.job.noting(name=video):
                 known = number.replace("_", " ") if not number.isdigit() else None
                 objects.add(self.job.names.find(video, number, known), self._read(clip, folder / number))
-        yield from make_records(clip, objects.mentions(self.job.noting), self.job.options, self.job.noting)
+        yield from self.job.records(objects)
 
     def _read(self, clip: Clip, folder: Path) -> Masks:
         masks = Masks()
-        for file in frame_files(folder):
-            with self.job.noting(name=clip.name, key=str(folder / file)):
-                frame = clip.index(Path(file).stem, self.job.options.first, self.every)
-                mask = read_mask(folder / file)
+        for file, frame in _frames(self.job, folder, clip):
+            with self.job.noting(name=clip.name, key=str(file)):
+                mask = read_mask(file)
                 clip.check(frame, mask.shape)
                 masks.add(frame, mask)
         if not len(masks):
