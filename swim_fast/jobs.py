@@ -132,7 +132,21 @@ class Import(Limited, Decoding):
     """Make records of another data set: DAVIS, MeViS, SA-V, COCO, CVAT and others."""
 
     words = ("format", "source", "out")
-    format: Literal["davis", "youtube-vos", "masks", "sa-v", "sam2", "ref-youtube-vos", "mevis", "revos"]
+    format: Literal[
+        "davis",
+        "youtube-vos",
+        "masks",
+        "sa-v",
+        "sam2",
+        "ref-youtube-vos",
+        "mevis",
+        "revos",
+        "coco",
+        "youtube-vis",
+        "labelme",
+        "labelme-video",
+        "cvat",
+    ]
     """What the source is; see docs/import.md."""
     source: File
     """Folder or file of the data set."""

@@ -164,7 +164,7 @@ class Mention:
 class Objects:
     """Objects of one clip under their names; those of one name become one noun, with the union of their masks.
 
-    Two dogs are "the dogs": a noun that could mean either is bound to both.
+    Two dogs in a frame are "the dogs": a noun that could mean either is bound to both.
     """
 
     clip: Clip
@@ -184,7 +184,8 @@ class Objects:
         for text, objects in self.found.items():
             with noting(name=self.clip.name, key=text):
                 category = is_category(text)
-                several = len(objects) > 1 or text in self.crowds
+                together = sum(len(masks) for masks in objects) > len(set().union(*(masks.frames for masks in objects)))
+                several = together or text in self.crowds
                 name = name_category(text, several) if category else name_expression(text)
                 union = Masks()
                 for masks in objects:

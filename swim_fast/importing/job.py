@@ -41,6 +41,20 @@ class Job:
             return self.clips.open(media, name)
         return self.clips.find(media or find_folder(*folders), name)
 
+    def open_image(self, name: str, *folders: Path) -> Clip:
+        """Return the image of a path in `--media`, or else in the first of `folders` that has it.
+
+        Raises:
+            DataError: it is missing, or cannot be read.
+        """
+        paths = [folder / name for folder in ([Path(self.options.media)] if self.options.media else folders)]
+        found = next((path for path in paths if path.is_file()), paths[0])
+        return self.clips.open(found, Path(name).stem, "image")
+
+    def frame(self, number: int, every: int = 1) -> int:
+        """Return the index of the frame that a mask of this number belongs to, by `--first` and `--every`."""
+        return (number - self.options.first) * (self.options.every or every)
+
     def records(self, objects: Objects) -> Iterator[dict]:
         """Yield the records about a clip's objects."""
         return self.records_about(objects.clip, objects.mentions(self.noting))

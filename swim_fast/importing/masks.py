@@ -30,6 +30,11 @@ class Masks:
         if mask is not None and mask.any():
             self._codes[frame].append(coco.encode(np.asfortranarray(mask != 0, dtype=np.uint8)))
 
+    @property
+    def frames(self) -> set[int]:
+        """Indices of the frames that have a mask."""
+        return set(self._codes)
+
     def update(self, other: Masks) -> None:
         """Add the masks of another one."""
         for frame, codes in other._codes.items():
@@ -61,6 +66,21 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray | None:
         DataError: it does not decode, or is meant for another size.
     """
     return decode_segmentation(segmentation, height, width)
+
+
+def place(part: np.ndarray, left: int, top: int, height: int, width: int) -> np.ndarray:
+    """Return a mask [height, width] with a part of it at its place.
+
+    Raises:
+        DataError: it leaves the frame.
+    """
+    mask = np.zeros((height, width), np.uint8)
+    bottom, right = top + part.shape[0], left + part.shape[1]
+    if top < 0 or left < 0 or bottom > height or right > width:
+        text = f"x {left} to {right}, y {top} to {bottom}, the frame is {width} wide and {height} high"
+        raise DataError(f"its mask leaves the frame: {text}")
+    mask[top:bottom, left:right] = part
+    return mask
 
 
 def read_labels(path: Path) -> np.ndarray:

@@ -12,9 +12,12 @@ from tqdm import tqdm
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clips
+from swim_fast.importing.formats.coco import CocoFile, YoutubeVisFile
 from swim_fast.importing.formats.codes import Sam2Files, SavFiles
+from swim_fast.importing.formats.cvat import CvatFile
 from swim_fast.importing.formats.expressions import Expressions
 from swim_fast.importing.formats.folders import ObjectFolders, PaletteFolders
+from swim_fast.importing.formats.labelme import LabelmeFiles, LabelmeVideo
 from swim_fast.importing.job import Job
 from swim_fast.importing.sources import Names, read_lines
 from swim_fast.jobs import Import
@@ -42,6 +45,11 @@ FORMATS: dict[str, Callable[[Job], Format]] = {
     "ref-youtube-vos": Expressions,
     "mevis": Expressions,
     "revos": Expressions,
+    "coco": CocoFile,
+    "youtube-vis": YoutubeVisFile,
+    "labelme": LabelmeFiles,
+    "labelme-video": LabelmeVideo,
+    "cvat": CvatFile,
 }
 
 

@@ -47,11 +47,10 @@ class _CodeFiles:
         with_codes = self.read(path)
         clip = self.job.open(self.clip_name(unit), path.parent)
         objects = Objects(clip)
-        every = self.job.options.every or self.every
         for number, codes in with_codes.items():
             with self.job.noting(name=unit, source=str(path)):
                 name = self.job.names.find(unit, number)
-                objects.add(name, self._decode(clip, number, codes, every, unit))
+                objects.add(name, self._decode(clip, number, codes, unit))
         yield from self.job.records(objects)
 
     def clip_name(self, unit: str) -> str:
@@ -62,10 +61,10 @@ class _CodeFiles:
         """Return the codes of a file, by object and number of the frame."""
         raise NotImplementedError
 
-    def _decode(self, clip: Clip, number: str, codes: dict[int, Any], every: int, unit: str) -> Masks:
+    def _decode(self, clip: Clip, number: str, codes: dict[int, Any], unit: str) -> Masks:
         masks = Masks()
         for frame, code in codes.items():
-            index = (frame - self.job.options.first) * every
+            index = self.job.frame(frame, self.every)
             with self.job.noting(name=unit, key=f"object {number}, frame {index}"):
                 mask = decode(code, clip.height, clip.width)
                 clip.check(index, (clip.height, clip.width))
