@@ -14,10 +14,12 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clips
 from swim_fast.importing.formats.coco import CocoFile, YoutubeVisFile
 from swim_fast.importing.formats.codes import Sam2Files, SavFiles
+from swim_fast.importing.formats.conversations import Conversations
 from swim_fast.importing.formats.cvat import CvatFile
 from swim_fast.importing.formats.expressions import Expressions
 from swim_fast.importing.formats.folders import ObjectFolders, PaletteFolders
 from swim_fast.importing.formats.labelme import LabelmeFiles, LabelmeVideo
+from swim_fast.importing.formats.placeholders import Placeholders
 from swim_fast.importing.job import Job
 from swim_fast.importing.sources import Names, read_lines
 from swim_fast.jobs import Import
@@ -50,6 +52,10 @@ FORMATS: dict[str, Callable[[Job], Format]] = {
     "labelme": LabelmeFiles,
     "labelme-video": LabelmeVideo,
     "cvat": CvatFile,
+    "videorefer": Placeholders,
+    "pixelrefer": Placeholders,
+    "ms-swift": Conversations,
+    "llama-factory": Conversations,
 }
 
 
@@ -112,7 +118,7 @@ def import_data(options: Import) -> ImportReport:
                 report.counts["problems"] += 1
                 if len(report.problems) < SHOWN:
                     report.problems.append(error)
-                list_problem({"source": error.source, "name": error.name, "key": error.key, "reason": error.reason})
+                list_problem({part: getattr(error, part) for part in ("source", "record", "name", "key", "reason")})
 
             job = Job(options, clips, Names.read(options.names), note)
             source = FORMATS[options.format](job)
@@ -147,7 +153,7 @@ def _chosen(units: Sequence[Any], options: Import) -> Sequence[Any]:
 def _records(source: Format, units: Sequence[Any], job: Job, report: ImportReport, bar: tqdm) -> Iterator[dict]:
     for unit in units:
         report.counts["units"] += 1
-        with job.noting(name=str(unit)):
+        with job.noting(**({"record": unit} if isinstance(unit, int) else {"name": unit})):
             yield from source.records(unit)
         bar.update()
 
