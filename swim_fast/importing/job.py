@@ -38,6 +38,8 @@ class Job:
         """
         media = self.options.media and Path(self.options.media)
         if media and is_clip(media):
+            if name not in (media.stem, media.name):
+                raise DataError(f"--media is the clip {media}; name the folder in which all clips are", name=name)
             return self.clips.open(media, name)
         return self.clips.find(media or find_folder(*folders), name)
 

@@ -52,7 +52,18 @@ def folder(tmp_path_factory):
         {"from": "gpt", "value": "The brown dog is running across the yard."},
     ]
     write(folder / "videorefer.json", [raw])
+    _write_sam2(folder / "mine", folder / "runs/demo/data", heldout[0])
     return folder
+
+
+def _write_sam2(folder, data, record):
+    """A clip, its masks as SAM 2 gives them, and the names of the objects."""
+    folder.mkdir()
+    shutil.copy(data / record["video"], folder / "clip.mp4")
+    codes = {frame: {"1": mask["segmentation"]} for frame, mask in record["annotation"][0].items()}
+    write(folder / "masks.json", codes)
+    noun = record["conversations"][0]["value"].partition("<ins>")[2].partition("</ins>")[0]
+    write(folder / "names.json", {"clip": {"1": noun}})
 
 
 def write(path, records):

@@ -74,7 +74,7 @@ def test_sam2(folder, run, tmp_path, form):
         path.write_text("".join(json.dumps(line) + "\n" for line in FORMS["list"]))
     else:
         path = write_json(tmp_path / "masks.json", FORMS[form])
-    names = write_json(tmp_path / "names.json", {"1": "dog", "2": "cat"})
+    names = write_json(tmp_path / "names.json", {"sav_000001": {"1": "dog", "2": "cat"}})
     report, records = run("sam2", path, names=names, media=folder / "sav_000001.mp4")
     assert_masks(records[0], {2: DOG, 5: DOG})
     assert_masks(records[1], {2: CAT})
@@ -89,6 +89,16 @@ def test_sam2_refuses_what_is_of_another_clip(folder, run, tmp_path):
     report, (record,) = run("sam2", path, names=names, media=folder / "sav_000001.mp4")
     assert_masks(record, {0: CAT})
     problems = [str(problem) for problem in report.problems]
-    assert "mask size 48 x 32 does not fit" in problems[0] and "masks, object 1, frame 0" in problems[0]
+    assert "mask size 48 x 32 does not fit" in problems[0] and "sav_000001, object 1, frame 0" in problems[0]
     assert "object 1: is in no frame of the clip" in problems[1]
     assert "object 2, frame 1: run-length code does not decode" in problems[2]
+
+
+def test_one_clip_is_not_taken_for_another(folder, run, tmp_path):
+    """Two files of masks, and one clip as `--media`."""
+    for name in ("sav_000001", "sav_000002"):
+        write_json(tmp_path / f"masks/{name}.json", FORMS["segments"])
+    names = write_json(tmp_path / "names.json", {"1": "dog", "2": "cat"})
+    report, records = run("sam2", tmp_path / "masks", names=names, media=folder / "sav_000001.mp4")
+    assert [record.name for record in records] == ["sav_000001_dog", "sav_000001_cat"]
+    assert "sav_000002: --media is the clip" in str(report.problems[0])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.importing.clips import Clip, Objects
+from swim_fast.importing.clips import Clip, Objects, is_clip
 from swim_fast.importing.job import Job
 from swim_fast.importing.masks import Masks, decode
 from swim_fast.importing.sources import entry, read_json
@@ -35,6 +35,9 @@ class _CodeFiles:
         self.files = {self.unit(path.stem): path for path in (paths if source.is_dir() else [source])}
         if not self.files:
             raise DataError(f"holds no {' or '.join(self.patterns)}", source=job.options.source)
+        media = job.options.media and Path(job.options.media)
+        if len(self.files) == 1 and media and is_clip(media):  # whatever its masks' file is called
+            self.files = dict(zip([media.stem], self.files.values(), strict=True))
         self.units = list(self.files)
 
     def unit(self, stem: str) -> str:
