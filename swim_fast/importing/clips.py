@@ -106,7 +106,10 @@ class Clips:
             frames = frame_files(path)
             if not frames:
                 raise DataError(f"{path} holds no frames ({' '.join(IMAGE_SUFFIXES)})", name=name)
-            return Clip(name, path, kind, len(frames), *_image_size(path / frames[0]), tuple(frames))
+            clip = Clip(name, path, kind, len(frames), *_image_size(path / frames[0]), tuple(frames))
+            if len(clip.indices) < len(frames):
+                raise DataError(f"{path} has two images of one name; are masks among the frames?", name=name)
+            return clip
         info = self._reader.info(path)
         return Clip(name, path, kind, info.num_frames, info.height, info.width)
 
@@ -116,11 +119,16 @@ class Clips:
         Raises:
             DataError: it is missing, several have the name, or it cannot be read.
         """
-        found = [path for path in (folder / name, *(folder / (name + suffix) for suffix in VIDEO_SUFFIXES))]
-        found = [path for path in found if path.exists()]
+        found = candidates(folder, name)
         if len(found) > 1:
             raise DataError(f"both {found[0]} and {found[1]} exist; leave the one that the masks belong to", name=name)
         return self.open(found[0] if found else folder / name, name)
+
+
+def candidates(folder: Path, name: str) -> list[Path]:
+    """Return what a folder has under the name of a clip: folders of frames and video files."""
+    paths = (folder / (name + suffix) for suffix in ("", *VIDEO_SUFFIXES))
+    return [path for path in paths if path.exists()]
 
 
 def is_clip(path: Path) -> bool:
@@ -170,10 +178,12 @@ class Objects:
     clip: Clip
     found: dict[str, list[Masks]] = field(default_factory=dict)
     crowds: set[str] = field(default_factory=set)
+    texts: dict[str, str] = field(default_factory=dict)  # a name in lower case -> as it is written
 
     def add(self, text: str, masks: Masks, crowd: bool = False) -> None:
         """Add an object; a `crowd` is several already."""
-        text = " ".join(text.split())
+        text = " ".join(text.replace("_", " ").split())
+        text = self.texts.setdefault(text.casefold(), text)
         if len(masks):
             self.found.setdefault(text, []).append(masks)
             if crowd:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.importing.clips import Clip, Clips, Mention, Objects, is_clip, make_records
+from swim_fast.importing.clips import Clip, Clips, Mention, Objects, candidates, is_clip, make_records
 from swim_fast.importing.sources import Names, find_folder
 from swim_fast.jobs import Import
 
@@ -37,7 +37,7 @@ class Job:
             DataError: it is missing, or cannot be read.
         """
         media = self.options.media and Path(self.options.media)
-        if media and is_clip(media):
+        if media and is_clip(media) and not candidates(media, name):
             if name not in (media.stem, media.name):
                 raise DataError(f"--media is the clip {media}; name the folder in which all clips are", name=name)
             return self.clips.open(media, name)

@@ -11,6 +11,7 @@ import numpy as np
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import decode_segmentation
 
+MAX_PIXELS = 1 << 28  # of a frame: far more than any camera's
 VOID = 255  # DAVIS marks pixels that count for no object with it
 
 
@@ -65,6 +66,8 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray | None:
     Raises:
         DataError: it does not decode, or is meant for another size.
     """
+    if not 0 < height * width <= MAX_PIXELS:
+        raise DataError(f"frames of {height} x {width} (height x width) are not possible; correct the size")
     return decode_segmentation(segmentation, height, width)
 
 

@@ -49,7 +49,8 @@ class Name:
 def is_category(text: str) -> bool:
     """Tell if a text is the bare name of a category ("dining table") rather than a referring expression."""
     words = text.lower().split()
-    return "<ins>" not in text and len(words) <= 3 and not {*words} & (_ARTICLES | _PREPOSITIONS)
+    acts = len(words) > 1 and words[-1].endswith(("ing", "ed"))  # "dog running"
+    return "<ins>" not in text and len(words) <= 3 and not acts and not {*words} & (_ARTICLES | _PREPOSITIONS)
 
 
 def name_category(text: str, several: bool = False) -> Name:

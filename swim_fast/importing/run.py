@@ -144,10 +144,11 @@ def import_data(options: Import) -> ImportReport:
 def _chosen(units: Sequence[Any], options: Import) -> Sequence[Any]:
     if options.clips is None:
         return units
+    known = {str(unit): unit for unit in units}
     wanted = read_lines(Path(options.clips))
-    if unknown := [name for name in wanted if name not in {*map(str, units)}]:
+    if unknown := [name for name in wanted if name not in known]:
         raise DataError(f"{options.source} has no {unknown[0]!r}; correct the list", source=options.clips)
-    return wanted
+    return [known[name] for name in wanted]
 
 
 def _records(source: Format, units: Sequence[Any], job: Job, report: ImportReport, bar: tqdm) -> Iterator[dict]:

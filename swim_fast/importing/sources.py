@@ -42,6 +42,13 @@ def entry(mapping: Any, key: str, kind: type | tuple[type, ...], where: str = ""
     return value
 
 
+def dig(value: Any, *keys: str) -> Any:
+    """Return what is below some keys of nested JSON objects; None where one of them is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file that are not empty.
 

@@ -35,8 +35,8 @@ def test_sav_is_annotated_every_fourth_frame(folder, run, tmp_path):
 
 
 def test_sav_automatic_objects_have_names_of_their_own(folder, run, tmp_path):
-    write_json(folder / "sav_000001_manual.json", sav([DOG]))
-    write_json(folder / "sav_000001_auto.json", sav([CAT], masklet_id=[7]))
+    write_json(folder / "sav_000001_manual.json", sav([DOG], [EMPTY], [EMPTY]))
+    write_json(folder / "sav_000001_auto.json", sav([CAT], [EMPTY], [EMPTY], masklet_id=[7]))
     names = write_json(tmp_path / "names.json", {"sav_000001": {"0": "dog"}, "sav_000001_auto": {"7": "cat"}})
     _, records = run("sa-v", folder, names=names)
     found = {record.turns[0].text.partition("<ins>")[2].partition("<")[0]: record for record in records}
@@ -45,14 +45,15 @@ def test_sav_automatic_objects_have_names_of_their_own(folder, run, tmp_path):
 
 
 def test_sav_mistakes_are_named(folder, run, tmp_path):
-    write_json(folder / "sav_000001_manual.json", sav([DOG, CAT], [DOG, CAT], [DOG, CAT], [DOG, CAT]))
+    write_json(folder / "sav_000001_manual.json", sav([DOG, CAT], [DOG, CAT], [DOG, CAT]))
+    write_json(folder / "sav_000001_auto.json", sav(*[[DOG, CAT]] * 9))  # of a clip at another rate
     write_json(folder / "sav_000002_manual.json", sav([DOG, CAT], [DOG]))
     write_json(folder / "sav_000003_manual.json", {"masklets": []})
     names = write_json(tmp_path / "names.json", {"0": "dog"})
     report, (record,) = run("sa-v", folder, names=names)
     assert_masks(record, {0: DOG, 4: DOG, 8: DOG})
     problems = [str(problem) for problem in report.problems]
-    assert "object 0, frame 12: frame 12 is not in the clip" in problems[0]
+    assert "has 9 annotated frames, one of 4, and" in problems[0] and "has 9 frames" in problems[0]
     assert "object 1: has no name" in problems[1] and "sav_000001_manual.json" in problems[1]
     assert "sav_000002" in problems[2] and "masklet[1]: is not a list of 2 codes" in problems[2]
     assert "masklet: is missing, expected a list; it has masklets" in problems[3]

@@ -175,3 +175,16 @@ def test_paths_start_from_the_folder_of_the_records(davis, run, tmp_path):
     out = davis / "records.json"
     import_data(Import(format="davis", source=str(davis), out=str(out), names=str(names), progress=False))
     assert json.loads(out.read_text())[0]["video"] == "JPEGImages/480p/pets"
+
+
+def test_masks_among_the_frames_are_refused(davis, run, tmp_path):
+    write_palette(davis / "JPEGImages/480p/pets/00001.png", DOG)
+    names = write_json(tmp_path / "names.json", {"1": "dog"})
+    with pytest.raises(DataError, match="has two images of one name; are masks among the frames"):
+        run("davis", davis, names=names)
+
+
+def test_names_that_differ_in_case_are_one(davis, run, tmp_path):
+    names = write_json(tmp_path / "names.json", {"1": "Tabby cat", "2": "tabby_cat"})
+    _, (record,) = run("davis", davis, names=names)
+    assert "the tabby <ins>cats</ins>" in texts(record)[0]

@@ -18,6 +18,8 @@ from swim_fast.importing.job import Job
 from swim_fast.importing.masks import Masks, decode
 from swim_fast.importing.sources import entry, read_json
 
+ID = (int, str)
+
 
 class CocoFile:
     """Instances of images; images are in `--media`, beside the file, or in `train2017/` for `…_train2017.json`."""
@@ -29,14 +31,17 @@ class CocoFile:
         data = read_json(self.path)
         try:
             categories = entry(data, "categories", list)
-            self.categories = {entry(one, "id", int): entry(one, "name", str) for one in categories}
-            self.items = {self.name(one): one for one in entry(data, self.media, list)}
-            self.annotations: dict[int, list[dict]] = defaultdict(list)
+            self.categories = {entry(one, "id", ID): entry(one, "name", str) for one in categories}
+            self.items: dict[str, dict] = {}
+            for one in entry(data, self.media, list):
+                if self.items.setdefault(name := self.name(one), one) is not one:
+                    raise DataError(f"two {self.media} are called {name!r}", key=self.media)
+            self.annotations: dict[Any, list[dict]] = defaultdict(list)
             for i, annotation in enumerate(entry(data, "annotations", list)):
-                self.annotations[entry(annotation, self.owner, int, f"annotations[{i}].")].append(annotation)
+                self.annotations[entry(annotation, self.owner, ID, f"annotations[{i}].")].append(annotation)
+            self.units = [name for name, item in self.items.items() if entry(item, "id", ID) in self.annotations]
         except DataError as error:
             raise error.within(source=job.options.source) from None
-        self.units = [name for name, item in self.items.items() if item.get("id") in self.annotations]
 
     def name(self, item: dict) -> str:
         """Return the name of the unit that an image is."""
@@ -49,9 +54,9 @@ class CocoFile:
         objects = Objects(clip)
         for annotation in self.annotations[item["id"]]:
             with self.job.noting(name=unit, key=f"annotation {annotation.get('id')}"):
-                category = self.categories.get(annotation.get("category_id"))
+                category = self.categories.get(number := entry(annotation, "category_id", ID))
                 if category is None:
-                    raise DataError(f"category_id {annotation.get('category_id')!r} is not among the categories")
+                    raise DataError(f"category_id {number!r} is not among the categories")
                 masks = Masks()
                 for frame, segmentation in self.segmentations(annotation, item, clip):
                     masks.add(frame, decode(segmentation, entry(item, "height", int), entry(item, "width", int)))
@@ -76,7 +81,10 @@ class YoutubeVisFile(CocoFile):
     media, owner = "videos", "video_id"
 
     def name(self, item: dict) -> str:  # noqa: D102
-        return str(PurePosixPath(*entry(item, "file_names", list, "videos: ")[:1]).parent)
+        names = entry(item, "file_names", list, "videos: ")
+        if not names or not all(isinstance(name, str) for name in names):
+            raise DataError("is no list of the files of frames", key="videos: file_names")
+        return str(PurePosixPath(names[0]).parent)
 
     def open(self, unit: str, item: dict) -> Clip:  # noqa: D102
         folder = self.path.parent

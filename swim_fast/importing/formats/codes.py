@@ -49,6 +49,7 @@ class _CodeFiles:
         path = self.files[unit]
         with_codes = self.read(path)
         clip = self.job.open(self.clip_name(unit), path.parent)
+        self.check(clip, with_codes, str(path))
         objects = Objects(clip)
         for number, codes in with_codes.items():
             with self.job.noting(name=unit, source=str(path)):
@@ -63,6 +64,9 @@ class _CodeFiles:
     def read(self, path: Path) -> dict[str, dict[int, Any]]:
         """Return the codes of a file, by object and number of the frame."""
         raise NotImplementedError
+
+    def check(self, clip: Clip, codes: dict[str, dict[int, Any]], source: str) -> None:
+        """Raise DataError if the codes of a file are those of another clip."""
 
     def _decode(self, clip: Clip, number: str, codes: dict[int, Any], unit: str) -> Masks:
         masks = Masks()
@@ -91,6 +95,13 @@ class SavFiles(_CodeFiles):
 
     def read(self, path: Path) -> dict[str, dict[int, Any]]:  # noqa: D102
         return read_masklet(read_json(path), str(path))
+
+    def check(self, clip: Clip, codes: dict[str, dict[int, Any]], source: str) -> None:
+        """A clip that was cut, or encoded at another rate, would have its masks on other frames."""
+        every, count = self.job.options.every or self.every, max(map(len, codes.values()), default=0)
+        if not (count - 1) * every < clip.num_frames <= (count + 1) * every:
+            text = f"has {count} annotated frames, one of {every}, and {clip.path} has {clip.num_frames} frames"
+            raise DataError(f"{text}; take the clip as it was published, or see --every", source=source)
 
 
 def read_masklet(value: dict, source: str) -> dict[str, dict[int, Any]]:

@@ -72,10 +72,13 @@ class Conversations(RecordsOfFile):
             raise DataError("has no answer to train on")
         if raw.get("annotation"):
             record["annotation"] = raw["annotation"]
+        if len(record) == 1 + len(name) and any(f"<{kind}>" in text for _, text in turns for kind in media):
+            raise DataError("a <video> or <image> placeholder without a video or image")
+        self.file.parse(record, unit)
         yield record
 
     def _column(self, raw: dict, column: str) -> Any:
-        names = (self.columns[column],) if column in self.columns else COLUMNS[column]
+        names = (str(self.columns[column]),) if column in self.columns else COLUMNS[column]
         return next((raw[name] for name in names if raw.get(name) not in (None, "", [])), None)
 
     def _turns(self, entry: dict) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -88,11 +91,11 @@ class Conversations(RecordsOfFile):
             for i, message in enumerate(entry["messages"]):
                 turns += self._message(message, f"messages[{i}]", shown)
         elif isinstance(entry["prompt"], str):
-            history = entry["history"] or []
-            pairs = [*history, [entry["prompt"] + (f"\n{entry['query']}" if entry["query"] else ""), entry["response"]]]
-            for pair in pairs:
+            question = "\n".join(text for text in (entry["prompt"], entry["query"]) if isinstance(text, str))
+            pairs = entry["history"] or []
+            for pair in [*pairs, [question, entry["response"]]] if isinstance(pairs, list) else [None]:
                 if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-                    raise DataError("is no question with its answer", key="history" if pair in history else "response")
+                    raise DataError(f"{pair!r} is no question with its answer", key="response or history")
                 turns += zip(("user", "assistant"), pair, strict=True)
         else:
             raise DataError("has neither messages, conversations, instruction nor query; what is it?")
@@ -109,7 +112,7 @@ class Conversations(RecordsOfFile):
             role = message.get(self.tags.get("role_tag", "role"), message.get("from"))
             content = message.get(self.tags.get("content_tag", "content"), message.get("value"))
             speakers = {self.tags[f"{name}_tag"]: name for name in SPEAKERS if f"{name}_tag" in self.tags}
-            known = speakers.get(role) or (ROLES.get(role) if isinstance(role, str) else None)
+            known = speakers.get(role, ROLES.get(role)) if isinstance(role, str) else None
             if known is None:
                 raise DataError(f"unknown speaker {role!r}; known are {', '.join(ROLES)}", key=key)
             pairs = [(known, _text(content, key, shown))]
@@ -127,7 +130,7 @@ def _text(content: Any, key: str, shown: dict[str, Any]) -> Any:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("video", "image"):
-            if kind in shown:
+            if shown.get(kind):
                 raise DataError(f"a second {kind}; a record has one video or image", key=key)
             shown[kind] = part.get(kind)
             texts.append(f"<{kind}>\n")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.video.decode_child import natural_order
 from swim_fast.importing.clips import Clip, Mention
 from swim_fast.importing.formats.folders import read_palette
 from swim_fast.importing.job import Job
@@ -43,7 +42,7 @@ class Expressions:
         expressions = entry(info, "expressions", dict, where)
         clip = self.job.open(video, *(folder / "JPEGImages" for folder in self.folders), *self.folders)
         if self.codes is not None:
-            frames = sorted(map(str, entry(info, "frames", list, where)), key=natural_order)
+            frames = sorted(map(str, entry(info, "frames", list, where)))  # as the published loaders do
             objects: Any = _Codes(self.codes, clip, [clip.index(frame) for frame in frames])
         else:
             annotations = find_folder(*(folder / "Annotations" for folder in self.folders))

@@ -17,7 +17,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clip, Objects, frame_files, is_clip
 from swim_fast.importing.job import Job
 from swim_fast.importing.masks import Masks, read_labels, read_mask
-from swim_fast.importing.sources import entry, read_json, subfolders
+from swim_fast.importing.sources import dig, entry, read_json, subfolders
 
 
 class _Folders:
@@ -76,7 +76,7 @@ class PaletteFolders(_Folders):
         yield from self.job.records(objects)
 
     def _category(self, video: str, number: str) -> str | None:
-        found = self.videos.get(video, {}).get("objects", {}).get(number, {}).get("category")
+        found = dig(self.videos, video, "objects", number, "category")
         return found if isinstance(found, str) else None
 
 

@@ -7,7 +7,6 @@ of its object. A polygon is its points; a mask has a PNG in base64 under `mask`,
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 from collections.abc import Iterator
@@ -95,11 +94,14 @@ def _mask(shape: dict, height: int, width: int) -> np.ndarray | None:
         return decode([[float(x) for point in points for x in _pair(point)]], height, width)
     if kind != "mask":
         raise DataError(f"is a {kind}, which is no mask; draw polygons, or make masks of it with SAM 2")
-    return place(_picture(entry(shape, "mask", str)), *(round(x) for x in _pair(points[0])), height, width)
+    left, top = (round(x) for x in _pair(points[0] if points else None))
+    return place(_picture(entry(shape, "mask", str)), left, top, height, width)
 
 
 def _pair(point: object) -> list:
-    if not (isinstance(point, list) and len(point) == 2 and all(type(x) in (int, float) for x in point)):
+    if not (
+        isinstance(point, list) and len(point) == 2 and all(type(x) in (int, float) and abs(x) < 1e6 for x in point)
+    ):
         raise DataError(f"the point {point!r} is no [x, y]")
     return point
 
@@ -110,5 +112,5 @@ def _picture(text: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as image:
             return np.array(image.convert("L")) > 0
-    except (binascii.Error, OSError, SyntaxError) as error:
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"its mask does not decode: {error}") from None

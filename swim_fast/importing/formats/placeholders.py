@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.records import RecordFile
+from swim_fast.data.source.records import read_turns
 from swim_fast.importing.formats.conversations import RecordsOfFile, one_medium
-from swim_fast.importing.job import Job
 from swim_fast.importing.masks import Masks, decode
 from swim_fast.nl_refer.english.rules import UnclearError, name_objects
 from swim_fast.nl_refer.placeholders import check_rest, find_task, replace_placeholders
@@ -21,10 +20,6 @@ from swim_fast.nl_refer.validation import RejectedError, check_expressions
 
 class Placeholders(RecordsOfFile):
     """Records whose placeholders become tagged nouns, by the rules of `swim-fast nl-refer build`."""
-
-    def __init__(self, job: Job):
-        super().__init__(job)
-        self.parser = RecordFile(job.options.source)
 
     def records(self, unit: int) -> Iterator[dict]:
         """Yield the record."""
@@ -38,9 +33,10 @@ class Placeholders(RecordsOfFile):
     def _named(self, entry: dict, unit: int) -> dict:
         task = find_task(entry, unit)
         if task is None:
-            tagged = any("<ins>" in turn["value"] for turn in entry["conversations"])
-            return entry if tagged else entry | {"annotation": []}
-        check_rest(self.parser, entry, task)
+            entry = entry if any("<ins>" in turn.text for turn in read_turns(entry)) else entry | {"annotation": []}
+            self.file.parse(entry, unit)
+            return entry
+        check_rest(self.file, entry, task)
         try:
             expressions = name_objects(task.mentions())
             check_expressions(task, expressions)
