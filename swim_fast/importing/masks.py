@@ -31,6 +31,18 @@ class Masks:
         if mask is not None and mask.any():
             self._codes[frame].append(coco.encode(np.asfortranarray(mask != 0, dtype=np.uint8)))
 
+    def add_code(self, frame: int, segmentation: Any, height: int, width: int) -> None:
+        """Add a run-length code or polygons of frames of a size; null and what marks nothing adds nothing.
+
+        Raises:
+            DataError: it does not decode, or is meant for another size.
+        """
+        mask = decode(segmentation, height, width)
+        if mask is not None and isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), str):
+            self._codes[frame].append({"size": mask.shape, "counts": segmentation["counts"].encode()})  # it is one
+        else:
+            self.add(frame, mask)
+
     @property
     def frames(self) -> set[int]:
         """Indices of the frames that have a mask."""

@@ -15,7 +15,7 @@ from typing import Any
 from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clip, Objects
 from swim_fast.importing.job import Job
-from swim_fast.importing.masks import Masks, decode
+from swim_fast.importing.masks import Masks
 from swim_fast.importing.sources import entry, read_json
 
 ID = (int, str)
@@ -59,7 +59,7 @@ class CocoFile:
                     raise DataError(f"category_id {number!r} is not among the categories")
                 masks = Masks()
                 for frame, segmentation in self.segmentations(annotation, item, clip):
-                    masks.add(frame, decode(segmentation, entry(item, "height", int), entry(item, "width", int)))
+                    masks.add_code(frame, segmentation, entry(item, "height", int), entry(item, "width", int))
                 if not len(masks):
                     raise DataError("has no segmentation with a pixel in it; a bbox alone is no mask")
                 objects.add(category, masks, crowd=bool(annotation.get("iscrowd")))

@@ -17,7 +17,7 @@ from typing import Any
 from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clip, Objects, is_clip
 from swim_fast.importing.job import Job
-from swim_fast.importing.masks import Masks, decode
+from swim_fast.importing.masks import Masks
 from swim_fast.importing.sources import entry, read_json
 
 SAV_EVERY = 4  # frames from one annotation to the next
@@ -73,9 +73,8 @@ class _CodeFiles:
         for frame, code in codes.items():
             index = self.job.frame(frame, self.every)
             with self.job.noting(name=unit, key=f"object {number}, frame {index}"):
-                mask = decode(code, clip.height, clip.width)
                 clip.check(index, (clip.height, clip.width))
-                masks.add(index, mask)
+                masks.add_code(index, code, clip.height, clip.width)
         if not len(masks):
             raise DataError("is in no frame of the clip: all its codes are empty or unusable", key=f"object {number}")
         return masks

@@ -16,7 +16,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clip, Mention
 from swim_fast.importing.formats.folders import read_palette
 from swim_fast.importing.job import Job
-from swim_fast.importing.masks import Masks, decode
+from swim_fast.importing.masks import Masks
 from swim_fast.importing.naming import name_expression
 from swim_fast.importing.sources import entry, find_folder, read_json
 
@@ -99,7 +99,7 @@ class _Codes:
                 raise DataError(text, key=f"mask_dict.json: {number}")
             masks = Masks()
             for frame, code in zip(self.frames, codes, strict=True):
-                masks.add(frame, decode(code, self.clip.height, self.clip.width))
+                masks.add_code(frame, code, self.clip.height, self.clip.width)
             self.found[number] = masks
         return self.found[number]
 

@@ -12,7 +12,7 @@ from typing import Any
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import read_turns
 from swim_fast.importing.formats.conversations import RecordsOfFile, one_medium
-from swim_fast.importing.masks import Masks, decode
+from swim_fast.importing.masks import Masks
 from swim_fast.nl_refer.english.rules import UnclearError, name_objects
 from swim_fast.nl_refer.placeholders import check_rest, find_task, replace_placeholders
 from swim_fast.nl_refer.validation import RejectedError, check_expressions
@@ -67,7 +67,7 @@ def _coded(mask: Any, size: tuple[Any, Any], key: str) -> Any:
         return mask
     try:
         masks = Masks()
-        masks.add(0, decode(mask, *size))
+        masks.add_code(0, mask, *size)
         return masks.annotation().get("0", {}).get("segmentation")
     except DataError as error:
         raise error.within(key=key) from None
