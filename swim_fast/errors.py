@@ -11,6 +11,12 @@ SEE_DOCTOR = " (swim-fast doctor shows what works here)"
 class UserError(Exception):
     """Base of every error whose message names what is wrong, where, and the remedy."""
 
+    def __init__(self, *args: Any):
+        name = type(self).__name__
+        if args and str(args[0]).startswith(f"Caught {name} in "):  # a DataLoader's worker: its traceback helps nobody
+            args = (args[0].rpartition(f"{name}: ")[2].strip().removesuffix(SEE_DOCTOR), *args[1:])
+        super().__init__(*args)
+
 
 class OptionError(UserError, ValueError):
     """An option that cannot be used; the message names the option, its value and what would be accepted."""
@@ -21,6 +27,13 @@ class MissingLibraryError(UserError, ImportError):
 
     def __str__(self) -> str:
         return f"{super().__str__()}{SEE_DOCTOR}"
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters, line breaks and halves of surrogate pairs written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 _OTHER = re.compile(r"\{([\w.]+)\}")  # option that the text of a mistake names

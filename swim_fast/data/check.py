@@ -11,13 +11,15 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from swim_fast.data.sample.builder import MediaReader, SampleBuilder, check_frame_index, decode_mask
+from swim_fast.data.sample.builder import MediaReader, SampleBuilder, read_mask, read_masks
 from swim_fast.data.sample.conversation import Conversation
+from swim_fast.data.sample.encoding import find_noun
 from swim_fast.data.sample.sampling import choose_frames, count_frames
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import stated_size
 from swim_fast.data.source.records import Record, RecordFile
-from swim_fast.data.source.tags import strip_tags
+from swim_fast.data.source.tags import TokenRanges, strip_tags
+from swim_fast.data.video.reader import MediaInfo
 from swim_fast.jobs import Check
 from swim_fast.options import Decoding, Excerpt, Sampling
 
@@ -52,14 +54,15 @@ class CheckReport:
     Attributes:
         path: the file, as given.
         counts: records; usable (without any problem); video, image, text (by what they show); with_tags (records);
-            tags; annotated_frames (frames of a record in which any object has a mask); masks.
+            tags; tags_without_mask (none of whose masks has a pixel; None where that is not known, see `check_file`);
+            annotated_frames (frames of a record in which any object has a mask); masks.
         tokens: fewest, mean and most tokens of a sample, and the number of samples thinned to fit; None without a
             processor or decoded video.
         problems: all problems, in the order of the file.
     """
 
     path: str
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int | None] = field(default_factory=dict)
     tokens: dict[str, float] | None = None
     problems: list[Problem] = field(default_factory=list)
 
@@ -80,6 +83,10 @@ class CheckReport:
             f"  {count['with_tags']:,} records with {count['tags']:,} tagged nouns, "
             f"{count['masks']:,} masks in {count['annotated_frames']:,} annotated frames",
         ]
+        if count["tags_without_mask"]:
+            lines.append(
+                f"  {count['tags_without_mask']:,} tagged nouns without any mask pixel: their attention is not trained"
+            )
         if self.tokens:
             lines.append("  tokens per sample: {fewest:,.0f} to {most:,.0f}, mean {mean:,.0f}".format(**self.tokens))
             if self.tokens["thinned"]:
@@ -148,6 +155,8 @@ def check_file(
         records.close()
     counts["records"] = len(records)
     report.counts = {name: counts[name] for name in _COUNTS}
+    if not options.decode:
+        report.counts["tags_without_mask"] = None
     if tokens:
         report.tokens = {
             "fewest": min(tokens),
@@ -158,7 +167,18 @@ def check_file(
     return report
 
 
-_COUNTS = ("records", "usable", "video", "image", "text", "with_tags", "tags", "annotated_frames", "masks")
+_COUNTS = (
+    "records",
+    "usable",
+    "video",
+    "image",
+    "text",
+    "with_tags",
+    "tags",
+    "tags_without_mask",
+    "annotated_frames",
+    "masks",
+)
 
 
 def _as_it_is(item):
@@ -198,7 +218,7 @@ class _RecordChecks(Dataset):
             elif record.media is not None:
                 self._check_media(record, finding)
             if self.builder is not None and self.options.decode and not finding.problems:
-                sample = self.builder(record)
+                sample = self.builder(record)  # as training makes it: nothing that it refuses passes here
                 finding.tokens, finding.thinned = len(sample.inputs["input_ids"]), bool(sample.notes)
         return finding
 
@@ -215,15 +235,12 @@ class _RecordChecks(Dataset):
     def _check_media(self, record: Record, finding: _Finding) -> None:
         """Check frame indices and every mask, and decode the frames that training would take."""
         info = self.reader.info(record)
-        annotated = set()
-        for tag, segmentations in enumerate(record.objects):
-            for frame in segmentations:
-                with finding.noting():
-                    check_frame_index(record, tag, frame, info.num_frames)
-                    if decode_mask(record, tag, frame, info.height, info.width) is not None:
-                        annotated.add(frame)
-                        finding.counts["masks"] += 1
+        masks = read_masks(record, info, finding.noting)
+        annotated = set().union(*masks)
+        finding.counts["masks"] += sum(map(len, masks))
         finding.counts["annotated_frames"] += len(annotated)
+        if not finding.problems:
+            finding.counts["tags_without_mask"] += sum(not found for found in masks)
         if self.builder is None or finding.problems:  # else the builder is about to decode them
             frames = [0]
             if record.kind == "video":
@@ -238,10 +255,10 @@ class _RecordChecks(Dataset):
                 raise DataError(f"{record.media} does not exist; correct the path or the media folder", key=record.kind)
         for tag, segmentations in enumerate(record.objects):
             for frame, segmentation in segmentations.items():
-                if size := stated_size(segmentation):
+                if size := stated_size(segmentation) or record.mask_size:
                     with finding.noting():
-                        decode_mask(record, tag, frame, *size)
+                        read_mask(record, tag, frame, MediaInfo(frame + 1, 1.0, *size))
         if conversation is not None:
-            encoding = self.builder.encode.text(conversation)
-            for tag in range(len(record.objects)):
-                encoding.noun_tokens(tag)
+            ranges = TokenRanges(self.builder.encode.text_offsets(conversation))
+            for tag, noun in enumerate(conversation.nouns):
+                find_noun(ranges, noun, tag)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from swim_fast.data.sample.builder import Sample, SampleBuilder, decode_mask
+from swim_fast.data.sample.builder import Sample, SampleBuilder, read_mask
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.errors import OptionError
@@ -104,12 +104,8 @@ def _add_media(
             where = "the second frame of a patch" if builder.supervision.supervise == "second" else "these frames"
             view.notes.append(f"“{view.nouns[tag]}” has no mask in {where}: its attention is not trained")
         for frame in segmentations:
-            try:
-                mask = decode_mask(record, tag, frame, info.height, info.width)
-            except DataError as error:  # in a frame that is not taken, or there would be no sample
-                view.problems.append(str(error))
-            else:
-                masks[frame] |= {} if mask is None else {tag: mask}
+            if mask := read_mask(record, tag, frame, info):
+                masks[frame][tag] = mask.decode()
     frames, last = [], None
     for frame, pixels in zip(sample.frames, builder.reader.frames(record, sample.frames), strict=True):
         label = f"frame {frame}, {frame / info.fps:.2f} s" + " (repeated)" * (frame == last) if video else ""

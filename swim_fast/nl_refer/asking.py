@@ -73,7 +73,7 @@ def find_requests(
     """
     for index in range(count):
         try:
-            entry = records.raw(index)
+            entry = records.entry(index)
             task = find_task(entry, index, binding)
             if task is not None:
                 check_rest(records, entry, task)

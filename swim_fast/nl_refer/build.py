@@ -191,7 +191,7 @@ def _convert(
     """Return the record of the output or why there is none, and the raw record if it could be read."""
     entry = None
     try:
-        entry = records.raw(index)
+        entry = records.entry(index)
         task = find_task(entry, index, binding)
         if task is None:
             result = _drop_loose_masks(entry, counts)

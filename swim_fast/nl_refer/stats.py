@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from swim_fast.data.sample.builder import MediaReader
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.masks import decode_segmentation, stated_size
+from swim_fast.data.source.masks import read_segmentation, stated_size
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.errors import OptionError
@@ -132,7 +132,7 @@ def _count_record(record: Record, stats: Stats, clips: MediaReader) -> None:
     known: list[tuple[int, int]] = []  # the clip's size, once it had to be opened
 
     def size_of(segmentation: Any) -> tuple[int, int]:
-        if stated := stated_size(segmentation):
+        if stated := stated_size(segmentation) or record.mask_size:
             return stated
         if not known:
             info = clips.info(record)
@@ -143,7 +143,8 @@ def _count_record(record: Record, stats: Stats, clips: MediaReader) -> None:
         annotated = 0
         for frame, segmentation in frames.items():
             try:
-                mask = None if segmentation is None else decode_segmentation(segmentation, *size_of(segmentation))
+                size = (0, 0) if segmentation is None else size_of(segmentation)
+                mask = read_segmentation(segmentation, *size, record.mask_size)
             except DataError as error:
                 key = error.key or f"annotation[{i}]['{frame}']"
                 stats.note(error.within(source=record.source, record=record.number, name=record.name, key=key))
@@ -151,5 +152,5 @@ def _count_record(record: Record, stats: Stats, clips: MediaReader) -> None:
             stats.counts.update(masks=1, empty_masks=mask is None)
             if mask is not None:
                 annotated += 1
-                stats.areas.append(float(mask.mean()))
+                stats.areas.append(mask.area)
         stats.frames.append(annotated)

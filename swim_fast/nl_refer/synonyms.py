@@ -135,7 +135,7 @@ def write_variant(options: Synonyms, progress: bool = True) -> VariantReport:
         for index in tqdm(range(count), unit="record", disable=not progress):
             report.counts["records"] += 1
             try:
-                entry = records.raw(index)
+                entry = records.entry(index)
                 records.parse(entry, index)
             except DataError as error:
                 report.counts["malformed"] += 1

@@ -28,6 +28,7 @@ class Sums:
     tokens: Tensor | float = 0.0
     token_slots: Tensor | float = 0.0  # tokens and padding
     skipped: Tensor | float = 0.0  # samples
+    tags_without_mask: Tensor | float = 0.0
     flops: Tensor | float = 0.0
 
     @classmethod
@@ -43,6 +44,7 @@ class Sums:
             tokens=counts.tokens,
             token_slots=counts.token_slots,
             skipped=len(batch["problems"]),
+            tags_without_mask=counts.tags_without_mask,
         )
 
     def __add__(self, other: Sums) -> Sums:
@@ -68,4 +70,6 @@ class Sums:
             averages |= {name: getattr(self, name) / self.grounded_pairs for name in METRICS}
         if self.skipped:
             averages["skipped"] = int(self.skipped)
+        if self.tags_without_mask:
+            averages["tags_without_mask"] = int(self.tags_without_mask)
         return averages | {"pairs": int(self.pairs)}

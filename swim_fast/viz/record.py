@@ -62,7 +62,6 @@ class RecordView:
         patches: temporal patches; none in text.
         grid: height and width of a patch in visual tokens.
         notes: what a user would want to know.
-        problems: what a user should mend.
     """
 
     title: str
@@ -74,7 +73,6 @@ class RecordView:
     patches: list[Patch] = field(default_factory=list)
     grid: Sequence[int] = (1, 1)
     notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 def write_record_page(path: str | os.PathLike[str], view: RecordView) -> Path:

@@ -54,7 +54,7 @@ COUNTS = {"records": 11, "video": 7, "image": 1, "text": 1, "with_tags": 6, "tag
 @pytest.mark.parametrize("workers", [0, 2])
 def test_everything_is_counted_and_every_problem_found(file, processor, workers):
     report = check_file(Check(file=file, max_frames=4, workers=workers), processor, progress=False)
-    assert report.counts == {**COUNTS, "usable": 4, "annotated_frames": 5, "masks": 6}
+    assert report.counts == {**COUNTS, "usable": 4, "annotated_frames": 5, "masks": 6, "tags_without_mask": 1}
     found = [(problem.record, problem.name, problem.kind, problem.key) for problem in report.problems]
     assert found == [
         (4, "broken clip", "video", "video"),
@@ -86,7 +86,7 @@ def test_everything_is_counted_and_every_problem_found(file, processor, workers)
 
 def test_without_a_processor_the_text_is_checked_for_tags_alone(file):
     report = check_file(Check(file=file, max_frames=4, workers=0), progress=False)
-    assert report.counts == {**COUNTS, "usable": 5, "annotated_frames": 5, "masks": 6}
+    assert report.counts == {**COUNTS, "usable": 5, "annotated_frames": 5, "masks": 6, "tags_without_mask": 1}
     assert [problem.record for problem in report.problems] == [4, 5, 6, 7, 7, 7, 9, 10]
     assert report.tokens is None
 
@@ -146,10 +146,11 @@ def test_report_as_text_and_json(file, processor, capsys):
     assert lines[0] == file
     assert lines[1] == "  11 records, 4 usable: 7 video, 1 image, 1 text only"
     assert lines[2] == "  6 records with 7 tagged nouns, 6 masks in 5 annotated frames"
-    assert lines[3].startswith("  tokens per sample: ")
-    assert lines[4] == "  9 problems: 4 in annotation, 2 in video, 2 in conversations, 1 in record"
-    assert len(lines) == 5 + 9
-    assert lines[8].startswith("    record 7 (masks), annotation[0]['3']: mask size 64 x 64 does not fit")
+    assert lines[3] == "  1 tagged nouns without any mask pixel: their attention is not trained"
+    assert lines[4].startswith("  tokens per sample: ")
+    assert lines[5] == "  9 problems: 4 in annotation, 2 in video, 2 in conversations, 1 in record"
+    assert len(lines) == 6 + 9
+    assert lines[9].startswith("    record 7 (masks), annotation[0]['3']: mask size 64 x 64 does not fit")
     data = json.loads(json.dumps(report.as_dict()))
     assert data["counts"]["usable"] == 4 and data["problems_by_kind"]["annotation"] == 4
     assert data["problems"][3]["key"] == "annotation[0]['3']"

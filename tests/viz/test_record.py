@@ -48,7 +48,6 @@ def view(**changes):
         ],
         "grid": (2, 3),
         "notes": [NASTY],
-        "problems": [NASTY],
     }
     return RecordView(**{**values, **changes})
 
@@ -69,7 +68,7 @@ def test_all_text_is_escaped(tmp_path):
     text = page(tmp_path)
     assert "<script" not in text and "<b>&#34;" not in text
     escaped = "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;&lt;b&gt;&#34;"
-    assert text.count(escaped) >= 10  # title twice, facts, noun, text, row, label, alternative text, note, problem
+    assert text.count(escaped) >= 9  # title twice, facts, noun, text, row, label, alternative text, note
 
 
 def test_nouns_have_the_colour_of_their_masks(tmp_path):

@@ -91,7 +91,7 @@ class Collator:
         return {
             **batch,
             "label_positions": find_label_positions(batch["labels"]),
-            "counts": BatchCounts.from_batch(batch),
+            "counts": BatchCounts.from_batch(batch, sum(sample.tags_without_mask for sample in samples)),
             "noun_queries": queries,
             "mask_targets": _mask_targets(samples),
             "samples": [sample.name for sample in samples],

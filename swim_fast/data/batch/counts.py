@@ -17,6 +17,7 @@ class BatchCounts:
         labels: number of tokens that are predicted.
         lengths: tokens of each sample, without padding.
         token_slots: tokens and padding.
+        tags_without_mask: number of tagged nouns without a mask in the frames taken.
         grids: (temporal patches, height, width) of each image and video, in patches before merging.
     """
 
@@ -24,9 +25,10 @@ class BatchCounts:
     lengths: tuple[int, ...]
     token_slots: int
     grids: tuple[tuple[int, int, int], ...]
+    tags_without_mask: int = 0
 
     @classmethod
-    def from_batch(cls, batch: dict) -> BatchCounts:
+    def from_batch(cls, batch: dict, tags_without_mask: int = 0) -> BatchCounts:
         """Return the sizes of a batch of `Collator`, best on the CPU: the values are read."""
         rows, length = batch["input_ids"].shape
         lengths: Tensor | None = None
@@ -40,6 +42,7 @@ class BatchCounts:
             lengths=(length,) * rows if lengths is None else tuple(lengths.tolist()),
             token_slots=rows * length,
             grids=tuple((frames, height, width) for frames, height, width in grids),
+            tags_without_mask=tags_without_mask,
         )
 
     @property

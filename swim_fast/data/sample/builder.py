@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 
 from swim_fast.data.sample.conversation import Conversation, ConversationRenderer
-from swim_fast.data.sample.encoding import Encoder, Encoding
+from swim_fast.data.sample.encoding import Encoder, Encoding, find_noun
 from swim_fast.data.sample.sampling import choose_frames, plan_frames, supervised_patches
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.masks import decode_segmentation, unwrapped
+from swim_fast.data.source.masks import Mask, read_segmentation
 from swim_fast.data.source.records import Record
+from swim_fast.data.source.tags import TokenRanges
 from swim_fast.data.video.reader import FrameReader, MediaInfo
+from swim_fast.errors import printable
 from swim_fast.options import Decoding, Sampling, Supervision
+
+MAX_MASK_PIXELS = 1 << 31  # of all masks of a sample together
 
 
 class Row(NamedTuple):
@@ -58,6 +62,7 @@ class Sample:
         pairs: P pairs of row and patch.
         masks: uint8 [Hm, Wm] each, one per noun and supervised temporal patch; all rows of a noun share them.
         tags: index of the tag that each row belongs to, R integers.
+        tags_without_mask: number of tagged nouns without a mask in the frames taken, whose attention is not trained.
         frames: frame indices in the source video, padding included.
         notes: remarks for the user, such as on a video that was thinned.
     """
@@ -71,6 +76,7 @@ class Sample:
     pairs: list[Pair] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
     tags: list[int] = field(default_factory=list)
+    tags_without_mask: int = 0
     frames: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -89,6 +95,7 @@ class Plan:
     frames: Sequence[int] = ()
     notes: Sequence[str] = ()
     max_pixels: int | None = None  # of a frame of this video, below the processor's own limit
+    masks: Sequence[dict[int, Mask]] = ()  # of each tag, by frame index, also of frames that are not taken
 
 
 class MediaReader:
@@ -139,43 +146,52 @@ def _in_record(record: Record) -> Iterator[None]:
         raise error.within(source=record.source, record=record.number, name=record.name) from error
 
 
-def check_frame_index(record: Record, tag: int, frame: int, num_frames: int) -> None:
-    """Refuse a frame index of the object of a tag that the video or image does not have.
+def read_mask(record: Record, tag: int, frame: int, info: MediaInfo) -> Mask | None:
+    """Read and check the mask of the object of a tag in one frame of a clip; None where it is not to be seen.
 
     Raises:
-        DataError: naming the number of frames.
-    """
-    if not 0 <= frame < num_frames:
-        raise DataError(
-            f"frame number past the end: the {record.kind} has {num_frames} frames, counted from 0; "
-            "correct the annotation or the path of the clip",
-            key=f"annotation[{tag}]['{frame}']",
-        )
-
-
-def decode_mask(record: Record, tag: int, frame: int, height: int, width: int) -> np.ndarray | None:
-    """Decode the mask of the object of a tag in one frame: uint8 [Hm, Wm], or None where it is not to be seen.
-
-    Raises:
-        DataError: a segmentation that does not decode, or does not fit a video of `height` × `width`.
+        DataError: a frame that the clip does not have; a segmentation that does not decode, or does not fit the clip.
     """
     with _at(f"annotation[{tag}]['{frame}']"):
-        return decode_segmentation(record.objects[tag][frame], height, width)
+        if not 0 <= frame < info.num_frames:
+            raise DataError(
+                f"frame number past the end: the {record.kind} has {info.num_frames} frames, counted from 0; "
+                "correct the annotation or the path of the clip"
+            )
+        return read_segmentation(record.objects[tag][frame], info.height, info.width, record.mask_size)
 
 
-def annotated_frames(record: Record, num_frames: int) -> list[int]:
-    """Return the indices of the frames in which any object has a segmentation, sorted; nothing is decoded.
+def read_masks(
+    record: Record, info: MediaInfo, noting: Callable[[], AbstractContextManager] = nullcontext
+) -> list[dict[int, Mask]]:
+    """Read and check all masks of a record, also those of frames that will not be taken.
+
+    Args:
+        record: the record, with a video or image.
+        info: that one's number of frames and their size.
+        noting: context in which each mask is read; one that swallows DataError leaves that mask out.
+
+    Returns:
+        For each tag its masks by frame index; frames without a pixel of it are left out.
 
     Raises:
-        DataError: a frame index past the end of the video, also one without segmentation.
+        DataError: as for `read_mask`; masks of one object that differ in size.
     """
-    annotated = set()
+    masks: list[dict[int, Mask]] = []
     for tag, segmentations in enumerate(record.objects):
-        for frame, segmentation in segmentations.items():
-            check_frame_index(record, tag, frame, num_frames)
-            if unwrapped(segmentation):
-                annotated.add(frame)
-    return sorted(annotated)
+        masks.append({})
+        for frame in segmentations:
+            with noting():
+                mask = read_mask(record, tag, frame, info)
+                if mask is not None:
+                    masks[tag][frame] = mask
+        sizes = sorted({(mask.height, mask.width) for mask in masks[tag].values()})
+        with noting(), _at(f"annotation[{tag}]"):
+            if len(sizes) > 1:
+                raise DataError(
+                    f"masks of one object differ in size: {' and '.join(map(str, sizes[:3]))}; annotate them all at one"
+                )
+    return masks
 
 
 class SampleBuilder:
@@ -229,8 +245,7 @@ class SampleBuilder:
         """Return the number of tokens of a record's sample; no frame is decoded for it but the clip's first.
 
         Raises:
-            DataError: anything that keeps the record from becoming a sample, as far as it shows without its frames and
-                masks.
+            DataError: anything that keeps the record from becoming a sample, except frames that do not decode.
         """
         with _in_record(record):
             return self.plan(record).length
@@ -244,21 +259,48 @@ class SampleBuilder:
         conversation = self.render(record)
         if not conversation.answers and not record.objects:
             raise DataError("no assistant turn and no tagged noun: nothing to train on", key="conversations")
-        length = self.encode.text_length(conversation)
+        offsets = self.encode.text_offsets(conversation)
+        length, ranges = len(offsets), TokenRanges(offsets)
+        for tag, noun in enumerate(conversation.nouns):
+            find_noun(ranges, noun, tag)
         if record.media is None:
             self._check_length(length, "shorten the text or raise max_tokens")
             return Plan(conversation, length)
         info = self.reader.info(record)
-        annotated = annotated_frames(record, info.num_frames)
+        masks = read_masks(record, info)
+        self._check_order(record, conversation, masks)
         text = length - 1  # the placeholder makes room for the visual tokens
         if record.kind == "video":
-            return self._plan_video(conversation, text, info, annotated)
-        length = text + self.encode.image_tokens(info.height, info.width)
-        self._check_length(length, "lower max_pixels or raise max_tokens")
-        return Plan(conversation, length, info, [0])
+            plan = self._plan_video(conversation, text, info, masks)
+        else:
+            length = text + self.encode.image_tokens(info.height, info.width)
+            self._check_length(length, "lower max_pixels or raise max_tokens")
+            plan = Plan(conversation, length, info, [0], masks=masks)
+        frames = set(plan.frames)
+        pixels = sum(mask.height * mask.width for found in masks for frame, mask in found.items() if frame in frames)
+        if pixels > MAX_MASK_PIXELS:
+            raise DataError(
+                f"its masks have {pixels:,} pixels in the frames taken, more than {MAX_MASK_PIXELS:,}; annotate a "
+                "smaller copy of the video, or lower max_frames",
+                key="annotation",
+            )
+        return plan
 
-    def _plan_video(self, conversation: Conversation, text: int, info: MediaInfo, annotated: Sequence[int]) -> Plan:
+    def _check_order(self, record: Record, conversation: Conversation, masks: Sequence[dict[int, Mask]]) -> None:
+        """Refuse a noun with a mask that comes before the video or image, unless its softmax runs over all tokens."""
+        for tag, (noun, found) in enumerate(zip(conversation.nouns, masks, strict=False)):
+            if found and noun[0] < conversation.media[0] and self.supervision.softmax != "full":
+                raise DataError(
+                    f"the noun comes before the {record.kind}, to which it therefore cannot attend; "
+                    "move the placeholder to the front",
+                    key=f"tag {tag}",
+                )
+
+    def _plan_video(
+        self, conversation: Conversation, text: int, info: MediaInfo, masks: Sequence[dict[int, Mask]]
+    ) -> Plan:
         """Choose the frames of a video, fewer and fewer until max_tokens is kept, beside `text` other tokens."""
+        annotated = sorted(set().union(*masks))
         patch, limit, first = self.encode.temporal_patch_size, self.sampling.max_tokens, None
         with _at("video"):
             choice = plan_frames(info, annotated, self.encode.frame_limits, self.sampling)
@@ -281,13 +323,13 @@ class SampleBuilder:
         notes = list(choice.notes)
         if len(frames) < first[0]:
             notes.append(f"thinned from {first[0]} to {len(frames)} frames: {first[1]:,} tokens > max_tokens {limit:,}")
-        return Plan(conversation, length, info, frames, notes, choice.max_pixels)
+        return Plan(conversation, length, info, frames, notes, choice.max_pixels, masks)
 
     def _build(self, record: Record) -> Sample:
         plan = self.plan(record)
-        name = f"{record.source}:{record.number}" + (f" ({record.name})" if record.name else "")
+        name = printable(f"{record.source}:{record.number}" + (f" ({record.name})" if record.name else ""))
         if record.media is None:
-            return Sample(name, self.encode.text(plan.conversation).inputs)
+            return Sample(name, self.encode.text(plan.conversation).inputs, tags_without_mask=len(record.objects))
         pixels = self.reader.frames(record, plan.frames)
         if record.kind == "image":
             encoding = self.encode.image(plan.conversation, pixels[0])
@@ -296,21 +338,20 @@ class SampleBuilder:
         sample = Sample(name, encoding.inputs, frames=list(plan.frames), notes=list(plan.notes))
         visual = encoding.visual()
         for tag in range(len(record.objects)):
-            self._add_noun(sample, record, tag, plan.info, encoding, visual)
+            self._add_noun(sample, record, tag, plan.masks[tag], encoding, visual)
         if sample.rows:
             self._add_key_sets(sample, encoding)
         return sample
 
     def _add_noun(
-        self, sample: Sample, record: Record, tag: int, info: MediaInfo, encoding: Encoding, visual: Tensor
+        self, sample: Sample, record: Record, tag: int, masks: dict[int, Mask], encoding: Encoding, visual: Tensor
     ) -> None:
         """Append the rows of one tagged noun, its masks, and the pairs of each row with each mask."""
-        frames = [frame for frame in dict.fromkeys(sample.frames) if frame in record.objects[tag]]
-        masks = {frame: decode_mask(record, tag, frame, info.height, info.width) for frame in frames}
+        pixels = {frame: masks[frame].decode() for frame in dict.fromkeys(sample.frames) if frame in masks}
         temporal_patch_size = self.encode.temporal_patch_size if record.kind == "video" else 1
-        with _at(f"annotation[{tag}]"):
-            patches = supervised_patches(sample.frames, masks, temporal_patch_size, self.supervision.supervise)
+        patches = supervised_patches(sample.frames, pixels, temporal_patch_size, self.supervision.supervise)
         if not patches:
+            sample.tags_without_mask += 1
             return
         height, width = encoding.patch_grid
         first_mask = len(sample.masks)
@@ -320,12 +361,6 @@ class SampleBuilder:
         for token in encoding.noun_tokens(tag):
             position = token - 1 if self.supervision.query_position == "predictor" else token
             key_end = len(encoding) if softmax == "full" else position + 1
-            if key_end <= last_visual:
-                raise DataError(
-                    f"the noun comes before the {record.kind}, to which it therefore cannot attend; "
-                    "move the placeholder to the front",
-                    key=f"tag {tag}",
-                )
             first_row = len(sample.rows)
             if softmax == "frame":
                 begins = [(first_row + index, 0) for index in range(len(patches))]

@@ -55,10 +55,19 @@ class Encoding:
         Raises:
             DataError: there are none, such as for a character that the tokenizer drops.
         """
-        tokens = self._ranges.tokens_of(self.nouns[tag])
-        if not tokens:
-            raise DataError("the noun has no token of its own; tag a visible word", key=f"tag {tag}")
-        return tokens
+        return find_noun(self._ranges, self.nouns[tag], tag)
+
+
+def find_noun(ranges: TokenRanges, noun: Span, tag: int) -> list[int]:
+    """Return the positions of the tokens of a tagged noun.
+
+    Raises:
+        DataError: there are none, such as for a character that the tokenizer drops.
+    """
+    tokens = ranges.tokens_of(noun)
+    if not tokens:
+        raise DataError("the noun has no token of its own; tag a visible word", key=f"tag {tag}")
+    return tokens
 
 
 class Encoder:
@@ -88,9 +97,10 @@ class Encoder:
             # Left at None it makes transformers warn that the default will change; today None means False.
             self._video_kwargs["cap_pixels_per_frame"] = bool(processor.video_processor.cap_pixels_per_frame)
 
-    def text_length(self, conversation: Conversation) -> int:
-        """Return the number of tokens of the text, in which the placeholder of a video or image is one."""
-        return len(self.processor.tokenizer(conversation.text, add_special_tokens=False)["input_ids"])
+    def text_offsets(self, conversation: Conversation) -> Tensor:
+        """Return the character range of each token of the text, [L, 2]; the placeholder of a video or image is one."""
+        found = self.processor.tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
+        return torch.tensor(found["offset_mapping"]).reshape(-1, 2)
 
     def image_tokens(self, height: int, width: int) -> int:
         """Return the number of visual tokens of an image of this size in pixels.

@@ -1,12 +1,29 @@
-"""The exception for bad data: it says which file, which record, where in it, why, and what to do."""
+"""The exceptions for bad data: they say which file, which record, where in it, why, and what to do."""
 
 from __future__ import annotations
 
-from swim_fast.errors import UserError
+import reprlib
+
+from swim_fast.errors import UserError, printable
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """Return the `repr` of a value from a record, cut where it is long or deep."""
+    return _SHORT.repr(value)
 
 
 class ProcessorError(UserError, ValueError):
     """A model's processor that samples cannot be made with."""
+
+
+class RecordsChangedError(UserError):
+    """A file of records that was changed or removed while it was in use: no record of it can be trusted any longer.
+
+    It is not a `DataError`, which costs one record alone: it ends the run.
+    """
 
 
 class DataError(UserError, ValueError):
@@ -14,7 +31,7 @@ class DataError(UserError, ValueError):
 
     `str()` reads `clips.jsonl, record 17 (videorefer_17), annotation[0]['36']: <reason>`; parts that are not known are
     left out. Code deep down raises with what it knows and callers add the rest with `within`. Picklable, so it
-    crosses process boundaries with its parts intact.
+    crosses process boundaries with its parts intact. Safe to print: what is not printable is written as an escape.
 
     Args:
         reason: what is wrong, and the remedy.
@@ -34,11 +51,9 @@ class DataError(UserError, ValueError):
         key: str | None = None,
     ):
         super().__init__(reason)
-        self.reason = reason
-        self.source = source
+        self.reason = printable(self.args[0])
+        self.source, self.name, self.key = (text and printable(text) for text in (source, name, key))
         self.record = record
-        self.name = name
-        self.key = key
 
     def __str__(self) -> str:
         where = [self.source] if self.source else []

@@ -6,20 +6,24 @@ import json
 import operator
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.errors import DataError, RecordsChangedError, shown
+from swim_fast.data.source.masks import own_size
 from swim_fast.data.source.record_index import record_offsets
+from swim_fast.data.source.shapes import canonical
 from swim_fast.data.source.tags import strip_tags
+from swim_fast.errors import printable
 from swim_fast.options import Excerpt, Source
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
-_REGION = re.compile(r"<region>|<object\d+>")
-_OBJECT_REGION = re.compile(r"<object\d*>\s*<region>")
+_REGION = re.compile(r"<region\d*>|<object\d+>")
+MAX_PATH, MAX_NAME = 4096, 255  # bytes that file systems take
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Record:
         kind: "video", "image" or "text".
         media: the video (file or folder of frames) or image; None for text.
         objects: the i-th belongs to the i-th `<ins>` tag, counted over all turns: frame index -> segmentation, as read
-            (see `swim_fast.data.source.masks.decode_segmentation`).
+            (see `swim_fast.data.source.masks.read_segmentation`).
+        mask_size: height and width to which polygons and codes without a size refer; None: those of the clip.
     """
 
     source: str
@@ -52,6 +57,7 @@ class Record:
     kind: str
     media: Path | None
     objects: tuple[dict[int, Any], ...]
+    mask_size: tuple[int, int] | None = None
 
 
 class RecordFile(Sequence[Record]):
@@ -94,8 +100,9 @@ class RecordFile(Sequence[Record]):
 
         Raises:
             DataError: malformed JSON; no or malformed conversation; both video and image; annotations that do not
-                match the `<ins>` tags in number or have keys that are no frame indices; raw VideoRefer placeholders
-                instead of tags; a file that was changed since it was opened.
+                match the `<ins>` tags in number or have keys that are no frame indices; placeholders for objects left
+                in the text; an answer without text; what `canonical` refuses.
+            RecordsChangedError: the file was changed or removed since it was opened.
             IndexError: no such record.
         """
         number = self._index(number)
@@ -105,14 +112,27 @@ class RecordFile(Sequence[Record]):
         """Return one record as the file has it, its contents unchecked.
 
         Raises:
-            DataError: malformed JSON; no JSON object; a file that was changed since it was opened.
-            IndexError: no such record.
+            DataError: malformed JSON; no JSON object.
+            RecordsChangedError, IndexError: as for indexing.
         """
         number = self._index(number)
         try:
             return self._read(number)
         except DataError as error:
             raise error.within(source=str(self.path), record=number, name="") from None
+
+    def entry(self, number: int) -> dict:
+        """Return one record in NL-Refer's shape, see `canonical`; its contents are unchecked otherwise.
+
+        Raises:
+            DataError: as for `raw` and `canonical`.
+            RecordsChangedError, IndexError: as for indexing.
+        """
+        raw = self.raw(number)
+        try:
+            return canonical(raw, self.excerpt.use_tags)
+        except DataError as error:
+            raise error.within(source=str(self.path), record=self._index(number), name=record_name(raw)) from None
 
     def parse(self, entry: dict, number: int) -> Record:
         """Check an entry as if it were record `number` of the file.
@@ -138,19 +158,24 @@ class RecordFile(Sequence[Record]):
         start, end = map(int, self._offsets[number])
         try:
             with open(self.path, "rb", buffering=0) as file:
-                if _signature(os.fstat(file.fileno())) != self._signature:
-                    raise DataError("the file was changed while it was in use; start again")
+                changed = _signature(os.fstat(file.fileno())) != self._signature
                 file.seek(start)
                 raw = file.read(end - start)
         except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}") from None
+            raise RecordsChangedError(
+                f"{self.path}: cannot be read any longer: {error.strerror}; start again"
+            ) from None
+        if changed:
+            raise RecordsChangedError(f"{self.path}: the file was changed while it was in use; start again")
         try:
-            entry = json.loads(raw.decode("utf-8"))
+            entry = json.loads(raw.decode("utf-8"), object_pairs_hook=_distinct)
         except UnicodeDecodeError as error:
             raise DataError(f"is not UTF-8 at byte {start + error.start} of the file; save it as UTF-8") from None
         except json.JSONDecodeError as error:
             offset = start + len(error.doc[: error.pos].encode())
             raise DataError(f"malformed JSON at byte {offset} of the file: {error.msg}") from None
+        except DataError:
+            raise
         except (ValueError, RecursionError) as error:
             raise DataError(f"malformed JSON: {error}") from None
         if not isinstance(entry, dict):
@@ -166,6 +191,14 @@ class RecordFile(Sequence[Record]):
         self._signature = state["_signature"]
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise DataError(f"the key {shown(twice)} occurs twice in one object, of which JSON keeps one; remove the other")
+    return found
+
+
 def _signature(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
@@ -173,13 +206,14 @@ def _signature(stat: os.stat_result) -> tuple[int, int]:
 def record_name(entry: dict) -> str:
     """Return a record's own name, "" if it has none."""
     value = entry.get("index", entry.get("id"))
-    return str(value) if isinstance(value, str | int) else ""
+    return printable(str(value)[:200]) if isinstance(value, str | int) else ""
 
 
 def _record(entry: dict, source: str, number: int, name: str, media_root: Path, excerpt: Excerpt) -> Record:
+    entry = canonical(entry, excerpt.use_tags)
     turns = read_turns(entry)
     kind, media = _media(entry, media_root)
-    _refuse_placeholders(entry, turns)
+    _refuse_placeholders(turns)
     objects = _objects(entry, turns) if excerpt.use_tags else ()
     if objects and kind == "text":
         raise DataError("the record has masks but neither video nor image", key="annotation")
@@ -188,7 +222,10 @@ def _record(entry: dict, source: str, number: int, name: str, media_root: Path, 
         objects = objects[: _count_tags(turns)]
     if not excerpt.use_tags:
         turns = tuple(_without_tags(index, turn) for index, turn in enumerate(turns))
-    return Record(source, number, name, turns, kind, media, objects)
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant" and not turn.text.strip():
+            raise DataError("the answer is empty: give one, or remove the turn", key=f"conversations[{index}]")
+    return Record(source, number, name, turns, kind, media, objects, own_size(entry) if objects else None)
 
 
 def _first_exchanges(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
@@ -218,7 +255,9 @@ def read_turns(entry: dict) -> tuple[Turn, ...]:
     conversations = entry.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise DataError(
-            'is missing or empty; expected a list of {"from": "human" | "gpt", "value": text}', key="conversations"
+            'is missing or empty; expected a list of {"from": "human" | "gpt", "value": text}, or messages, or query '
+            "and response",
+            key="conversations",
         )
     turns = []
     for index, turn in enumerate(conversations):
@@ -227,7 +266,7 @@ def read_turns(entry: dict) -> tuple[Turn, ...]:
             raise DataError('is not an object {"from": …, "value": …}', key=key)
         role, text = turn.get("from"), turn.get("value")
         if not isinstance(role, str) or role not in ROLES:
-            raise DataError(f'unknown speaker "from": {role!r}; known are {", ".join(ROLES)}', key=key)
+            raise DataError(f'unknown speaker "from": {shown(role)}; known are {", ".join(ROLES)}', key=key)
         if role == "system" and index:
             raise DataError("a system turn is allowed only as the first", key=key)
         if not isinstance(text, str):
@@ -252,15 +291,35 @@ def _media(entry: dict, media_root: Path) -> tuple[str, Path | None]:
             raise DataError(f"{len(value)} {kind}s in one record; one is supported", key=kind)
         if not isinstance(value, str):
             raise DataError(f"is not a path but {type(value).__name__}", key=kind)
-        found[kind] = media_root / value
+        found[kind] = media_root / _checked_path(value, kind)
     if len(found) > 1:
         raise DataError("the record has both a video and an image; one of them is supported", key="video")
     return next(iter(found.items()), ("text", None))
 
 
-def _refuse_placeholders(entry: dict, turns: tuple[Turn, ...]) -> None:
-    text = "\n".join(turn.text for turn in turns)
-    if not _count_tags(turns) and (_OBJECT_REGION.search(text) or (entry.get("annotation") and _REGION.search(text))):
+def _checked_path(text: str, key: str) -> str:
+    """Return a path that a file system can be asked for."""
+    text = text.removeprefix("file://")
+    try:
+        path = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise DataError("the path holds half a surrogate pair (\\ud800 …); repair it", key=key) from None
+    if b"\0" in path:
+        raise DataError("the path holds a NUL character; remove it", key=key)
+    if len(path) > MAX_PATH or max(map(len, path.split(b"/"))) > MAX_NAME:
+        raise DataError(f"a path of {len(path):,} bytes is longer than file systems take", key=key)
+    return text
+
+
+def _refuse_placeholders(turns: tuple[Turn, ...]) -> None:
+    for index, turn in enumerate(turns):
+        if not (found := _REGION.search(turn.text)):
+            continue
+        if _count_tags(turns):
+            raise DataError(
+                f"the placeholder {found.group()[:30]} beside <ins> tags would be trained on; write out the noun",
+                key=f"conversations[{index}]",
+            )
         raise DataError(
             "this is a raw VideoRefer record: its text holds <object…><region> placeholders instead of tagged nouns; "
             "turn the file into NL-Refer first",
@@ -291,7 +350,7 @@ def _frames(value: Any, key: str) -> dict[int, Any]:
         raise DataError(f'is a {type(value).__name__}, not an object {{"frame number": segmentation}}', key=key)
     frames = {}
     for frame, segmentation in value.items():
-        where = f"{key}[{frame!r}]"
+        where = f"{key}[{shown(frame)}]"
         if not (frame.isascii() and frame.isdigit() and len(frame) <= 12):
             raise DataError("the key is not a frame number of the video (0, 1, 2 …)", key=where)
         if int(frame) in frames:

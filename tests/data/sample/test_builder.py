@@ -398,7 +398,7 @@ BAD = "file.jsonl, record 3 (name), "
         (["<ins>a</ins>", "b"], ({3: {"size": [H, W], "counts": [5]}},), {},
          BAD + "annotation[0]['3']: run-length code does not decode"),
         (["<ins>a</ins>", "b"], ({2: rle(mask()), 3: rle(mask()[::2, ::2])},), {},
-         BAD + "annotation[0]: masks of one object in neighbouring frames differ in size"),
+         BAD + "annotation[0]: masks of one object differ in size: (32, 48) and (64, 96)"),
         (["The <ins>dog</ins> in <video>", "b"], ({3: rle(mask())},), {},
          BAD + "tag 0: the noun comes before the video, to which it therefore cannot attend"),
         (["a", "b"], (), {"max_tokens": 30}, BAD[:-2] + ": too long: "),

@@ -1,11 +1,12 @@
 import json
+import time
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.masks import decode_segmentation, union
+from swim_fast.data.source.masks import MAX_PIXELS, decode_segmentation, read_segmentation, union
 
 
 def _blobs(height, width, seed, count=4):
@@ -133,7 +134,7 @@ def test_damaged_run_length_codes():
     fails(counts[:4] + "~" + counts[4:], "character '~' at position 4 does not .*; were backslashes lost")
     fails("ü" + counts, "it holds non-ASCII characters")
     fails("o" * 20, "it ends inside a number; it was cut off")
-    fails("o" * 20 + "0", "it holds a number of more than 60 bits")
+    fails("o" * 20 + "0", "it holds a number of more than 40 bits")
     fails("N" + counts, "")
     fails(runs[:-1], r"its runs cover \d+ pixels")
     fails([*runs, 5], r"its runs cover 3077 pixels")
@@ -197,3 +198,80 @@ def test_union():
     assert union([]) is None and union([None, None]) is None
     with pytest.raises(DataError, match=r"differ in size: \(15, 20\) and \(30, 40\); annotate them all at one size"):
         union([a, _blobs(15, 20, 1)])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_union_of_polygons_is_that_of_pycocotools(seed):
+    rng = np.random.default_rng(seed)
+    polygons = [(rng.uniform(-1, 1, (rng.integers(3, 9), 2)) * 12 + rng.uniform(0, 60, 2)) for _ in range(9)]
+    polygons = [np.clip(points, -1, (65, 49)).ravel().tolist() for points in polygons]
+    expected = coco.decode(coco.merge(coco.frPyObjects(polygons, 48, 64)))
+    np.testing.assert_array_equal(decode_segmentation(polygons, 48, 64), expected)
+    assert read_segmentation(polygons, 48, 64).area == expected.mean()
+
+
+def test_polygons_are_drawn_at_the_size_that_is_stated():
+    """On a frame twice as large they would cover a quarter of the object."""
+    square = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    expected = decode_segmentation(square, 48, 64)
+    for given in (
+        read_segmentation(square, 96, 128, drawn_on=(48, 64)),
+        read_segmentation({"segmentation": square, "height": 48, "width": 64}, 96, 128),
+        read_segmentation({"counts": _runs(expected)}, 96, 128, drawn_on=(48, 64)),
+    ):
+        np.testing.assert_array_equal(given.decode(), expected)
+    with pytest.raises(DataError, match="mask size 48 x 48 does not fit the video's 96 x 128"):
+        read_segmentation(square, 96, 128, drawn_on=(48, 48))
+    with pytest.raises(DataError, match="height '48' and width 64 are no size in pixels"):
+        read_segmentation({"segmentation": square, "height": "48", "width": 64}, 96, 128)
+
+
+@pytest.mark.parametrize(
+    "segmentation, message",
+    [
+        ({"bbox": [1, 2, 3, 4]}, "holds no segmentation but 'bbox'; a box is no mask"),
+        ({"segmentation": None, "bbox": [1, 2, 3, 4]}, "has a bbox but no mask; give its segmentation"),
+        ({"segmentaton": {"counts": [3]}}, "holds no segmentation but 'segmentaton'; did you mean 'segmentation'?"),
+        ({"size": [48, 64], "count": "04"}, "holds no segmentation but 'count'; did you mean 'counts'?"),
+        ({"mask": {"counts": [3]}}, "but 'mask'; give {\"segmentation\": …}, or null where there is no mask"),
+        ([[0.1, 0.1, 0.9, 0.1, 0.5, 1.0]], "are at most 1: .* fractions of the frame; multiply them .* 64 and 48"),
+    ],
+)
+def test_what_is_no_mask_is_refused_with_its_remedy(segmentation, message):
+    with pytest.raises(DataError, match=message):
+        read_segmentation(segmentation, 48, 64)
+
+
+HUGE = 10**3_000
+ZIGZAG = [0, 0, 64, 48] * 20_000
+
+
+@pytest.mark.parametrize(
+    "segmentation, message",
+    [
+        ({"size": [HUGE, HUGE], "counts": [HUGE]}, "mask size .* is not"),
+        ({"size": [480_000, 640_000], "counts": [480_000 * 640_000]}, "has more than 67,108,864 pixels"),
+        ({"size": [48, 64], "counts": [HUGE]}, "a number of more than 64 bits"),
+        ({"size": [48, 64], "counts": [0, 2**62, 2**62, 2**62, 2**62, 48 * 64]}, "its runs cover"),
+        ({"size": [48, 64], "counts": "oooooooo0" * 2_000}, "more than 40 bits"),
+        ([[1, 1, HUGE, 1, 1, 9]], "a coordinate has more than 300 digits"),
+        ([[1, 1, 1e308, 1, 1, 9]], "leaves the frame: x 1 to 1e\\+308"),
+        ([[1, 1, float("inf"), 1, 1, 9]], "leaves the frame"),
+        ([ZIGZAG], "outline is 2,6.*,... pixels long, more than 1,048,576"),
+        ([[5, 5] * 1_200_000], "pixels long, more than"),
+        ([[5, 5, 9, 5, 9, 9]] * 10_001, "10,001 polygons in one mask"),
+        ({"".join("ab" * 500_000): 1}, "holds no segmentation but"),
+    ],
+    ids=range(12),
+)
+def test_masks_beyond_all_bounds_are_refused_at_once(segmentation, message):
+    begin = time.perf_counter()
+    with pytest.raises(DataError, match=message) as caught:
+        read_segmentation(segmentation, 48, 64)
+    assert time.perf_counter() - begin < 2 and len(str(caught.value)) < 500
+
+
+def test_the_largest_masks_are_read():
+    side = int(MAX_PIXELS**0.5)
+    assert read_segmentation({"size": [side, side], "counts": [side, side * (side - 1)]}, 48, 48).area > 0.99
+    assert read_segmentation([[0, 0, 64, 0, 64, 48]] * 5_000, 48, 64).area > 0.4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from swim_fast.data.source import record_index
-from swim_fast.data.source.errors import DataError
+from swim_fast.data.source.errors import DataError, RecordsChangedError
 from swim_fast.data.source.records import RecordFile
 from tests.helpers.record_files import make_entries, make_entry, names_of
 
@@ -190,7 +190,7 @@ def test_the_index_is_kept_and_follows_the_file(tmp_path, kept_index, scans):
     (old,) = kept_index.iterdir()
 
     path.write_text(json.dumps(make_entries(7)))
-    with pytest.raises(DataError, match="record 2: the file was changed while it was in use; start again"):
+    with pytest.raises(RecordsChangedError, match="data.json: the file was changed while it was in use; start again"):
         file[2]
     assert len(RecordFile(path)) == 7 and len(scans) == 2
     (new,) = kept_index.iterdir()
@@ -250,7 +250,7 @@ def test_pickled_without_the_index_and_without_open_files(tmp_path, kept_index):
     assert len(copy) == 2000 and copy[1999] == file[1999] and copy[0].media == Path("/media/clips/0.mp4")
     path.write_text(json.dumps(make_entries(3)))
     stale = pickle.loads(pickled)
-    with pytest.raises(DataError, match="was changed while it was in use"):
+    with pytest.raises(RecordsChangedError, match="was changed while it was in use"):
         stale[0]
 
 

@@ -69,7 +69,11 @@ TURN = {"from": "human", "value": "See <ins>a</ins>"}
 PROBLEMS = {
     "no conversation": (make_entry(1, conversations=...), "conversations", "is missing or empty; expected a list of"),
     "empty conversation": (make_entry(1, conversations=[]), "conversations", "is missing or empty"),
-    "conversation of another type": (make_entry(1, conversations="Hi"), "conversations", "is missing or empty"),
+    "conversation of another type": (
+        make_entry(1, conversations="Hi"),
+        "conversations",
+        "is a str, not a list of turns",
+    ),
     "turn of another type": (make_entry(1, conversations=[TURN, "Hi"]), "conversations[1]", "is not an object"),
     "unknown speaker": (
         make_entry(1, conversations=[TURN, {"from": "bot", "value": ""}]),
@@ -99,7 +103,7 @@ PROBLEMS = {
     ),
     "video and image": (make_entry(1, image="a.jpg"), "video", "has both a video and an image"),
     "two videos": (make_entry(1, video=["a.mp4", "b.mp4"]), "video", "2 videos in one record; one is supported"),
-    "video of another type": (make_entry(1, video={"path": "a.mp4"}), "video", "is not a path but dict"),
+    "video of another type": (make_entry(1, video={"file": "a.mp4"}), "video", "is not a path but dict"),
     "fewer annotations than tags": (
         make_entry(1, "<ins>a</ins> and <ins>b</ins>"),
         "annotation",
