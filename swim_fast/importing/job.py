@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clip, Clips, Mention, Objects, candidates, is_clip, make_records
 from swim_fast.importing.sources import Names, find_folder
 from swim_fast.jobs import Import
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,6 +59,17 @@ class Job:
     def frame(self, number: int, every: int = 1) -> int:
         """Return the index of the frame that a mask of this number belongs to, by `--first` and `--every`."""
         return (number - self.options.first) * (self.options.every or every)
+
+    def warn_of_rate(self, clip: Clip, frames: Collection[int]) -> None:
+        """Warn if the masks of a video file look like those of a copy with fewer frames a second."""
+        count = len(frames)
+        contiguous = count > 1 and {*frames} == {*range(count)}
+        if contiguous and clip.num_frames >= 2 * count and not clip.frames and not self.options.every:
+            one_in = round(clip.num_frames / count)
+            logger.warning(
+                f"{clip.path}: there are masks of its first {count} frames alone, and it has {clip.num_frames}; if they "
+                f"were made of one frame in {one_in}, they are on the wrong ones: see --every"
+            )
 
     def records(self, objects: Objects) -> Iterator[dict]:
         """Yield the records about a clip's objects."""

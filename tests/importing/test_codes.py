@@ -82,6 +82,15 @@ def test_sam2(folder, run, tmp_path, form):
     assert report.counts["problems"] == 0
 
 
+@pytest.mark.parametrize(("frames", "every", "warns"), [(3, None, True), (3, 3, False), (6, None, False)])
+def test_masks_of_fewer_frames_than_the_clip_are_told(folder, run, tmp_path, caplog, frames, every, warns):
+    """Nine frames, and masks of the first three: perhaps of every third."""
+    path = write_json(tmp_path / "masks.json", {str(frame): {"1": rle(DOG)} for frame in range(frames)})
+    names = write_json(tmp_path / "names.json", {"1": "dog"})
+    run("sam2", path, names=names, media=folder / "sav_000001.mp4", every=every)
+    assert ("made of one frame in 3, they are on the wrong ones: see --every" in caplog.text) == warns
+
+
 def test_sam2_refuses_what_is_of_another_clip(folder, run, tmp_path):
     small = box(0, 10, 0, 10, H, W // 2)
     codes = {"0": {"1": rle(small), "2": rle(CAT)}, "1": {"2": {"size": [H, W], "counts": "04000"}}}

@@ -126,6 +126,9 @@ def read_masklet(value: dict, source: str) -> dict[str, dict[int, Any]]:
 class Sam2Files(_CodeFiles):
     """SAM 2's masks of a clip in any of the forms above."""
 
+    def check(self, clip: Clip, codes: dict[str, dict[int, Any]], source: str) -> None:  # noqa: D102
+        self.job.warn_of_rate(clip, {self.job.frame(frame) for of_object in codes.values() for frame in of_object})
+
     def read(self, path: Path) -> dict[str, dict[int, Any]]:  # noqa: D102
         value = _read_json_or_lines(path)
         if isinstance(value, dict) and "masklet" in value:

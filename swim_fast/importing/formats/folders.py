@@ -139,8 +139,9 @@ class ObjectFolders(_Folders):
         yield from self.job.records(objects)
 
     def _read(self, clip: Clip, folder: Path) -> Masks:
-        masks = Masks()
-        for file, frame in _frames(self.job, folder, clip):
+        masks, found = Masks(), list(_frames(self.job, folder, clip))
+        self.job.warn_of_rate(clip, [frame for _, frame in found])
+        for file, frame in found:
             with self.job.noting(name=clip.name, key=str(file)):
                 mask = read_mask(file)
                 clip.check(frame, mask.shape)
