@@ -67,8 +67,8 @@ class Job:
         if contiguous and clip.num_frames >= 2 * count and not clip.frames and not self.options.every:
             one_in = round(clip.num_frames / count)
             logger.warning(
-                f"{clip.path}: there are masks of its first {count} frames alone, and it has {clip.num_frames}; if they "
-                f"were made of one frame in {one_in}, they are on the wrong ones: see --every"
+                f"{clip.path}: there are masks of its first {count} frames alone, and it has {clip.num_frames}; if "
+                f"they were made of one frame in {one_in}, they are on the wrong ones: see --every"
             )
 
     def records(self, objects: Objects) -> Iterator[dict]:
