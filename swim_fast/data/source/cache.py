@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -41,4 +43,23 @@ def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray | None:
     try:
         return np.load(path, mmap_mode=mmap_mode)
     except (OSError, ValueError, EOFError):
+        return None
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write several arrays as `save_array` writes one, each with its checksum.
+
+    Raises:
+        FileError: the folder cannot be made or written to.
+    """
+    with atomic_write(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """Return the arrays by name, or None where there are none or any is damaged."""
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error):
         return None

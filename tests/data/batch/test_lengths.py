@@ -219,7 +219,7 @@ def test_worker_processes(dataset, entries, monkeypatch):
     monkeypatch.setattr(lengths, "CHUNK", 3)
     monkeypatch.setattr(lengths, "SAVE_SECONDS", 0.0)
     saved = []
-    monkeypatch.setattr(lengths, "save_array", lambda path, array: saved.append((array >= 0).sum()))
+    monkeypatch.setattr(lengths, "save_arrays", lambda path, **arrays: saved.append((arrays["lengths"] >= 0).sum()))
     monkeypatch.setenv("SWIM_FAST_CACHE", os.environ["SWIM_FAST_CACHE"] + "2")
     data = dataset(entries)
     assert sample_lengths(data, workers=2).tolist() == expected
@@ -250,3 +250,47 @@ def test_one_rank_measures_for_all(dataset, entries, monkeypatch):
     rank = 1
     monkeypatch.setattr(lengths, "_lengths", None)  # whoever measured here would fail
     assert sample_lengths(dataset(entries)).tolist() == expected and not sent
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda kept: {**kept, "lengths": np.where(np.arange(len(kept["lengths"])) == 1, -7, kept["lengths"])},
+        lambda kept: {**kept, "lengths": kept["lengths"] + (1 << 40)},
+        lambda kept: {**kept, "lengths": np.full(len(kept["lengths"]), np.nan)},
+        lambda kept: {**kept, "lengths": kept["lengths"][:-1]},
+        lambda kept: {**kept, "clips": kept["clips"] + 1000},
+        lambda kept: {**kept, "stamps": kept["stamps"][:0]},
+        lambda kept: {"lengths": kept["lengths"]},
+        lambda kept: {**kept, "paths": kept["paths"][:-3]},
+    ],
+)
+def test_kept_lengths_that_cannot_be_true_are_measured_anew(dataset, entries, spoil, measured):
+    expected = sample_lengths(dataset(entries)).tolist()
+    (path,) = cache_folder("lengths").iterdir()
+    np.savez(path, **spoil(dict(np.load(path))))
+    measured()
+    assert sample_lengths(dataset(entries)).tolist() == expected and measured()
+    assert sample_lengths(dataset(entries)).tolist() == expected and not measured()
+
+
+def test_one_flipped_bit_is_noticed(dataset, entries, measured):
+    expected = sample_lengths(dataset(entries)).tolist()
+    (path,) = cache_folder("lengths").iterdir()
+    data = bytearray(path.read_bytes())
+    data[data.index(np.array(expected[:3]).tobytes())] ^= 1
+    path.write_bytes(data)
+    measured()
+    assert sample_lengths(dataset(entries)).tolist() == expected and len(measured()) == len(entries)
+
+
+def test_a_clip_that_is_replaced_under_its_name_is_measured_anew(dataset, clip, tmp_path, measured):
+    for name, count in (("a", 2), ("b", 12)):
+        (tmp_path / f"{name}.mp4").write_bytes(clip(count).read_bytes())
+    entries = [{"video": f"{name}.mp4", "conversations": turns("What?")} for name in "aba"]
+    before = sample_lengths(dataset(entries))
+    measured()
+    (tmp_path / "a.mp4").write_bytes(clip(12).read_bytes())
+    after = sample_lengths(dataset(entries))
+    assert measured() == [0, 2] and after.tolist() == [before[1]] * 3
+    assert sample_lengths(dataset(entries)).tolist() == after.tolist() and measured() == []
