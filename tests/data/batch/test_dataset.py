@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.utils.data import DataLoader
 from swim_fast.data.batch.collation import Collator
 from swim_fast.data.batch.dataset import MixtureSampler, SwimDataset
 from swim_fast.data.sample.builder import Sample, SampleBuilder
-from swim_fast.data.source.errors import DataError, ProcessorError
+from swim_fast.data.source.errors import DataError, ProcessorError, RecordsChangedError
 from swim_fast.errors import OptionError
 from swim_fast.options import Sampling, Source
 from tests.data.conftest import box, rle
@@ -207,3 +208,19 @@ def test_broken_clips_in_worker_processes(clips_one_broken_in_ten, processor, co
     for key in ("input_ids", "labels", "pixel_values_videos"):
         assert torch.equal(alone[key], batches[2][key])
     dataset.builder.reader.close()
+
+
+@pytest.mark.parametrize("change", ["written", "removed"])
+def test_a_records_file_that_changes_ends_the_run_with_one_line(tmp_path, processor, change):
+    """As a bad record, it would cost the run every record that is left."""
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    path = Path(write(tmp_path / "text.jsonl", [{"conversations": turns}] * 60))
+    dataset = SwimDataset([Source(path=str(path))], SampleBuilder(processor))
+    batches = iter(DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=Collator(processor)))
+    next(batches)
+    path.write_text(path.read_text() + "\n") if change == "written" else path.unlink()
+    with pytest.raises(RecordsChangedError) as caught:
+        list(batches)
+    reason = "the file was changed while it was in use" if change == "written" else "cannot be read any longer: No such"
+    assert str(caught.value).startswith(f"{path}: {reason}") and str(caught.value).endswith("; start again")
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,6 @@
+import dataclasses
 import pickle
+import time
 import unicodedata
 
 import numpy as np
@@ -545,3 +547,65 @@ def test_max_tokens_thin_what_total_pixels_have_left(build, video):
     sample = build(record, **options, max_tokens=len(whole.inputs["input_ids"]) - 1)
     assert sample.inputs["video_grid_thw"].tolist() == [[3, 2, 4]] and 7 in sample.frames
     assert len(sample.notes) == 2 and "thinned from 8 to 6 frames" in sample.notes[1]
+
+
+def test_frames_with_pixels_are_preferred_to_empty_masks(build, video):
+    """Trackers write an empty code into every frame in which the object is hidden."""
+    empty = {"size": [H, W], "counts": [H * W]}
+    objects = ({frame: rle(mask()) if frame in (4, 9) else empty for frame in range(12)},)
+    sample = build(video("<ins>dog</ins>", "a", objects=objects), max_frames=2)
+    assert sample.frames == [4, 9] and sample.tags_without_mask == 0 and len(sample.masks) == 1
+
+
+def test_tags_without_a_mask_in_the_frames_taken_are_counted(build, video, make_record):
+    empty = {"size": [H, W], "counts": [H * W]}
+    record = video("<ins>a</ins> <ins>b</ins> <ins>c</ins>", "a", objects=({3: empty}, {}, {5: rle(mask())}))
+    assert build(record).tags_without_mask == 2 and build(record, supervise="second").tags_without_mask in (2, 3)
+    assert build(make_record("a", "b")).tags_without_mask == 0
+
+
+def test_polygons_of_a_copy_of_half_the_size_cover_the_same_part(build, video):
+    square = [[10, 5, 40, 5, 40, 30, 10, 30]]
+    large = video("<ins>dog</ins>", "a", objects=({3: [[2 * value for value in square[0]]]},))
+    small = dataclasses.replace(video("<ins>dog</ins>", "a", objects=({3: square},)), mask_size=(H // 2, W // 2))
+    areas = [build(record).masks[0].float().mean().item() for record in (large, small)]
+    assert areas[0] == pytest.approx(areas[1], rel=0.1)
+
+
+def test_masks_that_would_not_fit_into_memory_are_refused(build, video, monkeypatch):
+    monkeypatch.setattr("swim_fast.data.sample.builder.MAX_MASK_PIXELS", 2 * H * W)
+    objects = [{3: rle(mask()), 5: rle(mask())}]
+    record = video("<ins>dog</ins>", "a", objects=objects)
+    assert len(build(record).masks) == 2
+    record = video("<ins>dog</ins> <ins>cat</ins>", "a", objects=objects * 2)
+    with pytest.raises(
+        DataError, match="annotation: its masks have 24,576 pixels in the frames taken, more than 12,288"
+    ):
+        build(record)
+
+
+@pytest.mark.parametrize("place", ["turn", "turns"])
+def test_many_tags_take_linear_time(build, video, place):
+    count = 5_000
+    texts = ["<ins>dog</ins> " * count, "a"] if place == "turn" else ["<ins>dog</ins>", "a"] * count
+    begin = time.perf_counter()
+    sample = build(video(*texts, objects=({3: rle(mask())}, *[{}] * (count - 1))), softmax="frame")
+    assert sample.tags_without_mask == count - 1 and set(sample.tags) == {0}
+    assert time.perf_counter() - begin < 8
+
+
+def test_a_problem_keeps_a_record_from_a_length_and_from_a_sample(processor, video):
+    """Masks are judged in all frames, also in those that are not taken."""
+    builder = builder_of(processor, max_frames=2)
+    damaged = {"size": [H, W], "counts": [5]}
+    for objects, turns in (
+        (({3: rle(mask()), 4: rle(mask()), 9: damaged},), ["<ins>dog</ins>", "a"]),
+        (({3: rle(mask())},), ["<ins>dog</ins> <video>", "a"]),
+    ):
+        record, reasons = video(*turns, objects=objects), []
+        for judge in (builder, builder.length):
+            with pytest.raises(DataError) as caught:
+                judge(record)
+            reasons.append(str(caught.value))
+        assert reasons[0] == reasons[1]
+    builder.reader.close()
