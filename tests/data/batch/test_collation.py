@@ -59,6 +59,8 @@ def inputs_of(batch):
 
 def test_mixed_batch(build, processor, records):
     samples = [build(record) for record in records]
+    for number, sample in enumerate(samples):
+        sample.tags_without_mask = number
     error = DataError("is broken", source="file.jsonl", record=7)
     batch = Collator(processor)([*samples[:2], error, *samples[2:]])
     lengths = [len(sample.inputs["input_ids"]) for sample in samples]
@@ -77,7 +79,7 @@ def test_mixed_batch(build, processor, records):
     assert torch.equal(batch["pixel_values"], image.inputs["pixel_values"])
     assert batch["samples"] == [sample.name for sample in samples]
     assert batch["problems"] == ["file.jsonl, record 7: is broken"]
-    assert batch["notes"] == []
+    assert batch["notes"] == [] and batch["counts"].tags_without_mask == 0 + 1 + 2 + 3 + 4
 
 
 def test_rows_over_patches_of_a_mixed_batch(build_frames, processor, records):
