@@ -22,6 +22,7 @@ H, W, FRAMES = 64, 96, 12
 CASES = 300
 PER_FILE = 100
 SECONDS = 5.0  # for one record
+LONGEST = 3_000_000  # bytes of a record
 OPTIONS = {"max_frames": 4, "max_tokens": 400}
 
 
@@ -200,7 +201,7 @@ def mutate(entry, rng: random.Random) -> bytes:
             node[key] = rng.choice(([value], {"segmentation": value}, {"path": value}, [value, value]))
         else:
             node[key] = rng.choice(VALUES)
-    line = json.dumps(entry).encode()
+    line = json.dumps(entry).encode()[:LONGEST]
     kind, at = rng.randrange(12), rng.randrange(len(line))
     if kind == 0:
         line = line[:at]
