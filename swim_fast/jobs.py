@@ -166,8 +166,6 @@ class Import(Limited, Decoding):
     """Question in place of the built-in ones, with {name} where the tagged name goes; may be repeated."""
     answer: list[str] = []
     """Answer to the questions, or as many as questions; may be repeated."""
-    placeholders: Literal["name", "keep"] = "name"
-    """Replace those of videorefer and pixelrefer by tagged nouns, or keep them for `swim-fast nl-refer build`."""
     turns: int = Field(1, gt=0)
     """Names of a clip that one record asks about, a turn each."""
     first: int = Field(0, ge=0)

@@ -15,6 +15,7 @@ from swim_fast.data.video.decode_child import IMAGE_SUFFIXES, natural_order
 from swim_fast.data.video.reader import FrameReader
 from swim_fast.importing.masks import Masks
 from swim_fast.importing.naming import Name, ask, is_category, name_category, name_expression
+from swim_fast.importing.sources import exists
 from swim_fast.jobs import Import
 from swim_fast.options import Decoding
 
@@ -98,7 +99,7 @@ class Clips:
         Raises:
             DataError: it is missing or cannot be read.
         """
-        if not path.exists():
+        if not exists(path):
             raise DataError(f"{path} does not exist; name the folder that it is in with --media", name=name)
         if kind == "image":
             return Clip(name, path, kind, 1, *_image_size(path))
@@ -128,7 +129,7 @@ class Clips:
 def candidates(folder: Path, name: str) -> list[Path]:
     """Return what a folder has under the name of a clip: folders of frames and video files."""
     paths = (folder / (name + suffix) for suffix in ("", *VIDEO_SUFFIXES))
-    return [path for path in paths if path.exists()]
+    return [path for path in paths if exists(path)]
 
 
 def is_clip(path: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clip, Clips, Mention, Objects, candidates, is_clip, make_records
-from swim_fast.importing.sources import Names, find_folder
+from swim_fast.importing.sources import Names, exists, find_folder
 from swim_fast.jobs import Import
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Job:
             DataError: it is missing, or cannot be read.
         """
         paths = [folder / name for folder in ([Path(self.options.media)] if self.options.media else folders)]
-        found = next((path for path in paths if path.is_file()), paths[0])
+        found = next((path for path in paths if exists(path)), paths[0])
         return self.clips.open(found, Path(name).stem, "image")
 
     def frame(self, number: int, every: int = 1) -> int:

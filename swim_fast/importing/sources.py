@@ -42,6 +42,14 @@ def entry(mapping: Any, key: str, kind: type | tuple[type, ...], where: str = ""
     return value
 
 
+def exists(path: Path) -> bool:
+    """Tell if a path exists; one that no file could have does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
+
+
 def dig(value: Any, *keys: str) -> Any:
     """Return what is below some keys of nested JSON objects; None where one of them is missing."""
     for key in keys:

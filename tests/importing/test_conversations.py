@@ -1,13 +1,9 @@
 """VideoRefer, PixelRefer, ms-swift and LLaMA-Factory."""
 
-import json
-
 import pytest
 from PIL import Image
 
 from swim_fast.cli import main
-from swim_fast.importing.run import import_data
-from swim_fast.jobs import Import
 from tests.importing.conftest import H, W, assert_masks, box, rle, write_json
 
 DOG, CAT = box(0, 10, 0, 20), box(20, 40, 30, 60)
@@ -46,11 +42,11 @@ def test_pixelrefer_of_an_image(folder, run):
     entry = {"image": "clips/a.png", "masks": [DOG_POLYGON, rle(CAT)], "height": H // 2, "width": W // 2}
     entry["conversations"] = turns("<image>\nWhat is <region>?", "A dog.", "And what is <region>?", "A cat.")
     _, (record,) = run("pixelrefer", write_json(folder / "a.json", [entry]))
-    assert record.kind == "image" and record.objects[0][0]["segmentation"]["size"] == [H // 2, W // 2]
+    assert record.kind == "image" and record.mask_size == (H // 2, W // 2)
     assert_masks(record, {0: CAT}, tag=1)
 
 
-def test_what_the_rules_cannot_name_is_kept_on_demand(folder, run, tmp_path):
+def test_what_the_rules_cannot_name_is_left_out(folder, run):
     entry = {
         "video": "clips/a.mp4",
         "masks": [{"1": rle(DOG)}],
@@ -61,20 +57,16 @@ def test_what_the_rules_cannot_name_is_kept_on_demand(folder, run, tmp_path):
     report, (record,) = run("pixelrefer", path)
     assert record.turns[1].text == "A dog."
     assert "record 0, conversations: no sentence of the answer clearly names" in str(report.problems[0])
-    assert "import with --placeholders keep" in str(report.problems[0])
-    out = tmp_path / "kept.jsonl"
-    import_data(Import(format="pixelrefer", source=str(path), out=str(out), placeholders="keep", progress=False))
-    kept = json.loads(out.read_text().splitlines()[0])
-    assert kept["annotation"] == [{"1": {"segmentation": rle(DOG)}}] and "masks" not in kept
+    assert "swim-fast nl-refer build --rewriter openai" in str(report.problems[0])
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"video": ["a.mp4", "b.mp4"]}, "2 videos; a record has one video or image"),
+        ({"video": ["a.mp4", "b.mp4"]}, "2 videos; a record has one"),
         ({"video": "clips/b.mp4"}, "b.mp4 does not exist; name the folder that it is in with --media"),
         ({"image": "clips/a.png"}, "both a video and an image"),
-        ({"masks": {"1": {}}}, "masks: is a dict, not a list"),
+        ({"masks": {"1": {}}}, "cannot be bound to 0 annotations"),
         ({"masks": []}, "cannot be bound to 0 annotations"),
     ],
 )
@@ -115,7 +107,7 @@ def test_ms_swift_history_and_parts(folder, run):
         {"query": "And that?", "response": "A cat.", "history": [["What is it?", ANSWER]]},
     ]
     _, (first, second) = run("ms-swift", write_json(folder / "a.json", entries))
-    assert first.turns[0].text == "<video>\nWhat is it?" and first.media.name == "a.mp4"
+    assert first.turns[0].text == "<video>What is it?" and first.media.name == "a.mp4"
     assert [turn.text for turn in second.turns] == ["What is it?", ANSWER, "And that?", "A cat."]
 
 
@@ -141,10 +133,10 @@ def test_llama_factory_as_its_description_says(folder, run):
         ({"objects": {"ref": ["a dog"], "bbox": [[0, 0, 9, 9]]}}, "objects: has boxes, which are no masks"),
         ({"rejected_response": "No."}, "rejected_response: is preference data"),
         ({"images": ["clips/a.png", "clips/a.png"], "videos": []}, "2 images; a record has one"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: unknown speaker 'tool'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, """unknown speaker "from": 'tool'"""),
         ({"messages": [{"role": "user", "content": USER}]}, "has no answer to train on"),
-        ({"messages": [{"role": "user", "content": 3}]}, "its content is a int, not a text"),
-        ({"messages": None}, "has neither messages, conversations, instruction nor query"),
+        ({"messages": [{"role": "user", "content": 3}]}, '"value" is no string'),
+        ({"messages": None}, "conversations: is missing or empty"),
     ],
 )
 def test_swift_mistakes_are_named(folder, run, changes, reason):
