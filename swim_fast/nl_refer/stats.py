@@ -17,7 +17,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import read_segmentation, stated_size
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import strip_tags
-from swim_fast.errors import OptionError
+from swim_fast.errors import OptionError, printable
 from swim_fast.jobs import Stats as StatsOptions
 from swim_fast.viz.charts import draw_counts
 
@@ -90,10 +90,10 @@ class Stats:
             )
         if self.nouns:
             lines.append("  most frequent nouns:")
-            width = max(len(noun) for noun, _ in self.nouns.most_common(top))
+            frequent = [(printable(noun), number) for noun, number in self.nouns.most_common(top)]
+            width = max(len(noun) for noun, _ in frequent)
             lines += (
-                f"    {noun:<{width}}  {number:>9,}  {100 * number / count['tags']:5.1f} %"
-                for noun, number in self.nouns.most_common(top)
+                f"    {noun:<{width}}  {number:>9,}  {100 * number / count['tags']:5.1f} %" for noun, number in frequent
             )
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import ROLES, RecordFile
-from swim_fast.errors import UserError
+from swim_fast.errors import UserError, printable
 from swim_fast.jobs import Synonyms
 from swim_fast.nl_refer.english.expressions import split_words
 from swim_fast.nl_refer.english.inflection import pluralize, takes_an
@@ -109,7 +109,7 @@ class VariantReport:
         if count["malformed"]:
             lines.append(f"  {count['malformed']:,} malformed records: left out")
         if self.unknown_nouns:
-            common = ", ".join(f"{noun} ({number:,})" for noun, number in self.unknown_nouns.most_common(12))
+            common = ", ".join(f"{printable(noun)} ({number:,})" for noun, number in self.unknown_nouns.most_common(12))
             lines.append(f"  nouns without a known synonym, give some with --table: {common}")
         return "\n".join([*lines, f"  output: {self.out}", *media_note(self.source, self.out)])
 

@@ -118,11 +118,11 @@ def measure_supervision(dataset, max_frames: int) -> Supervision:
 
 
 def _mask_size(record) -> int:
-    """Return the pixels of a record's masks where the segmentations name their size, as RLE does; else 720p."""
+    """Return the pixels of a record's masks where it or its segmentations name their size, as RLE does; else 720p."""
+    from swim_fast.data.source.masks import stated_size
+
     for segmentations in record.objects:
         for segmentation in segmentations.values():
-            found = segmentation.get("segmentation", segmentation) if isinstance(segmentation, dict) else None
-            size = found.get("size") if isinstance(found, dict) else None
-            if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size):
-                return size[0] * size[1]
+            if size := stated_size(segmentation) or record.mask_size:
+                return math.prod(size)
     return 720 * 1280
