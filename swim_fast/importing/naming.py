@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.nl_refer.english.inflection import pluralize
-from swim_fast.nl_refer.english.phrases import Token, find_referred_phrase, tag_sentence
+from swim_fast.nl_refer.english.phrases import Token, tag_sentence
+from swim_fast.nl_refer.english.referring import find_referred_phrase
 
 # Questions and answers that are true of whatever has a mask, and that agree with one object as with several.
 PHRASES = (
@@ -25,7 +26,7 @@ CLAUSES = (
 
 _PREPOSITIONS = frozenset("of with in on at for to from by near behind under above beside".split())
 _ARTICLES = frozenset("a an the".split())
-_DETERMINERS = ("AT0", "DT0", "DPS", "CRD", "ORD", "PNI", "NP0", "DTQ")
+_DETERMINERS = ("AT0", "DT0", "DPS", "CRD", "PNI", "NP0", "DTQ")
 _FINITE = ("VBZ", "VBB", "VBD", "VHZ", "VHB", "VHD", "VDZ", "VDB", "VDD", "VM0", "VVZ")
 _RELATIVE = ("PNQ", "DTQ", "CJT", "CJS", "AVQ")
 

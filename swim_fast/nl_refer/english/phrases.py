@@ -33,15 +33,12 @@ _QUANTITY = frozenset(
     "group pair bunch piece set number variety herd flock crowd couple slice pack swarm stack pile row line collection "
     "series lot bit majority team family cluster handful dozen array assortment batch strip chunk sheet bundle".split()
 )
-_POSITION = frozenset(
+POSITION = frozenset(
     "top bottom side front back rear edge middle center centre end corner part portion section rest half interior "
     "exterior inside outside surface color colour shape size position movement motion appearance".split()
 )
 # … and X is dropped from the expression.
 _DROPPED = frozenset("type kind sort form view close-up closeup image picture photo shot depiction example".split())
-
-# Nouns of what an object is seen in.
-_SHOWING = frozenset("video clip scene image frame footage picture photo".split())
 
 _ARTICLES = frozenset("a an the some this that these those another".split())
 _APPEARANCE = frozenset(
@@ -54,7 +51,7 @@ _BETWEEN_SUBJECT_AND_NOUN = frozenset(
     "highlights corresponds refers represents includes looks focuses on".split()
 )
 _SEEING = frozenset("see observe notice find spot".split())
-_NOUNS = ("NN0", "NN1", "NN2", "NP0", "NN")
+NOUNS = ("NN0", "NN1", "NN2", "NP0", "NN")
 _FINITE = ("VVZ", "VVD", "VVB", "VBZ", "VBD", "VBB", "VM0", "VHZ", "VHD", "VHB", "VDZ", "VDD", "VDB")
 _UNKNOWN = ("UNC", "UNKNOWN", "!!!")
 _ADJECTIVES = ("AJ0", "AJC", "AJS", "ORD")
@@ -94,7 +91,7 @@ def _tagger():
 
 
 @lru_cache(maxsize=65536)
-def _possible_tags(word: str) -> frozenset[str]:
+def possible_tags(word: str) -> frozenset[str]:
     return frozenset(tag for tag, _ in _tagger().tag_word(word, cutoff=10))  # down to exp(-10) of the likeliest
 
 
@@ -118,18 +115,18 @@ def _corrected_tag(tokens: list[Token], i: int) -> str:
     token, tag = tokens[i], tokens[i].tag
     before = tokens[i - 1].tag if i else ""
     after = tokens[i + 1].tag if i + 1 < len(tokens) else ""
-    if token.text.isupper() and len(token.text) > 1 and tag not in _NOUNS and before in ("AT0", *_ADJECTIVES):
+    if token.text.isupper() and len(token.text) > 1 and tag not in NOUNS and before in ("AT0", *_ADJECTIVES):
         return "NP0"  # an SUV
     if tag in ("VVZ", "VVB", "VVI") and before in ("AT0", "DPS", "POS", *_ADJECTIVES):
-        return "NN2" if token.word.endswith("s") and "NN2" in _possible_tags(token.word) else "NN1"
-    if tag == "VVZ" and after in ("VBB", "VHB") and "NN2" in _possible_tags(token.word):
+        return "NN2" if token.word.endswith("s") and "NN2" in possible_tags(token.word) else "NN1"
+    if tag == "VVZ" and after in ("VBB", "VHB") and "NN2" in possible_tags(token.word):
         return "NN2"  # the coffee cups are
-    if tag in _UNKNOWN and before in ("AT0", "DPS", "POS", "CRD", *_ADJECTIVES) and after not in _NOUNS:
+    if tag in _UNKNOWN and before in ("AT0", "DPS", "POS", "CRD", *_ADJECTIVES) and after not in NOUNS:
         return "NN1"
     # "The dog barks at": what looks like a plural behind a noun may be the verb of a clause that has no other.
-    if tag in ("NN2", *_UNKNOWN) and token.word.endswith("s") and before in _NOUNS and after not in _NOUNS:
+    if tag in ("NN2", *_UNKNOWN) and token.word.endswith("s") and before in NOUNS and after not in NOUNS:
         certain = before == "NN2" or after in ("AVP", "AV0", "AT0", "DPS") or tag in _UNKNOWN
-        likely = after not in ("", "PUN") and (certain or "VVZ" in _possible_tags(token.word))
+        likely = after not in ("", "PUN") and (certain or "VVZ" in possible_tags(token.word))
         if likely or _has_indefinite_article(tokens, i):
             if not any(tag in _FINITE for tag in _tags_of_clause(tokens, i + 1)):
                 return "VVZ"
@@ -138,7 +135,7 @@ def _corrected_tag(tokens: list[Token], i: int) -> str:
 
 def _has_indefinite_article(tokens: list[Token], i: int) -> bool:
     """Tell if the nouns before token `i` begin with "a", which no plural can have."""
-    while i and tokens[i - 1].tag in (*_NOUNS, *_ADJECTIVES, "VVN", "VVG"):
+    while i and tokens[i - 1].tag in (*NOUNS, *_ADJECTIVES, "VVN", "VVG"):
         i -= 1
     return i > 0 and tokens[i - 1].word in ("a", "an")
 
@@ -163,7 +160,7 @@ def find_noun_phrase(tokens: list[Token], i: int) -> NounPhrase | None:
             if i > start or after in _FINITE:  # "this is" has no phrase
                 break
             has_determiner = True
-        elif token.tag in _NOUNS:
+        elif token.tag in NOUNS:
             head = i
         elif token.tag == "PNI" and after == "POS" and head is None:
             pass  # someone's feet
@@ -181,7 +178,7 @@ def find_noun_phrase(tokens: list[Token], i: int) -> NounPhrase | None:
         i += 1
     if head is None:
         return None
-    if tokens[head].word == "number" and head > start and tokens[head - 1].tag in _NOUNS:
+    if tokens[head].word == "number" and head > start and tokens[head - 1].tag in NOUNS:
         return NounPhrase(start, head - 1, min(head + 2, len(tokens)))  # player number 10
     return NounPhrase(start, head, head + 1)
 
@@ -199,7 +196,7 @@ def follow_of(tokens: list[Token], phrase: NounPhrase) -> NounPhrase:
         word = tokens[phrase.head].word
         word = word[:-1] if word.endswith("s") else word
         inner = find_noun_phrase(tokens, phrase.end + 1)
-        if inner is None or word not in _QUANTITY | _POSITION | _DROPPED:
+        if inner is None or word not in _QUANTITY | POSITION | _DROPPED:
             break
         phrase = inner if word in _DROPPED else NounPhrase(phrase.start, inner.head, inner.end)
     return phrase
@@ -213,7 +210,7 @@ def find_described_phrase(tokens: list[Token], *, subjects: bool = True) -> Noun
         subjects: False: only what a sentence says about a subject that means the object itself ("it is a …", "the
             object appears to be a …"), as behind a first sentence that left the object unnamed.
     """
-    i = _skip_adverbials(tokens)
+    i = skip_adverbials(tokens)
     if i is None or i >= len(tokens):
         return None
     word, tag = tokens[i].word, tokens[i].tag
@@ -224,10 +221,10 @@ def find_described_phrase(tokens: list[Token], *, subjects: bool = True) -> Noun
         return None if seeing is None or not subjects else _find_named(tokens, seeing + 1)
     if tag in ("PNP", "DT0") and (i + 1 == len(tokens) or tokens[i + 1].tag in (*_FINITE, "AV0")):
         return _find_complement(tokens, i + 1)
-    phrase = _find_phrase_with_of(tokens, i)
+    phrase = find_phrase_with_of(tokens, i)
     if phrase is None or tag == "DPS":  # "its colour", "her hair": of an object that is not named here
         return None
-    shown = tokens[phrase.head].word in _POSITION and _text_at(tokens, phrase.end) in ("shows", "displays", "contains")
+    shown = tokens[phrase.head].word in POSITION and _text_at(tokens, phrase.end) in ("shows", "displays", "contains")
     if tokens[phrase.head].word not in GENERIC | _WIDE and not shown:
         return phrase if subjects else None
     if _text_at(tokens, phrase.end) == ",":
@@ -241,30 +238,11 @@ def find_described_phrase(tokens: list[Token], *, subjects: bool = True) -> Noun
     return None if verb is None else _find_complement(tokens, verb)
 
 
-def find_referred_phrase(tokens: list[Token]) -> NounPhrase | None:
-    """Return the phrase that a referring expression is headed by ("a *dog* running"); None if that is not clear.
-
-    The object may be as generic as it likes ("the *object* that moves"). In a question it is what "which" or "what"
-    asks for ("which *ball* is on the rack"). "The man and the woman" names two objects: None.
-    """
-    if not tokens:
-        return None
-    if tokens[0].tag in ("DTQ", "PNQ", "AVQ") or tokens[0].word in ("which", "what", "who", "where", "how"):
-        phrase = find_noun_phrase(tokens, 1) if tokens[0].word in ("which", "what") else None
-    else:
-        i = _skip_adverbials(tokens)
-        phrase = None if i is None else _find_phrase_with_of(tokens, i)
-    if phrase is None or tokens[phrase.head].word in _SHOWING:
-        return None
-    joined = phrase.end < len(tokens) and (tokens[phrase.end].tag == "CJC" or tokens[phrase.end].text == ",")
-    return None if joined and find_noun_phrase(tokens, phrase.end + 1) else phrase
-
-
 def _text_at(tokens: list[Token], i: int) -> str:
     return tokens[i].text if i < len(tokens) else ""
 
 
-def _find_phrase_with_of(tokens: list[Token], i: int) -> NounPhrase | None:
+def find_phrase_with_of(tokens: list[Token], i: int) -> NounPhrase | None:
     """Return the phrase at token `i`, followed through "of": "two of the *players*", "a pair of *shoes*"."""
     if i + 1 < len(tokens) and tokens[i].tag in ("CRD", "DT0", "PNI") and tokens[i + 1].tag == "PRF":
         inner = find_noun_phrase(tokens, i + 2)
@@ -298,11 +276,11 @@ def _find_complement(tokens: list[Token], verb: int) -> NounPhrase | None:
 
 
 def _find_named(tokens: list[Token], i: int) -> NounPhrase | None:
-    phrase = _find_phrase_with_of(tokens, i)
+    phrase = find_phrase_with_of(tokens, i)
     return None if phrase is None or tokens[phrase.head].word in GENERIC else phrase
 
 
-def _skip_adverbials(tokens: list[Token]) -> int | None:
+def skip_adverbials(tokens: list[Token]) -> int | None:
     """Return the index of the token that begins the clause behind "in the video,", "initially," or "wearing a hat,".
 
     If the object stands behind its verb ("in the background stands a tower"), it is the token behind the verb.
@@ -383,8 +361,8 @@ def find_modifier_end(tokens: list[Token], phrase: NounPhrase) -> int:
     while end < len(tokens) and tokens[end].tag == "PRF" and (more := find_noun_phrase(tokens, end + 1)) is not None:
         end = more.end
     # "the leaves of the plant move": in a sentence without a verb, the last of two nouns may be the verb.
-    if (tokens[end - 2].tag in _NOUNS or tokens[end - 2].word in ("left", "right")) and not any(
+    if (tokens[end - 2].tag in NOUNS or tokens[end - 2].word in ("left", "right")) and not any(
         token.tag in _FINITE for token in tokens
     ):
-        end -= tokens[end - 1].tag == "NN2" or bool(_possible_tags(tokens[end - 1].word) & {"VVB", "VVI"})
+        end -= tokens[end - 1].tag == "NN2" or bool(possible_tags(tokens[end - 1].word) & {"VVB", "VVI"})
     return phrase.end if tokens[end - 1].word in GENERIC | {"background", "foreground", "camera"} else end
