@@ -188,3 +188,14 @@ def test_names_that_differ_in_case_are_one(davis, run, tmp_path):
     names = write_json(tmp_path / "names.json", {"1": "Tabby cat", "2": "tabby_cat"})
     _, (record,) = run("davis", davis, names=names)
     assert "the tabby <ins>cats</ins>" in texts(record)[0]
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_object_numbers_elsewhere_than_the_clips(davis, run, write_video, tmp_path, as_file):
+    """SAM 2's vos_inference.py writes CLIP/FRAME.png into a folder of its own."""
+    media = write_video(tmp_path / "videos/pets.mp4", 3).parent if as_file else davis / "JPEGImages/480p"
+    names = write_json(tmp_path / "names.json", {"pets": {"1": "dog", "2": "cat"}})
+    _, (dog, cat) = run("davis", davis / "Annotations/480p", names=names, media=media)
+    assert_masks(dog, {0: DOG, 1: DOG, 2: DOG})
+    assert_masks(cat, {0: CAT, 1: CAT})
+    assert dog.media == media / ("pets.mp4" if as_file else "pets")
