@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,11 +109,7 @@ def import_data(options: Import) -> ImportReport:
     report = ImportReport(options.source, options.out)
     clips = Clips(options.part(Decoding))
     try:
-        with (
-            tqdm(desc="reading", unit="unit", disable=not options.progress) as bar,
-            record_writer(listed) as list_problem,
-            record_writer(options.out) as write,
-        ):
+        with record_writer(listed) as list_problem:
 
             def note(error: DataError) -> None:
                 report.counts["problems"] += 1
@@ -120,25 +117,38 @@ def import_data(options: Import) -> ImportReport:
                     report.problems.append(error)
                 list_problem({part: getattr(error, part) for part in ("source", "record", "name", "key", "reason")})
 
-            job = Job(options, clips, Names.read(options.names), note)
-            source = FORMATS[options.format](job)
-            units = _chosen(source.units, options)
-            bar.reset(len(units))
-            bar.set_description("importing")
-            for record in _records(source, units, job, report, bar):
-                write(record)
-                _count(record, report.counts)
-                if report.counts["records"] == options.limit:
-                    break
-            if not report.counts["records"]:
-                raise _nothing(report)
+            with suppress(_NothingError), record_writer(options.out) as write:
+                _run(Job(options, clips, Names.read(options.names), note), report, write)
     finally:
         clips.close()
-        if report.counts["problems"] and listed.exists():
-            report.listed = listed
-        else:
-            listed.unlink(missing_ok=True)
+    if report.counts["problems"]:
+        report.listed = listed
+    else:
+        listed.unlink()
+    if not report.counts["records"]:
+        first = f"; first: {report.problems[0]}; all problems: {listed}" if report.listed else ""
+        raise DataError(f"nothing in it can be used{first}", source=options.source)
     return report
+
+
+class _NothingError(Exception):
+    """No record was made: what is there under the name of the output stays."""
+
+
+def _run(job: Job, report: ImportReport, write: Callable[[dict], None]) -> None:
+    options = job.options
+    with tqdm(desc="reading", unit="unit", disable=not options.progress) as bar:
+        source = FORMATS[options.format](job)
+        units = _chosen(source.units, options)
+        bar.reset(len(units))
+        bar.set_description("importing")
+        for record in _records(source, units, job, report, bar):
+            write(record)
+            _count(record, report.counts)
+            if report.counts["records"] == options.limit:
+                break
+    if not report.counts["records"]:
+        raise _NothingError
 
 
 def _chosen(units: Sequence[Any], options: Import) -> Sequence[Any]:
@@ -162,8 +172,3 @@ def _records(source: Format, units: Sequence[Any], job: Job, report: ImportRepor
 def _count(record: dict, counts: Counter) -> None:
     annotation = record.get("annotation") or []
     counts.update(records=1, tags=len(annotation), masks=sum(len(frames or ()) for frames in annotation))
-
-
-def _nothing(report: ImportReport) -> DataError:
-    first = f"; the first of {report.counts['problems']:,} problems: {report.problems[0]}" if report.problems else ""
-    return DataError(f"nothing in it can be used{first}", source=report.source)

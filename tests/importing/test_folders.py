@@ -107,11 +107,10 @@ def test_colours_are_no_object_numbers(davis, run, tmp_path):
 
 
 def test_nothing_usable_writes_nothing(davis, run, tmp_path):
-    with pytest.raises(
-        DataError, match="nothing in it can be used; the first of 2 problems: pets, object 1: has no name"
-    ):
+    with pytest.raises(DataError, match="nothing in it can be used; first: pets, object 1: has no name"):
         run("davis", davis)
     assert not (tmp_path / "out/records.jsonl").exists()
+    assert len((tmp_path / "out/records.jsonl.problems.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("as_file", [True, False])
