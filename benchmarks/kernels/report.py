@@ -27,7 +27,7 @@ _BUILDS = """## Builds
 
 By the oldest supported triton (`PYTHONPATH=kernels .venv-oldest/bin/python -m benchmarks.kernels --no-bytes`) and a
 newer one, each of which brings its own ptxas. Bounds: shared memory 163 kB on sm_80, 227 kB on sm_90 and sm_100; no
-spills on sm_90 up to head_dim 128 and blocks of 8 rows (fp32 with groups of 16 excepted); mma on sm_80, wgmma on sm_90,
+spills on sm_90 up to head_dim 128 and blocks of 8 rows (fp32 excepted); mma on sm_80, wgmma on sm_90,
 tcgen05 on sm_100 (not for fp32, which is multiplied in IEEE precision); K loaded 16 bytes at a time. One by one in
 `kernel_builds.csv`, those with a tile that is always the same in `fixed_builds.csv`. *Over sets*: the softmax is over
 the rows' key sets."""

@@ -141,7 +141,7 @@ def measure_loading(
     kept = {"num_workers": WORKERS, "persistent_workers": True, "batch_size": 1}
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()  # the same for both
     loaders = {
-        "everything": DataLoader(dataset, collate_fn=Collator(processor), sampler=order, **kept),
+        "everything": DataLoader(dataset, collate_fn=Collator(processor, frames=True), sampler=order, **kept),
         "decoding": DataLoader(_Frames(dataset, numbers), collate_fn=list, sampler=order, **kept),
     }
     seconds: dict[str, list[float]] = {what: [] for what in loaders}
@@ -195,13 +195,14 @@ def measure_collation(folder: Path, clip: Clip = LONG, rounds: int = 5) -> Colla
     sample = dataset[0]
     plan = builder.plan(record)
     pixels = builder.reader.frames(record, plan.frames)
+    positions = PositionIds(AutoConfig.from_pretrained(checkpoint))
     collators = {
-        "padded": Collator(processor),
-        "packed": Collator(processor, PositionIds(AutoConfig.from_pretrained(checkpoint)), pack=True),
+        "padded": Collator(processor, frames=True),
+        "packed": Collator(processor, positions, pack=True, frames=True),
     }
     for collator in collators.values():
         batch = collator([sample])
-        assert torch.equal(batch["pixel_values_videos"], sample.inputs["pixel_values_videos"])
+        assert batch["pixel_values_videos"] is sample.inputs["pixel_values_videos"]
         assert batch["input_ids"].shape == (1, len(sample.inputs["input_ids"]))
         assert len(batch["mask_targets"]) == len(sample.pairs) > 0
     times = {name: _times(lambda c=collator: c([sample]), rounds) for name, collator in collators.items()}

@@ -61,7 +61,7 @@ def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | Non
         chosen = sorted(layer % count for layer in chosen)
         fused = supervised if layers == "all" else chosen
         builder = run.sample_builder(processor, read_out="supervised", **rows)
-        collate = Collator(processor)
+        collate = Collator(processor, frames=True)
 
         def build(index: int) -> Sample:
             record = run.records[index]
@@ -96,7 +96,9 @@ def _compute_sums(
     """Return the sums of each sample: by layer, and of the fused layers together."""
     batch = collate(samples)
     queries = batch["noun_queries"].to(model.device)
-    outputs = model(**model_inputs(batch, model.device), noun_queries=queries, use_cache=False, logits_to_keep=1)
+    outputs = model(
+        **model_inputs(batch, model.device, model.dtype), noun_queries=queries, use_cache=False, logits_to_keep=1
+    )
     found, row, pair = [], 0, 0
     for sample in samples:
         rows, pairs = slice(row, row + len(sample.rows)), slice(pair, pair + len(sample.pairs))

@@ -95,10 +95,10 @@ def _continue(prompt: Sample, tokens: Sequence[int]) -> Sample:
 
 def _left_padded_inputs(model, processor, prompts: Sequence[Sample]) -> dict[str, Any]:
     """Return the arguments of the model's forward, with the padding moved to the left, where generation wants it."""
-    batch = Collator(processor)(prompts)
+    batch = Collator(processor, frames=True)(prompts)
     mask = batch["attention_mask"]  # [B, L]
     length = mask.shape[1]
     source = (torch.arange(length) - (length - mask.sum(1, keepdim=True))) % length
     for name in ("input_ids", "mm_token_type_ids", "attention_mask"):
         batch[name] = batch[name].gather(1, source)
-    return model_inputs(batch, model.device)
+    return model_inputs(batch, model.device, model.dtype)

@@ -53,8 +53,10 @@ def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss)
         key_sets, row, start = [visual], row // num_patches, row % num_patches * cells
         ends = [len(encoding) if loss.softmax == "full" else position + 1 for position in positions]
         rows = [Row(position, 0, end, 0) for position, end in zip(positions, ends, strict=True)]
-    batch = Collator(processor)([Sample("", encoding.inputs, rows=rows, key_sets=key_sets, over=loss.over)])
-    inputs, queries = model_inputs(batch, model.device), batch["noun_queries"].to(model.device)
+    batch = Collator(processor, frames=True)(
+        [Sample("", encoding.inputs, rows=rows, key_sets=key_sets, over=loss.over)]
+    )
+    inputs, queries = model_inputs(batch, model.device, model.dtype), batch["noun_queries"].to(model.device)
     attach_noun_attention(model, loss.layers)
     logger.info("attention of layers %s", ", ".join(map(str, get_attached_layers(model))))
     try:  # the maps need no logits

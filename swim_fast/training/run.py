@@ -124,7 +124,7 @@ def _build_trainer(run: ResolvedRun):
     packing = {}
     if pack:
         sampler = _build_packing_sampler(config, train_dataset, args)
-        packing = {"batch_sampler": sampler, "train_collator": Collator(processor, positions, pack=True)}
+        packing = {"batch_sampler": sampler, "train_collator": Collator(processor, positions, pack=True, frames=True)}
     patience = config.optimization.early_stopping_patience
     return SwimTrainer(
         model=model,
@@ -136,7 +136,7 @@ def _build_trainer(run: ResolvedRun):
         train_dataset=train_dataset,
         **packing,
         eval_dataset={name: SwimDataset([source], builder) for name, source in config.data.eval.items()} or None,
-        data_collator=Collator(processor, positions),
+        data_collator=Collator(processor, positions, frames=True),
         processing_class=processor,
     )
 

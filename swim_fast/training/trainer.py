@@ -88,7 +88,7 @@ class SwimTrainer(HookedTrainer):
         """Return text loss and mask loss of a batch, summed, with graph; all its sums; and the model's outputs."""
         text_inputs = {"labels": batch["labels"], "label_positions": batch["label_positions"], "num_items_in_batch": 1}
         queries = {} if self.loss_options is None else {"noun_queries": batch["noun_queries"], "right_padded": True}
-        inputs = {**model_inputs(batch), **queries, **text_inputs}
+        inputs = {**model_inputs(batch, dtype=self.model.dtype), **queries, **text_inputs}
         outputs = model(**inputs, use_cache=False)
         if outputs.logits.ndim:
             raise RuntimeError("the model answered all logits: call attach_text_loss(model) before training")

@@ -1,7 +1,7 @@
 """Configurations that the table can choose, built ahead of time: they must fit on the chip, and be built well.
 
 What holds for every one: shared and tensor memory within what a block can have, no spills on sm_90 up to head_dim 128
-and blocks of 8 rows (but for fp32 with groups of 16), the widest tensor-core instructions of the architecture (fp32 is
+and blocks of 8 rows (but for fp32), the widest tensor-core instructions of the architecture (fp32 is
 multiplied in IEEE precision, without), K loaded 16 bytes at a time.
 """
 

@@ -14,6 +14,7 @@ _collate = Collator.__call__
 def _with_an_infinite_pixel(self, items):
     batch = _collate(self, items)
     if any(sys.argv[1] in sample for sample in batch["samples"]):
+        batch["pixel_values_videos"] = batch["pixel_values_videos"].patches()
         batch["pixel_values_videos"][0, 0] = float("inf")
     return batch
 

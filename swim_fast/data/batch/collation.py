@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from swim_fast.data.batch.counts import BatchCounts
 from swim_fast.data.batch.positions import PositionIds
 from swim_fast.data.sample.builder import Sample
+from swim_fast.data.sample.pixels import PackedFrames
 from swim_fast.data.source.errors import DataError
 from swim_fast.labels import IGNORED_LABEL, find_label_positions
 from swim_fast.loss.targets import MaskTargets
@@ -22,12 +23,21 @@ from swim_kernels import NounQueries, PackedMasks
 ABOUT = ("labels", "label_positions", "noun_queries", "mask_targets", "counts", "samples", "problems", "notes")
 
 
-def model_inputs(batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
-    """Return the part of a batch that a stock model's forward takes; on a device, if one is given."""
+def model_inputs(
+    batch: dict[str, Any], device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Return the part of a batch that a stock model's forward takes.
+
+    Args:
+        batch: of `Collator`.
+        device: where the tensors go; None: they stay.
+        dtype: of the patches that are made of `PackedFrames`, there: the model's.
+    """
     inputs = {key: value for key, value in batch.items() if key not in ABOUT}
-    if device is None:
-        return inputs
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    if device is not None:
+        moved = Tensor | PackedFrames
+        inputs = {key: value.to(device) if isinstance(value, moved) else value for key, value in inputs.items()}
+    return {key: value.patches(dtype) if isinstance(value, PackedFrames) else value for key, value in inputs.items()}
 
 
 class Collator:
@@ -39,16 +49,18 @@ class Collator:
             None leaves them to the model.
         pack: put the samples of a batch one behind the other into one sequence without padding, in which the positions,
             which are needed, say where each begins; else they are padded.
+        frames: leave images and videos as `PackedFrames`, of which `model_inputs` makes patches on the model's device;
+            else they are the patches that the model takes, fp32.
     """
 
-    def __init__(self, processor: Any, positions: PositionIds | None = None, pack: bool = False):
+    def __init__(self, processor: Any, positions: PositionIds | None = None, pack: bool = False, frames: bool = False):
         if pack and positions is None:
             raise ValueError("packed samples need position ids: Collator(processor, PositionIds(…), pack=True)")
         tokenizer = processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._padding = {"input_ids": pad, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
         self._end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else pad
-        self._positions, self._pack = positions, pack
+        self._positions, self._pack, self._frames = positions, pack, frames
 
     def __call__(self, items: Sequence[Sample | DataError]) -> dict[str, Any]:
         """Collate samples; errors among them are listed and left out.
@@ -126,16 +138,20 @@ class Collator:
 
     def _visual(self, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
         keys = dict.fromkeys(key for sample in inputs for key in sample if key not in self._padding)
-        batch: dict[str, Any] = {key: _joined([sample[key] for sample in inputs if key in sample]) for key in keys}
+        batch: dict[str, Any] = {key: _join([sample[key] for sample in inputs if key in sample]) for key in keys}
+        if not self._frames:
+            batch = model_inputs(batch)
         if "second_per_grid_ts" in batch:
             # Numbers, not a tensor: DeepSpeed's trainer casts those to bf16, and 1.999 s would become 2 s.
             batch["second_per_grid_ts"] = batch["second_per_grid_ts"].tolist()
         return batch
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """Concatenate tensors; a single one stays as it is, for a long video's pixels are hundreds of megabytes."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _join(values: list[Any]) -> Any:
+    """Concatenate tensors or frames; a single one stays as it is, for a long video's are tens of megabytes."""
+    if isinstance(values[0], PackedFrames):
+        return PackedFrames.join(values)
+    return values[0] if len(values) == 1 else torch.cat(values)
 
 
 def _noun_queries(samples: Sequence[Sample], starts: Sequence[tuple[int, int]]) -> NounQueries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import Mask, read_segmentation
 from swim_fast.data.source.records import Record
 from swim_fast.data.source.tags import TokenRanges
-from swim_fast.data.video.reader import FrameReader, MediaInfo
+from swim_fast.data.video.reader import Change, FrameReader, MediaInfo
 from swim_fast.errors import printable
 from swim_fast.options import Decoding, Sampling, Supervision
 
@@ -51,9 +52,9 @@ class Sample:
 
     Attributes:
         name: file, record index and the record's own name.
-        inputs: `input_ids`, `labels`, `mm_token_type_ids` [L] int64 and the processor's visual tensors, of which a
-            text-only record has none: `pixel_values_videos` [patches, values] fp32, `video_grid_thw` [1, 3],
-            `second_per_grid_ts` [1] fp32, or `pixel_values`, `image_grid_thw`.
+        inputs: `input_ids`, `labels`, `mm_token_type_ids` [L] int64 and what a text-only record has not:
+            `pixel_values_videos`, a `PackedFrames`, `video_grid_thw` [1, 3] int64, `second_per_grid_ts` [1] fp32; or
+            `pixel_values`, `image_grid_thw`.
         rows: R rows of attention: one for each token of a noun, or if the softmax runs over one patch, for each such
             token and temporal patch with a mask of the noun.
         key_sets: positions of the readout keys, [N] int64 each: one for all rows, or one a patch. Empty without rows.
@@ -68,7 +69,7 @@ class Sample:
     """
 
     name: str
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     key_sets: list[Tensor] = field(default_factory=list)
     over: str = "range"
@@ -114,14 +115,14 @@ class MediaReader:
         with _at(record.kind):
             return self._reader.info(record.media, record.kind)
 
-    def frames(self, record: Record, indices: Sequence[int]) -> np.ndarray:
-        """Return the frames of these indices, uint8 [T, H, W, 3] RGB.
+    def frames(self, record: Record, indices: Sequence[int], change: Change | None = None) -> np.ndarray:
+        """Return the frames of these indices, uint8 [T, H, W, 3] RGB; each changed as it arrives, if `change` is given.
 
         Raises:
             DataError: they cannot be decoded.
         """
         with _at(record.kind):
-            return self._reader.frames(record.media, indices, record.kind)
+            return self._reader.frames(record.media, indices, record.kind, change)
 
     def close(self) -> None:
         """Stop the decoder; the next request starts another."""
@@ -330,10 +331,13 @@ class SampleBuilder:
         name = printable(f"{record.source}:{record.number}" + (f" ({record.name})" if record.name else ""))
         if record.media is None:
             return Sample(name, self.encode.text(plan.conversation).inputs, tags_without_mask=len(record.objects))
-        pixels = self.reader.frames(record, plan.frames)
         if record.kind == "image":
-            encoding = self.encode.image(plan.conversation, pixels[0])
+            encoding = self.encode.image(plan.conversation, self.reader.frames(record, plan.frames)[0])
         else:
+            info = plan.info
+            size = self.encode.video_size(len(plan.frames), info.height, info.width, plan.max_pixels)
+            resize = functools.partial(self.encode.resize_frame, size=size)
+            pixels = self.reader.frames(record, plan.frames, resize)
             encoding = self.encode.video(plan.conversation, pixels, plan.frames, plan.info, plan.max_pixels)
         sample = Sample(name, encoding.inputs, frames=list(plan.frames), notes=list(plan.notes))
         visual = encoding.visual()

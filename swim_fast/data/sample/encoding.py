@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swim_fast.data.sample.conversation import Conversation, Span
+from swim_fast.data.sample.pixels import PackedFrames, PatchLayout, Size
 from swim_fast.data.sample.sampling import PixelLimits
 from swim_fast.data.source.errors import DataError, ProcessorError
 from swim_fast.data.source.tags import TokenRanges
@@ -20,20 +21,21 @@ from swim_fast.data.video.reader import MediaInfo
 from swim_fast.labels import IGNORED_LABEL
 from swim_fast.options import Sampling
 
+VISUAL = {"image": "pixel_values", "video": "pixel_values_videos"}  # the model's name of the pixels
+
 
 @dataclass(frozen=True)
 class Encoding:
     """A conversation in tokens. L tokens.
 
     Attributes:
-        inputs: arguments of the model: `input_ids`, `labels`, `mm_token_type_ids` [L] int64 and the processor's visual
-            tensors as they are.
+        inputs: as those of `Sample`.
         offsets: [L, 2] int64, the half-open character range of each token in the expanded text.
         nouns: character range of each tagged noun in that text, in the order of the tags.
         patch_grid: height and width of the grid of a temporal patch; None for text.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     offsets: Tensor
     nouns: tuple[Span, ...]
     patch_grid: tuple[int, int] | None = None
@@ -91,11 +93,10 @@ class Encoder:
         self.temporal_patch_size: int = processor.video_processor.temporal_patch_size
         if self.temporal_patch_size not in (1, 2):
             raise ProcessorError(f"a temporal patch of {self.temporal_patch_size} frames; only 1 and 2 are supported")
-        self._image_kwargs = _pixel_limits(processor.image_processor, sampling)
-        self._video_kwargs = _pixel_limits(processor.video_processor, sampling)
-        if hasattr(processor.video_processor, "cap_pixels_per_frame"):
-            # Left at None it makes transformers warn that the default will change; today None means False.
-            self._video_kwargs["cap_pixels_per_frame"] = bool(processor.video_processor.cap_pixels_per_frame)
+        self._image_layout = PatchLayout.from_processor(processor.image_processor)
+        self._video_layout = PatchLayout.from_processor(processor.video_processor)
+        self._image_limits = _pixel_limits(processor.image_processor, sampling)
+        self._video_limits = _pixel_limits(processor.video_processor, sampling)
 
     def text_offsets(self, conversation: Conversation) -> Tensor:
         """Return the character range of each token of the text, [L, 2]; the placeholder of a video or image is one."""
@@ -108,10 +109,13 @@ class Encoder:
         Raises:
             DataError: the processor refuses the image.
         """
-        processor = self.processor.image_processor
+        height, width = self.image_size(height, width)
+        return height * width // self._image_layout.factor**2
+
+    def image_size(self, height: int, width: int) -> Size:
+        """Return the size that an image of this size is given. Errors as for `image_tokens`."""
         with _refusals():
-            patches = processor.get_number_of_image_patches(height, width, self._image_kwargs)
-        return patches // processor.merge_size**2
+            return self._image_layout.choose_size(height, width, *self._image_limits)
 
     def video_tokens(self, num_frames: int, height: int, width: int, max_pixels: int | None = None) -> int:
         """Return the number of visual tokens of so many frames of this size in pixels.
@@ -119,21 +123,28 @@ class Encoder:
         Args:
             num_frames: frames that fill whole temporal patches.
             height, width: size of a frame.
-            max_pixels: as in `video`.
+            max_pixels: lower limit than that of `frame_limits` for this video.
 
         Raises:
             DataError: the processor refuses the video.
         """
-        processor, limits = self.processor.video_processor, self._limits(max_pixels)
-        if limits.pop("cap_pixels_per_frame", False):  # the processor's count of patches does not know this limit
-            lowest = limits.get("min_pixels") or processor.size["shortest_edge"]
-            highest = limits.get("max_pixels") or processor.size["longest_edge"]
-            all_frames = int(processor.max_video_tokens * (processor.patch_size * processor.merge_size) ** 2 * 0.9)
-            share = all_frames * self.temporal_patch_size // num_frames
-            limits = {"min_pixels": lowest, "max_pixels": max(min(highest, share), int(lowest * 1.05))}
+        height, width = self.video_size(num_frames, height, width, max_pixels)
+        return num_frames // self.temporal_patch_size * height * width // self._video_layout.factor**2
+
+    def video_size(self, num_frames: int, height: int, width: int, max_pixels: int | None = None) -> Size:
+        """Return the size that frames of this size are given. Arguments and errors as for `video_tokens`."""
+        lowest, highest = self._video_limits
+        highest = highest if max_pixels is None else max_pixels
+        processor, factor = self.processor.video_processor, self._video_layout.factor
+        if getattr(processor, "cap_pixels_per_frame", False):  # as Qwen2-VL's processor: a share of all frames' pixels
+            share = int(processor.max_video_tokens * factor**2 * 0.9) * self.temporal_patch_size // num_frames
+            highest = max(min(highest, share), int(lowest * 1.05))
         with _refusals():
-            patches = processor.get_num_of_video_patches(num_frames, height, width, limits)
-        return patches // processor.merge_size**2
+            return self._video_layout.choose_size(height, width, lowest, highest)
+
+    def resize_frame(self, frame: np.ndarray, size: Size) -> np.ndarray:
+        """Resize a frame of a video, uint8 [H, W, 3], to `video_size`, as the processor does."""
+        return self._video_layout.resize(frame, size)
 
     def text(self, conversation: Conversation) -> Encoding:
         """Encode the text alone; a placeholder for video or image stays one token."""
@@ -145,28 +156,14 @@ class Encoder:
         Raises:
             DataError: the processor refuses the image.
         """
-        return self._encode(
-            conversation,
-            images=[torch.from_numpy(pixels).permute(2, 0, 1)],
-            images_kwargs={**self._image_kwargs, "input_data_format": "channels_first"},
-        )
+        size = self.image_size(*pixels.shape[:2])
+        frames = PackedFrames.of(self._image_layout.resize(pixels, size)[None], self._image_layout)
+        return self._encode(conversation, "image", frames)
 
     @property
     def frame_limits(self) -> PixelLimits:
         """Sizes that frames of a video are given."""
-        processor, size = self.processor.video_processor, self.processor.video_processor.size
-        lowest, highest = self._video_kwargs.get("min_pixels"), self._video_kwargs.get("max_pixels")
-        return PixelLimits(
-            processor.patch_size * processor.merge_size,
-            size["shortest_edge"] if lowest is None else lowest,
-            size["longest_edge"] if highest is None else highest,
-        )
-
-    def _limits(self, max_pixels: int | None) -> dict[str, Any]:
-        """Return the video processor's arguments for the size of frames."""
-        if max_pixels is None:
-            return dict(self._video_kwargs)
-        return {**self._video_kwargs, "min_pixels": self.frame_limits.lowest, "max_pixels": max_pixels}
+        return PixelLimits(self._video_layout.factor, *self._video_limits)
 
     def video(
         self,
@@ -180,7 +177,7 @@ class Encoder:
 
         Args:
             conversation: text with a placeholder for the video.
-            pixels: uint8 [T, H, W, 3] RGB.
+            pixels: uint8 [T, H, W, 3] RGB, as decoded or of `video_size`.
             frames: indices of the frames in the source.
             info: the source's number of frames, rate and size.
             max_pixels: lower limit than that of `frame_limits` for this video.
@@ -188,59 +185,47 @@ class Encoder:
         Raises:
             DataError: the processor refuses the video.
         """
-        from transformers.video_utils import VideoMetadata
-
-        metadata = VideoMetadata(
-            total_num_frames=info.num_frames,
-            fps=info.fps,
-            height=info.height,
-            width=info.width,
-            duration=info.num_frames / info.fps,
-            frames_indices=list(frames),
-        )
-        encoding = self._encode(
-            conversation,
-            videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)],
-            videos_kwargs={
-                **self._limits(max_pixels),
-                "input_data_format": "channels_first",
-                "do_sample_frames": False,  # the frames are already chosen
-                "video_metadata": [metadata],
-            },
-        )
-        if "second_per_grid_ts" in encoding.inputs:  # the processor takes any frames for uniformly spaced ones
+        size = self.video_size(len(pixels), info.height, info.width, max_pixels)
+        if pixels.shape[1:3] != size:
+            pixels = np.stack([self.resize_frame(frame, size) for frame in pixels])
+        encoding = self._encode(conversation, "video", PackedFrames.of(pixels, self._video_layout))
+        if "second_per_grid_ts" in self.processor.model_input_names:
             measured = self.sampling.seconds_per_patch == "measured"
             seconds = seconds_per_patch(frames, info.fps, self.temporal_patch_size) if measured else 1.0
             encoding.inputs["second_per_grid_ts"] = torch.tensor([seconds], dtype=torch.float32)
         return encoding
 
-    def _encode(self, conversation: Conversation, **media: Any) -> Encoding:
-        text_kwargs = {
-            "add_special_tokens": False,  # the chat template has written them
-            "return_offsets_mapping": True,
-            "return_mm_token_type_ids": True,
-            "return_text_replacement_offsets": True,
-        }
-        with _refusals():
-            outputs = self.processor(text=[conversation.text], return_tensors="pt", text_kwargs=text_kwargs, **media)
-        inputs = dict(outputs)
-        del inputs["attention_mask"]
-        offsets = inputs.pop("offset_mapping")[0]
-        replacements = inputs.pop("text_replacement_offsets")[0]
-        for key in ("input_ids", "mm_token_type_ids"):
-            inputs[key] = inputs[key][0]
+    def _encode(self, conversation: Conversation, kind: str = "", frames: PackedFrames | None = None) -> Encoding:
+        visual: dict[str, Any] = {}
+        replacements: list[dict[str, Any]] = []
+        text = conversation.text
+        if frames is not None:
+            pixels, processor = VISUAL[kind], self.processor
+            visual = {pixels: frames, f"{kind}_grid_thw": torch.tensor([frames.layout.grid(*frames.sizes[0])])}
+            replace = getattr(processor, f"replace_{kind}_token")
+            expanded = {f"{kind}s_replacements": [replace(visual, 0)]}
+            (text,), (replacements,) = processor.get_text_with_replacements([text], **expanded)
+        tokens = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # the chat template has written the special tokens
+        ids, offsets = (torch.from_numpy(np.asarray(tokens[key])) for key in ("input_ids", "offset_mapping"))
+        inputs = {"input_ids": ids, "mm_token_type_ids": self._kinds(ids), **visual}
         spans = [_shifted(span, replacements) for span in conversation.labels]
-        inputs["labels"] = label_spans(inputs["input_ids"], offsets, spans)
+        inputs["labels"] = label_spans(ids, offsets, spans)
         nouns = tuple(_shifted(span, replacements) for span in conversation.nouns)
         return Encoding(inputs, offsets, nouns, self._patch_grid(inputs))
 
+    def _kinds(self, ids: Tensor) -> Tensor:
+        """Return which tokens stand for an image (1) or a video (2), [L] int64."""
+        processor = self.processor
+        image, video = (torch.tensor(known) for known in (processor.image_token_ids, processor.video_token_ids))
+        return torch.isin(ids, image).long() + 2 * torch.isin(ids, video).long()
+
     def _patch_grid(self, inputs: dict[str, Tensor]) -> tuple[int, int] | None:
         """Return the grid that the vision tower's merging leaves of its patches."""
-        for key, part in (("video_grid_thw", "video_processor"), ("image_grid_thw", "image_processor")):
+        for key, layout in (("video_grid_thw", self._video_layout), ("image_grid_thw", self._image_layout)):
             if key in inputs:
                 _, height, width = inputs[key][0].tolist()
-                merge_size = getattr(self.processor, part).merge_size
-                return height // merge_size, width // merge_size
+                return height // layout.merge_size, width // layout.merge_size
         return None
 
 
@@ -292,10 +277,8 @@ def _shifted(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:
     return span[0] + growth, span[1] + growth
 
 
-def _pixel_limits(processor: Any, sampling: Sampling) -> dict[str, int]:
-    """Return both limits, as the processor ignores one that comes alone."""
-    if sampling.min_pixels is None and sampling.max_pixels is None:
-        return {}
+def _pixel_limits(processor: Any, sampling: Sampling) -> tuple[int, int]:
+    """Return the least and most pixels of a frame or image."""
     lowest = sampling.min_pixels or processor.size["shortest_edge"]
     highest = sampling.max_pixels or processor.size["longest_edge"]
     if lowest > highest:
@@ -303,4 +286,4 @@ def _pixel_limits(processor: Any, sampling: Sampling) -> dict[str, int]:
             f"min_pixels {lowest} is above max_pixels {highest}, one of which is {type(processor).__name__}'s own; "
             "give both"
         )
-    return {"min_pixels": lowest, "max_pixels": highest}
+    return lowest, highest

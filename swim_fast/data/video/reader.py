@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from swim_fast.options import Decoding
 START_SECONDS = 300.0  # importing torch from a cold network disk takes its time
 STDERR_KEPT = 2000
 PIPE_BYTES = 1 << 20
+Change = Callable[[np.ndarray], np.ndarray]
 F_SETPIPE_SZ = 1031  # Linux; fcntl names it from Python 3.10 on, but not everywhere
 
 
@@ -73,13 +74,20 @@ class FrameReader:
         head, _ = self._ask(path, kind, {"op": "info"})
         return MediaInfo(**head)
 
-    def frames(self, path: str | Path, indices: Sequence[int], kind: str = "video") -> np.ndarray:
-        """Return exactly the frames asked for, in that order, repeated ones too: uint8 RGB [len(indices), H, W, 3]."""
+    def frames(
+        self, path: str | Path, indices: Sequence[int], kind: str = "video", change: Change | None = None
+    ) -> np.ndarray:
+        """Return exactly the frames asked for, in that order, repeated ones too: uint8 RGB [len(indices), H, W, 3].
+
+        Args:
+            change: applied to each frame as it arrives, such as to make it smaller; gives arrays of one shape. Only one
+                frame is then held as it was decoded, and it is written over by the next.
+        """
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.ndim != 1 or not len(wanted):
             raise ValueError("indices must be a non-empty list of frame indices")
         distinct, inverse = np.unique(wanted, return_inverse=True)
-        _, frames = self._ask(path, kind, {"op": "frames", "indices": distinct.tolist()})
+        _, frames = self._ask(path, kind, {"op": "frames", "indices": distinct.tolist()}, change)
         return frames if np.array_equal(distinct, wanted) else frames[inverse]
 
     def close(self) -> None:
@@ -89,7 +97,9 @@ class FrameReader:
             # After a fork the child belongs to the other process: let go of our copies of its pipes.
             child.stop() if self._process_id == os.getpid() else child.forget()
 
-    def _ask(self, path: str | Path, kind: str, request: dict) -> tuple[dict, np.ndarray | None]:
+    def _ask(
+        self, path: str | Path, kind: str, request: dict, change: Change | None = None
+    ) -> tuple[dict, np.ndarray | None]:
         if kind not in ("video", "image"):
             raise ValueError(f"kind is {kind!r}: it must be 'video' or 'image'")
         what = f"{kind} {path}"
@@ -98,7 +108,7 @@ class FrameReader:
             self._child, self._process_id = _Child(self.reader), os.getpid()
         request = {**request, "path": str(path), "kind": kind, "seconds": self.timeout}
         try:
-            head, frames = self._child.ask(request, self.timeout)
+            head, frames = self._child.ask(request, self.timeout, change)
         except TimeoutError:
             self.close()
             faster = ", or use reader torchcodec or pyav, which are faster on long clips" * (self.reader == "decord")
@@ -173,7 +183,7 @@ class _Child:
             self.stop()
             raise MissingLibraryError(head["unavailable"])
 
-    def ask(self, request: dict, seconds: float) -> tuple[dict, np.ndarray | None]:
+    def ask(self, request: dict, seconds: float, change: Change | None = None) -> tuple[dict, np.ndarray | None]:
         """Send a request; return the answer's head and frames. TimeoutError or EOFError: stop this child."""
         deadline = time.monotonic() + seconds
         self._drain_stderr()
@@ -183,9 +193,18 @@ class _Child:
         head = self._head(deadline)
         if "shape" not in head:
             return head, None
-        frames = np.empty(head["shape"], np.uint8)
-        self._read(memoryview(frames).cast("B"), deadline)
-        return head, frames
+        count, *shape = head["shape"]
+        if change is None:
+            frames = np.empty((count, *shape), np.uint8)
+            self._read(memoryview(frames).cast("B"), deadline)
+            return head, frames
+        frame, changed = np.empty(shape, np.uint8), None
+        for number in range(count):
+            self._read(memoryview(frame).cast("B"), deadline)
+            new = change(frame)
+            changed = np.empty((count, *new.shape), new.dtype) if changed is None else changed
+            changed[number] = new
+        return head, changed
 
     def noise(self) -> str:
         """Return the end of the decoder's output during the last request, as an addition to an error message."""

@@ -72,11 +72,12 @@ def test_mixed_batch(build, processor, records):
             assert torch.equal(batch[key][number, :length], sample.inputs[key])
             assert (batch[key][number, length:] == value).all()
     videos, image = [samples[0], samples[3], samples[4]], samples[2]
-    for key in ("pixel_values_videos", "video_grid_thw"):
-        assert torch.equal(batch[key], torch.cat([sample.inputs[key] for sample in videos]))
+    assert torch.equal(batch["video_grid_thw"], torch.cat([sample.inputs["video_grid_thw"] for sample in videos]))
+    patches = [sample.inputs["pixel_values_videos"].patches() for sample in videos]
+    assert torch.equal(batch["pixel_values_videos"], torch.cat(patches))
     assert batch["second_per_grid_ts"] == [sample.inputs["second_per_grid_ts"].item() for sample in videos]
     assert torch.equal(batch["image_grid_thw"], image.inputs["image_grid_thw"])
-    assert torch.equal(batch["pixel_values"], image.inputs["pixel_values"])
+    assert torch.equal(batch["pixel_values"], image.inputs["pixel_values"].patches())
     assert batch["samples"] == [sample.name for sample in samples]
     assert batch["problems"] == ["file.jsonl, record 7: is broken"]
     assert batch["notes"] == [] and batch["counts"].tags_without_mask == 0 + 1 + 2 + 3 + 4
