@@ -108,7 +108,7 @@ class Result:
         if build.tensor_memory > TENSOR_MEMORY:
             found.append(f"tensor memory {build.tensor_memory} of {TENSOR_MEMORY} columns")
         tile = configuration.tile
-        # fp32, which trains nothing on a GPU, holds its operands in registers: triton 3.6 and 3.8 spill up to 80 of them
+        # fp32, which trains nothing on a GPU, holds its operands in registers and spills some of them
         small = configuration.head_dim <= 128 and tile.block_rows <= 8 and configuration.dtype != "fp32"
         if build.spill_stores + build.spill_loads and small and build.arch == 90:
             found.append(f"spills: {build.spill_stores} STL, {build.spill_loads} LDL, {build.stack} bytes of stack")
