@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install install-gpu demo test test-all test-oldest lint bench bench-quick bench-check bench-train kernel-report gpu-check clean
+.PHONY: install install-gpu demo test test-all test-oldest fuzz lint bench bench-quick bench-check bench-train kernel-report gpu-check clean
 
 install: $(STAMP)
 
@@ -52,6 +52,11 @@ $(OLDEST)/.installed: setup.py tests/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --constraint tests/oldest.txt -e '.[test]'
 	touch $@
+
+# Damaged inputs in large number, of which `make test` has a few hundred: a quarter of an hour.
+CASES ?= 10000
+fuzz: $(STAMP)
+	$(BIN)/pytest tests/fuzz --fuzz-cases $(CASES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
