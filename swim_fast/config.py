@@ -73,6 +73,9 @@ class DataConfig(Sampling, Labels, Decoding):
     """Pack samples up to so many tokens into a batch without padding; without max_tokens, also the longest sample."""
     pack_look_ahead: int = Field(1024, gt=0)
     """Samples that are packed together."""
+    max_skipped: float = Field(0.2, ge=0, le=1)
+    """Share of the last hundred or so samples that may be left out for their problems before the run stops; it also
+    stops where all samples of a step are."""
 
     @model_validator(mode="after")
     def _check_packing(self):

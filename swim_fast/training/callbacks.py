@@ -2,9 +2,12 @@
 
 import logging
 import signal
+from collections.abc import Callable
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
+
+from swim_fast.training.skipped import SkipLimit
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,22 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
+class StopOnSkipped(TrainerCallback):
+    """Ends the run, before the step's checkpoint, where too many samples are left out.
+
+    Args:
+        limit: to hold the run to.
+        count: returns the samples of the last step, and those left out, of all ranks.
+    """
+
+    def __init__(self, limit: SkipLimit, count: Callable[[], tuple[int, int]]):
+        self.limit, self._count = limit, count
+
+    def on_step_end(self, args, state, control, **kwargs):
+        saving = control.should_save or control.should_training_stop
+        self.limit.check_step(state.global_step, *self._count(), saving)
 
 
 class StopOnSignal(TrainerCallback):

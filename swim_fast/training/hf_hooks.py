@@ -79,13 +79,24 @@ class HookedTrainer(CheckpointingTrainer):
     def _get_num_items_in_batch(self, batch_samples, device) -> Tensor:
         """Return the labels and pairs `[2]` of the global step: all its micro-batches on all ranks.
 
-        A single rank's stay on the CPU: dividing by them does not wait for the device.
+        A single rank's stay on the CPU: dividing by them does not wait for the device. The samples of the step, and
+        those left out, travel along.
         """
-        counts = [(batch["counts"].labels, len(batch["mask_targets"])) for batch in batch_samples]
+        counts = [
+            (
+                batch["counts"].labels,
+                len(batch["mask_targets"]),
+                len(batch["samples"]) + len(batch["problems"]),
+                len(batch["problems"]),
+            )
+            for batch in batch_samples
+        ]
         total = torch.tensor(counts).sum(0)
-        if self.args.world_size == 1:
-            return total
-        return self._reduce(total.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else total)
+        if self.args.world_size > 1:
+            total = total.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else total
+            total = self._reduce(total)
+        items, self._samples_of_step = total.split(2)
+        return items
 
     def _reduce(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums
@@ -196,6 +207,11 @@ class HookedTrainer(CheckpointingTrainer):
         begun = super()._init_training_state(*args)
         self.start_interval()  # from the step that is resumed
         return begun
+
+    def count_skipped(self) -> int:
+        """Return the samples that training has left out, those of resumed checkpoints' logs too; all ranks together."""
+        logged = sum(log.get("skipped", 0) for log in self.state.log_history if "learning_rate" in log)
+        return logged + int(self._total(self.sums).skipped)
 
     def start_interval(self) -> None:
         """Start the sums of the next training log."""

@@ -34,7 +34,7 @@ print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 | file | passes per epoch | records |
 |---|---:|---:|
 {sources}
-
+{skipped}
 ## Metrics
 
 | | |
@@ -63,7 +63,7 @@ def render_model_card(config: RunConfig, steps: int, metrics: dict[str, float]) 
     Args:
         config: the run's effective configuration.
         steps: optimizer steps done.
-        metrics: of the run and of its last evaluation.
+        metrics: of the run and of its last evaluation; `skipped_samples`, where there were any, has a sentence.
     """
     base, loss = config.model.path, config.attention_loss
     header = {
@@ -89,6 +89,7 @@ def render_model_card(config: RunConfig, steps: int, metrics: dict[str, float]) 
     if config.data.seconds_per_patch == "one":
         differs.append("`second_per_grid_ts` 1 for every video")
     sources = [f"| {source.path} | {source.weight:g} | {source.limit or 'all'} |" for source in config.data.train]
+    skipped = metrics.get("skipped_samples", 0)
     values = [f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, (int, float))]
     return _CARD.format(
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
@@ -99,6 +100,7 @@ def render_model_card(config: RunConfig, steps: int, metrics: dict[str, float]) 
         positions=_POSITIONS if config.model.position_ids == "pretraining" else "",
         differs=_DIFFERS.format(options=" and ".join(differs)) if differs else "",
         sources="\n".join(sources),
+        skipped=f"\n{skipped} samples were left out of training for their problems.\n" if skipped else "",
         metrics="\n".join(values),
         config=config.as_yaml(),
     )

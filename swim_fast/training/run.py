@@ -131,6 +131,7 @@ def _build_trainer(run: ResolvedRun):
         args=args,
         loss=config.attention_loss,
         on_nan=config.optimization.on_nan,
+        max_skipped=config.data.max_skipped,
         learning_rates=config.optimization.learning_rates,
         callbacks=None if patience is None else [EarlyStopping(patience)],
         train_dataset=train_dataset,
@@ -175,6 +176,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
             checkpoint that this number of ranks cannot resume from. Other errors as for `resolve_run`.
         SaveError: a checkpoint or the trained model could not be written.
         NonFiniteError: a loss or gradient was not finite, and `optimization.on_nan` says to stop.
+        SkippedError: more samples were left out than `data.max_skipped` allows.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -213,7 +215,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     adapter = output / "adapter" if config.model.lora else None
     trainer.save_final_model(adapter or output)
     trainer.save_state()
-    metrics = result.metrics | _get_last_evaluation(trainer)
+    metrics = result.metrics | {"skipped_samples": trainer.count_skipped()} | _get_last_evaluation(trainer)
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         if adapter:

@@ -7,11 +7,11 @@ from swim_fast.data.batch.packing import PackingSampler
 from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, compute_pair_losses
 from swim_fast.loss.metrics import METRICS, sum_metrics
 from swim_fast.options import AttentionLoss
-from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, StopOnSignal
+from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, StopOnSignal, StopOnSkipped
 from swim_fast.training.flops import StepFlops, get_peak_flops
 from swim_fast.training.hf_hooks import HookedTrainer
 from swim_fast.training.nonfinite import FiniteGuard
-from swim_fast.training.skipped import SampleReport
+from swim_fast.training.skipped import SampleReport, SkipLimit
 from swim_fast.training.sums import Sums
 
 
@@ -27,6 +27,7 @@ class SwimTrainer(HookedTrainer):
             the micro-batch or step out on all ranks. This costs one small reduction among the ranks and one wait for
             the device, for each step ("stop") or micro-batch ("skip"). A gradient is reported with all samples of its
             step. DeepSpeed checks gradients and leaves steps out itself; so does fp16, to find its loss scale.
+        max_skipped: share of samples that may be left out for their problems, see `SkipLimit`.
         learning_rates: of parts of the model, see `get_part_parameters`; the others have `args.learning_rate`.
         batch_sampler: batches of packed samples to train on, with `train_collator`, which packs them; None: batches of
             `per_device_train_batch_size` samples, of `data_collator`, as for evaluation.
@@ -38,6 +39,7 @@ class SwimTrainer(HookedTrainer):
         *,
         loss: AttentionLoss | None,
         on_nan: str = "stop",
+        max_skipped: float = 0.2,
         learning_rates: dict[str, float] | None = None,
         batch_sampler: PackingSampler | None = None,
         train_collator: Collator | None = None,
@@ -52,7 +54,9 @@ class SwimTrainer(HookedTrainer):
         self.peak_flops = get_peak_flops(self.args.device)
         self._count_flops = StepFlops(self.model)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of the global step itself
+        self.skip_limit = SkipLimit(max_skipped)
         self.add_callback(StopOnSignal(self.accelerator))
+        self.add_callback(StopOnSkipped(self.skip_limit, lambda: self._samples_of_step.tolist()))
         self.add_callback(BackwardWhereTrained())
         self.start_interval()
 
@@ -67,6 +71,7 @@ class SwimTrainer(HookedTrainer):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         step, samples = self.state.global_step + 1, inputs["samples"]
         self.report.write(step - 1, inputs["problems"], inputs["notes"])
+        self.skip_limit.note(inputs["problems"])
         text, mask, sums, outputs = self._forward(model, inputs)
         labels, pairs = num_items_in_batch.clamp(min=1).to(text.dtype)
         loss = self.args.world_size * self._weigh(text / labels, mask / pairs)
