@@ -14,6 +14,7 @@ from swim_fast import jobs
 from swim_fast.command_line import add_options, flag, read_options
 from swim_fast.errors import UserError, nearest
 from swim_fast.options import Options
+from swim_fast.preflight import check_input, check_judge, check_model, check_output, check_run
 
 
 def _train(options: jobs.Train) -> int:
@@ -21,6 +22,7 @@ def _train(options: jobs.Train) -> int:
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:
+        check_run(config)
         from swim_fast.training.dry_run.report import dry_run
 
         report = dry_run(config, options.gpus, options.gpu_memory, options.limit)
@@ -51,6 +53,7 @@ def _demo(options: jobs.Demo) -> int:
 
 
 def _describe(options: jobs.Describe) -> int:
+    check_model(options.model, "--model")
     from swim_fast.inference.describe import describe
 
     for file in describe(options).files:
@@ -59,10 +62,13 @@ def _describe(options: jobs.Describe) -> int:
 
 
 def _check(options: jobs.Check) -> int:
+    check_input(options.file, "file")
+    if options.model is not None:
+        check_model(options.model, "--model")
     from swim_fast.data.check import check_file
-    from swim_fast.inference.loading import load_processor
+    from swim_fast.inference.loading import as_run, load_processor
 
-    report = check_file(options, load_processor(options.model) if options.model else None)
+    report = check_file(as_run(options), load_processor(options.model) if options.model else None)
     print(report)
     return 1 if report.problems else 0
 
@@ -75,10 +81,12 @@ def _import(options: jobs.Import) -> int:
 
 
 def _show(options: jobs.Show) -> int:
+    check_input(options.file, "file")
+    check_model(options.model, "--model")
     from swim_fast.data.show import show_record
-    from swim_fast.inference.loading import load_processor
+    from swim_fast.inference.loading import as_run, load_processor
 
-    print(show_record(options, load_processor(options.model)))
+    print(show_record(as_run(options), load_processor(options.model)))
     return 0
 
 
@@ -121,7 +129,17 @@ def _evaluate(options: jobs.Evaluation, evaluate: Callable, report: Callable) ->
         return results
 
 
+def _preflight(options: jobs.Evaluation) -> None:
+    """Check what an evaluation is given before torch is imported."""
+    check_input(options.file, "file")
+    check_judge(getattr(options, "judge_model", None))
+    if not getattr(options, "judge_only", False):
+        check_model(options.model, "model")
+    check_output(options.out, "--out")
+
+
 def _questions(options: jobs.Questions) -> int:
+    _preflight(options)
     from swim_fast.evaluation.questions import evaluate_questions
     from swim_fast.evaluation.report import questions_report
 
@@ -130,6 +148,7 @@ def _questions(options: jobs.Questions) -> int:
 
 
 def _descriptions(options: jobs.Descriptions) -> int:
+    _preflight(options)
     from swim_fast.evaluation.descriptions import evaluate_descriptions
     from swim_fast.evaluation.report import descriptions_report
 
@@ -138,6 +157,7 @@ def _descriptions(options: jobs.Descriptions) -> int:
 
 
 def _grounding(options: jobs.Grounding) -> int:
+    _preflight(options)
     from swim_fast.evaluation.grounding import evaluate_grounding
     from swim_fast.evaluation.report import grounding_report
     from swim_fast.viz.charts import draw_layers
@@ -191,7 +211,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a job; return 0, or what it found: 1 for problems, 2 for what a user can mend, 130 for Ctrl-C."""
+    """Run a job; return its exit status.
+
+    0, or what it found: 1 for problems, 2 for what a user can mend, 130 for Ctrl-C, 143 for a run ended by SIGTERM.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -204,8 +227,8 @@ def main(argv: list[str] | None = None) -> int:
         return function(read_options(options, args))
     except UserError as error:
         print(f"swim-fast: {error}", file=sys.stderr)
-        _end_rank(2)
-        return 2
+        _end_rank(error.exit_status)
+        return error.exit_status
     except KeyboardInterrupt:
         print("swim-fast: interrupted", file=sys.stderr)
         return 130

@@ -127,6 +127,11 @@ class RunConfig(Options):
         rows = self.attention_loss.supervision if self.attention_loss else Supervision(read_out="supervised")
         return rows.replace(label_header=self.data.label_header)
 
+    @property
+    def output(self) -> Path:
+        """Folder of the run."""
+        return Path(self.training.get("output_dir") or "runs/swim")
+
     def as_yaml(self) -> str:
         """Return the YAML text that reads back as this configuration."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -276,7 +281,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {_explain_yaml(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of keys, not {type(tree).__name__}")
     for override in overrides:
@@ -301,7 +306,14 @@ def _override(tree: dict, override: str) -> None:
     try:
         tree[last] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r} is not valid YAML: {error}") from error
+        raise ConfigError(f"{override!r} is not valid YAML: {_explain_yaml(error)}") from error
+
+
+def _explain_yaml(error: yaml.YAMLError) -> str:
+    """Say in one line what the parser says in several, with an excerpt."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return at + (problem or " ".join(str(error).split()))
 
 
 def _check(tree: dict) -> tuple[RunConfig | None, list[str]]:

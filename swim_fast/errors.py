@@ -11,6 +11,8 @@ SEE_DOCTOR = " (swim-fast doctor shows what works here)"
 class UserError(Exception):
     """Base of every error whose message names what is wrong, where, and the remedy."""
 
+    exit_status = 2  # of the command
+
     def __init__(self, *args: Any):
         name = type(self).__name__
         if args and str(args[0]).startswith(f"Caught {name} in "):  # a DataLoader's worker: its traceback helps nobody

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from swim_fast.options import (
     Asking,
+    AsRun,
     Decoding,
     Excerpt,
     File,
@@ -98,10 +99,11 @@ class Describe(Inference, Sampling, Decoding):
         return self
 
 
-class Check(InputFile, Media, Limited, Excerpt, Sampling, Decoding):
+class Check(InputFile, Media, Limited, Excerpt, AsRun, Sampling, Decoding):
     """Read every record of a file and report every problem."""
 
     words = ("file",)
+    trained = AS_TRAINED
     model: File | None = None
     """Checkpoint whose processor is checked too (tokens, lengths)."""
     decode: bool = True
@@ -110,10 +112,11 @@ class Check(InputFile, Media, Limited, Excerpt, Sampling, Decoding):
     """Processes that read; 0 reads in this one."""
 
 
-class Show(InputFile, Media, Excerpt, Sampling, Decoding, Supervision):
+class Show(InputFile, Media, Excerpt, AsRun, Sampling, Decoding, Supervision):
     """Show one record as training sees it: frames, masks, tagged nouns, tokens."""
 
     words = ("file", "index")
+    trained = AS_TRAINED | frozenset(Supervision.model_fields)
     index: int
     """Index of the record in the file, from 0."""
     model: File
@@ -241,7 +244,7 @@ class Stats(InputFile, Media, Limited, Decoding):
     """PNG of the distributions."""
 
 
-class Evaluation(InputFile, Media, Limited, Inference, Sampling, Decoding):
+class Evaluation(InputFile, Media, Limited, Inference, AsRun, Sampling, Decoding):
     """A checkpoint run over a file."""
 
     words = ("model", "file")

@@ -192,6 +192,14 @@ class Sampling(Options):
         return self
 
 
+class AsRun(Options):
+    """A run whose samples are meant."""
+
+    config: File | None = None
+    """YAML file of a run, whose options of samples hold where none are given here; without it, the one beside the
+    model, if there is one."""
+
+
 class Decoding(Options):
     """Decoding of videos."""
 

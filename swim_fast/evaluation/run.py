@@ -22,7 +22,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.video.reader import MediaInfo
 from swim_fast.evaluation.predictions import Predictions, file_state, model_state
-from swim_fast.inference.loading import Checkpoint, choose_inference, choose_sampling, load_checkpoint, trained_as
+from swim_fast.inference.loading import Checkpoint, choose_inference, choose_sampling, find_run, load_checkpoint
 from swim_fast.jobs import Evaluation
 from swim_fast.options import Decoding, Sampling, Supervision
 
@@ -110,7 +110,7 @@ class Run:
         self.options, self.ranks = options, ranks
         self.records = RecordFile(options.file, options.media)
         self.indices = range(len(self.records) if options.limit is None else min(options.limit, len(self.records)))
-        self.trained = trained_as(options.model)
+        self.trained = find_run(options)
         self.sampling, self.decoding = choose_sampling(options, self.trained)
         self.inference = choose_inference(options, self.trained)
 

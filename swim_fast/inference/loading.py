@@ -7,18 +7,19 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from swim_fast.config import ConfigError, RunConfig, load_config
 from swim_fast.errors import SEE_DOCTOR, OptionError, UserError
 from swim_fast.modeling.positions import set_position_rule
-from swim_fast.options import Decoding, Inference, Options, Sampling
+from swim_fast.options import AsRun, Decoding, Inference, Options, Sampling
 
 logger = logging.getLogger(__name__)
 
 DEFAULTS = Inference()
+Job = TypeVar("Job", bound=AsRun)
 
 
 class CheckpointError(UserError, ValueError):
@@ -102,6 +103,17 @@ def trained_as(path: str | Path) -> RunConfig | None:
     return config
 
 
+def find_run(options: AsRun) -> RunConfig | None:
+    """Return the run that a job's samples are those of: `options.config`, else what `trained_as` finds.
+
+    Raises:
+        ConfigError: the named file cannot be used.
+    """
+    if options.config is not None:
+        return load_config(options.config, ["training={}", "optimization={}"])
+    return trained_as(options.model) if options.model is not None else None
+
+
 def choose_sampling(options: Options, run: RunConfig | None) -> tuple[Sampling, Decoding]:
     """Return how samples are made: as given in `options`, else as in the run that made the checkpoint.
 
@@ -114,6 +126,17 @@ def choose_sampling(options: Options, run: RunConfig | None) -> tuple[Sampling, 
         sampling.replace(**{name: value for name, value in given if name in Sampling.model_fields}),
         decoding.replace(**{name: value for name, value in given if name in Decoding.model_fields}),
     )
+
+
+def as_run(options: Job) -> Job:
+    """Return the options of a job with those of samples that are not given taken from its run. Errors as above."""
+    run = find_run(options)
+    if run is None:
+        return options
+    found = {}
+    for part in (*choose_sampling(options, run), run.supervision):
+        found |= {name: value for name, value in part if name in type(options).model_fields}
+    return options.replace(**{**found, **options.given()})
 
 
 def choose_inference(options: Inference, run: RunConfig | None) -> Inference:

@@ -14,7 +14,7 @@ def build_arguments(config: RunConfig) -> TrainingArguments:
         ConfigError: a value that transformers refuses.
     """
     # transformers would wait for the device at every micro-batch, to leave out of its log what the run refuses anyway
-    values = {"output_dir": "runs/swim", "logging_nan_inf_filter": False, **config.training, **FIXED}
+    values = {"logging_nan_inf_filter": False, **config.training, "output_dir": str(config.output), **FIXED}
     if values.get("gradient_checkpointing"):  # the reentrant kind drops the gradient of the noun maps
         given = values.get("gradient_checkpointing_kwargs") or {}
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False} | given

@@ -75,12 +75,13 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, accelerator):
         self.accelerator = accelerator
         self.received = None
+        self.stopped_by: signal.Signals | None = None  # on every rank, whichever was told
         self._previous = {}
 
     def _remember(self, number, frame):
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        self.received = signal.Signals(number)
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -90,14 +91,15 @@ class StopOnSignal(TrainerCallback):
                 return
 
     def on_step_end(self, args, state, control, **kwargs):
-        stop = self.received is not None
+        signals = (signal.SIGTERM, signal.SIGINT)
+        told = [float(self.received == number) for number in signals]
         if args.world_size > 1:
-            flag = torch.tensor(float(stop), device=args.device)
-            stop = self.accelerator.reduce(flag, "sum").item() > 0
-        if stop:
+            told = self.accelerator.reduce(torch.tensor(told, device=args.device), "sum").tolist()
+        if any(told):
+            self.stopped_by = next(number for number, ranks in zip(signals, told, strict=True) if ranks)
             if state.is_world_process_zero:
-                what = self.received or "a signal to another rank"
-                logger.warning("%s: saving a checkpoint at step %d, then stopping", what, state.global_step)
+                text = "%s: saving a checkpoint at step %d, then stopping"
+                logger.warning(text, self.stopped_by.name, state.global_step)
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -7,7 +7,6 @@ done; older ones are deleted after that. Whatever ends the run while it saves, t
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,34 +19,14 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from swim_fast.config import ConfigError
 from swim_fast.errors import UserError
-
-logger = logging.getLogger(__name__)
+from swim_fast.training.resume import STATE, find_last_checkpoint, list_checkpoints
 
 STAGING = "incomplete"  # folder in the output folder; its name must not begin as those of checkpoints do
 LAYOUT = "layout.json"
-STATE = "trainer_state.json"  # transformers writes it last
 
 
 class SaveError(UserError, OSError):
     """A checkpoint or model that could not be saved; the message names folder, reason and what to resume from."""
-
-
-def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """Return the `checkpoint-<step>` of an output folder in the order of their steps.
-
-    A folder without `trainer_state.json` is half a copy, and is not listed.
-    """
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
-    for checkpoint in found:
-        if not (checkpoint / STATE).is_file():
-            logger.warning("%s is incomplete (no %s) and is not considered; it can be deleted", checkpoint, STATE)
-    complete = [checkpoint for checkpoint in found if (checkpoint / STATE).is_file()]
-    return sorted(complete, key=lambda path: int(path.name.partition("-")[2]))
-
-
-def find_last_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """Return the complete checkpoint of the highest step in an output folder, None without one."""
-    return next(reversed(list_checkpoints(folder)), None)
 
 
 @dataclass(frozen=True)
@@ -192,12 +171,14 @@ class CheckpointingTrainer(Trainer):
             finally:
                 self._staged = None
             staged = staging / final.name
-            is_best = self.state.best_model_checkpoint == str(staged)
-            if is_best:
-                self.state.best_model_checkpoint = str(final)
+            # transformers looked for it in the staging folder; it may also be one saved before its evaluation
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            found = best == final or best.is_dir()
+            if found:
+                self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 Layout.from_arguments(self.args).write(staged)
-                if is_best:
+                if found:
                     self.state.save_to_json(str(staged / STATE))
         if self.args.should_save:
             if final.exists():

@@ -205,8 +205,14 @@ class HookedTrainer(CheckpointingTrainer):
 
     def _init_training_state(self, *args) -> tuple[int, int]:
         begun = super()._init_training_state(*args)
+        self._first_step = self.state.global_step
         self.start_interval()  # from the step that is resumed
         return begun
+
+    @property
+    def trained(self) -> bool:
+        """True once a step was done, beside those of the checkpoint that was resumed."""
+        return self.state.global_step > self._first_step
 
     def count_skipped(self) -> int:
         """Return the samples that training has left out, those of resumed checkpoints' logs too; all ranks together."""

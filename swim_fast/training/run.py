@@ -10,6 +10,7 @@ from typing import Any
 
 from swim_fast.config import ConfigError, RunConfig
 from swim_fast.files import atomic_write
+from swim_fast.preflight import check_run
 
 logger = logging.getLogger(__name__)
 
@@ -166,39 +167,54 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
 
     Args:
         config: the run; its effective form is printed and saved as `config.yaml` in the output folder.
-        resume: from the last checkpoint in the output folder, if there is one.
+        resume: from the last checkpoint in the output folder, if there is one. A finished run is left as it is.
 
     Returns:
-        Metrics of the last evaluation and of the run.
+        Metrics of the last evaluation and of the run; none of a run that was finished before.
 
     Raises:
-        ConfigError: no training data, an output folder that holds another run's checkpoints while `resume` is off, or a
-            checkpoint that this number of ranks cannot resume from. Other errors as for `resolve_run`.
+        ConfigError: no training data, an output folder that another run is writing to, or that holds another run's
+            checkpoints while `resume` is off; a checkpoint that this number of ranks cannot resume from, or that would
+            keep other values than those of `config`. Other errors as for `resolve_run`.
+        InterruptedRun: a signal has ended it, with a checkpoint.
         SaveError: a checkpoint or the trained model could not be written.
         NonFiniteError: a loss or gradient was not finite, and `optimization.on_nan` says to stop.
         SkippedError: more samples were left out than `data.max_skipped` allows.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    from swim_fast.modeling.adapters import merge_adapters
-    from swim_fast.training.checkpoints import check_resumable, find_last_checkpoint
-    from swim_fast.training.model_card import render_model_card
-    from swim_fast.training.warm_up import start_warm_up
+    from swim_fast.training.resume import end_with_launcher, find_finished, output_lock
 
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one file, e.g. data.train: [{path: train.jsonl}]")
+    done = find_finished(config) if resume else None
+    if done is not None:
+        logger.warning(
+            "the run in %s is finished (%d steps) and is left as it is; to train on, raise training.max_steps or "
+            "training.num_train_epochs",
+            config.output,
+            done,
+        )
+        return {}
+    check_run(config)
+    end_with_launcher()
+    with output_lock(config.output):
+        return _train(config, resume)
+
+
+def _train(config: RunConfig, resume: bool) -> dict[str, float]:
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from swim_fast.modeling.adapters import merge_adapters
+    from swim_fast.training.checkpoints import check_resumable
+    from swim_fast.training.model_card import render_model_card
+    from swim_fast.training.resume import InterruptedRun
+    from swim_fast.training.warm_up import start_warm_up
+
+    checkpoint = _choose_checkpoint(config, resume)
     run = resolve_run(config)
     trainer, config, args = _build_trainer(run), run.config, run.arguments
     output = Path(args.output_dir)
-    last = find_last_checkpoint(output)
-    named = args.resume_from_checkpoint  # True: as --resume
-    checkpoint = named if isinstance(named, str) else str(last) if last and (resume or named) else None
-    if last and not checkpoint:
-        raise ConfigError(
-            f"{output} already holds {last.name}: resume it with --resume, or choose another training.output_dir"
-        )
     if checkpoint:
-        check_resumable(Path(checkpoint), args)
+        check_resumable(checkpoint, args)
     if trainer.is_world_process_zero():
         text = config.as_yaml()
         print(f"effective configuration ({output / 'config.yaml'}):\n\n{text}", flush=True)
@@ -207,15 +223,19 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
         if checkpoint:
             print(f"resuming from {checkpoint}", flush=True)
     start_warm_up(run.model, config.attention_loss, args)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.stopped_early
     if stopped:
-        logger.warning("stopped at step %d of %d; resume with --resume", result.global_step, trainer.state.max_steps)
+        told = f"stopped at step {result.global_step} of {trainer.state.max_steps}; resume with --resume"
+        if trainer.stopped_by is not None:
+            raise InterruptedRun(f"{trainer.stopped_by.name}: {told}", trainer.stopped_by)
+        logger.warning("%s", told)
         return result.metrics
     adapter = output / "adapter" if config.model.lora else None
     trainer.save_final_model(adapter or output)
     trainer.save_state()
-    metrics = result.metrics | {"skipped_samples": trainer.count_skipped()} | _get_last_evaluation(trainer)
+    speed = result.metrics if trainer.trained else {}  # else it is that of no step
+    metrics = speed | {"skipped_samples": trainer.count_skipped()} | _get_last_evaluation(trainer)
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         if adapter:
@@ -224,6 +244,23 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
         with atomic_write(output / "README.md") as file:
             file.write(render_model_card(config, trainer.state.global_step, metrics))
     return metrics
+
+
+def _choose_checkpoint(config: RunConfig, resume: bool) -> Path | None:
+    """Return the checkpoint to resume from. Errors as for `train`."""
+    from swim_fast.training.resume import find_last_checkpoint, refuse_changes
+
+    last, named = find_last_checkpoint(config.output), config.training.get("resume_from_checkpoint")
+    checkpoint = Path(named) if isinstance(named, str) else last if resume or named else None  # True: as --resume
+    if last and not checkpoint:
+        raise ConfigError(
+            f"{config.output} already holds {last.name}: resume it with --resume, or choose another training.output_dir"
+        )
+    if checkpoint:
+        refuse_changes(checkpoint, config)
+    elif resume or named:
+        logger.warning("%s holds no checkpoint: there is nothing to resume, the run begins at step 1", config.output)
+    return checkpoint
 
 
 def _get_last_evaluation(trainer) -> dict[str, float]:

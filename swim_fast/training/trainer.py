@@ -1,5 +1,7 @@
 """SWIM's training step: one forward, two losses, both normalised over the global step."""
 
+from signal import Signals
+
 from torch import Tensor
 
 from swim_fast.data.batch.collation import Collator, model_inputs
@@ -55,7 +57,8 @@ class SwimTrainer(HookedTrainer):
         self._count_flops = StepFlops(self.model)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of the global step itself
         self.skip_limit = SkipLimit(max_skipped)
-        self.add_callback(StopOnSignal(self.accelerator))
+        self._signals = StopOnSignal(self.accelerator)
+        self.add_callback(self._signals)
         self.add_callback(StopOnSkipped(self.skip_limit, lambda: self._samples_of_step.tolist()))
         self.add_callback(BackwardWhereTrained())
         self.start_interval()
@@ -64,6 +67,11 @@ class SwimTrainer(HookedTrainer):
     def stopped_early(self) -> bool:
         """True once evaluations without progress have ended the run."""
         return any(isinstance(c, EarlyStopping) and c.patience_lost for c in self.callback_handler.callbacks)
+
+    @property
+    def stopped_by(self) -> Signals | None:
+        """Signal that has ended the run, the same on all ranks."""
+        return self._signals.stopped_by
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the loss of a micro-batch: micro-batches add up, and ranks average, to that of the global step."""

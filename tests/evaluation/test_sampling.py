@@ -6,9 +6,10 @@ import pytest
 
 from swim_fast.cli import main
 from swim_fast.config import DataConfig, ModelConfig, RunConfig, load_config
+from swim_fast.errors import OptionError
 from swim_fast.evaluation.run import Ranks, Run
-from swim_fast.inference.loading import load_processor
-from swim_fast.jobs import Grounding, Questions
+from swim_fast.inference.loading import as_run, load_processor
+from swim_fast.jobs import Check, Grounding, Questions, Show
 from swim_fast.options import AttentionLoss
 from swim_fast.position_ids import compute_rope_index
 from tests.evaluation.conftest import arguments, lines, results
@@ -41,6 +42,22 @@ def test_what_is_not_given_is_that_of_training(trained, annotated, tmp_path):
     assert (given.sampling.max_frames, given.decoding.reader, given.sampling.fps) == (4, "decord", 1.5)
     # An option wins even where it has the default's value.
     assert run(trained, annotated, tmp_path, max_frames=32).sampling.max_frames == 32
+
+
+def test_a_named_run_is_followed_where_the_model_has_none(trained, checkpoint, annotated, tmp_path):
+    file = str(trained / "config.yaml")
+    assert run(checkpoint, annotated, tmp_path).sampling.max_frames == 32
+    sampling = run(checkpoint, annotated, tmp_path, config=file).sampling
+    assert (sampling.max_frames, sampling.fps, sampling.max_pixels) == (2, 1.5, 2048)
+    for job in (Check(file=annotated, config=file), Show(file=annotated, index=0, model=checkpoint, config=file)):
+        made = as_run(job)
+        assert (made.max_frames, made.fps, made.reader) == (2, 1.5, "pyav")
+    assert made.query_position == "predictor"  # of Show
+    assert as_run(Check(file=annotated, model=trained, fps=3.0)).given()["fps"] == 3.0
+    assert as_run(Check(file=annotated, model=trained)).max_frames == 2
+    assert as_run(Check(file=annotated)).max_frames == 32
+    with pytest.raises(OptionError, match="cannot read"):
+        as_run(Check(file=annotated, config="absent.yaml"))
 
 
 def test_text_and_seconds_are_those_of_training(trained, checkpoint, annotated, tmp_path):

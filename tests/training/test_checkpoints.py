@@ -116,3 +116,21 @@ def test_a_model_that_cannot_be_saved_leaves_no_half_of_it(write_config, tmp_pat
     ):
         trainer.save_final_model(Path(trainer.args.output_dir))
     assert not blocked.exists()
+
+
+def test_a_checkpoint_saved_before_its_evaluation_is_the_best_and_is_kept(write_config, tmp_path):
+    from swim_fast.config import load_config
+    from swim_fast.training.run import build_trainer
+
+    steps = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 1}
+    trainer = build_trainer(load_config(write_config(training=steps)))
+    trainer.train()
+    folder = tmp_path / "run"
+    trainer.state.best_global_step = 1  # as an evaluation after the save finds
+    for step in (2, 3):
+        trainer.state.global_step = step
+        trainer._save_checkpoint(trainer.model, None)
+        assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-1")
+        written = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert written["best_model_checkpoint"] == str(folder / "checkpoint-1")
+        assert list_checkpoints(folder) == [folder / "checkpoint-1", folder / f"checkpoint-{step}"]

@@ -1,0 +1,94 @@
+"""Checks of what a job is given that come before torch, weights and generation; nothing heavy is imported."""
+
+import os
+from pathlib import Path
+
+from swim_fast.config import ConfigError, RunConfig
+from swim_fast.errors import OptionError
+from swim_fast.options import METRICS, Source
+
+
+def check_model(path: str, name: str) -> None:
+    """Refuse a model path that can only be local and is not there, which the hub would be asked for.
+
+    A name on the hub is `owner/model`, or a single word. What begins as a path does, has more parts, or lies in a
+    folder that exists, is local.
+
+    Args:
+        name: of the option, for the message.
+
+    Raises:
+        OptionError: it is not there.
+    """
+    local = path.startswith(("/", "./", "../", "~", ".\\")) or path.rstrip("/").count("/") > 1 or path.endswith("/")
+    if Path(path).exists() or not (local or ("/" in path and Path(path).parent.is_dir())):
+        return
+    what = f"{name} {path!r} is no checkpoint that can be loaded: there is no such folder"
+    raise OptionError(f"{what}{' (~ is not expanded here)' * path.startswith('~')}; correct the path")
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse a run whose model or files are not there, or whose best checkpoint is chosen by a metric of no tag.
+
+    Raises:
+        OptionError: naming key, path and remedy.
+    """
+    check_model(config.model.path, "model.path")
+    sources = {f"data.train[{index}]": source for index, source in enumerate(config.data.train)}
+    for key, source in (sources | {f"data.eval.{name}": file for name, file in config.data.eval.items()}).items():
+        _check_source(key, source)
+    metric = str(config.training.get("metric_for_best_model")).removeprefix("eval_")
+    for name, source in config.data.eval.items():
+        if metric in [f"{name}_{kind}" for kind in ("mask_loss", *METRICS)] and not _has_tags(source.path):
+            raise ConfigError(
+                f"training.metric_for_best_model is {metric!r}, but {source.path} has no tagged noun to measure it on: "
+                f"choose {name}_loss, or a file with tags"
+            )
+
+
+def _check_source(key: str, source: Source) -> None:
+    if not Path(source.path).is_file():
+        raise ConfigError(f"{key}.path is {source.path!r}, and there is no such file; correct the path")
+    if not os.access(source.path, os.R_OK):
+        raise ConfigError(f"{key}.path is {source.path!r}, which may not be read; change its permissions")
+    if source.media is not None and not Path(source.media).is_dir():
+        raise ConfigError(f"{key}.media is {source.media!r}, and there is no such folder; correct the path")
+
+
+def _has_tags(path: str) -> bool:
+    with open(path, "rb") as file:
+        return any(b"<ins>" in line or b"u003cins" in line.lower() for line in file)
+
+
+def check_output(folder: str, name: str) -> None:
+    """Make a folder for results if it is absent.
+
+    Raises:
+        OptionError: it cannot be made or written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{name} is {folder!r}, which cannot be made: {error.strerror}; name another") from error
+    if not os.access(folder, os.W_OK):
+        raise OptionError(f"{name} is {folder!r}, which cannot be written; make it writable or name another")
+
+
+def check_input(path: str, name: str) -> None:
+    """Refuse a file that is not there.
+
+    Raises:
+        OptionError: naming option and path.
+    """
+    if not Path(path).is_file():
+        raise OptionError(f"{name} is {path!r}, and there is no such file; correct the path")
+
+
+def check_judge(model: str | None) -> None:
+    """Refuse to ask a judge without a key for its API.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if model is not None and not os.environ.get("OPENAI_API_KEY"):
+        raise OptionError("OPENAI_API_KEY is not set, and --judge-model needs it; a local server takes any value")
