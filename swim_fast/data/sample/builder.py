@@ -61,7 +61,7 @@ class Sample:
         over: see `NounQueries`.
         patches: indices of the temporal patches to which the readout keys belong, in their order.
         pairs: P pairs of row and patch.
-        masks: uint8 [Hm, Wm] each, one per noun and supervised temporal patch; all rows of a noun share them.
+        masks: uint8 [Hm, Wm] each, one per object and supervised temporal patch; all rows of its nouns share them.
         tags: index of the tag that each row belongs to, R integers.
         tags_without_mask: number of tagged nouns without a mask in the frames taken, whose attention is not trained.
         frames: frame indices in the source video, padding included.
@@ -340,26 +340,42 @@ class SampleBuilder:
             pixels = self.reader.frames(record, plan.frames, resize)
             encoding = self.encode.video(plan.conversation, pixels, plan.frames, plan.info, plan.max_pixels)
         sample = Sample(name, encoding.inputs, frames=list(plan.frames), notes=list(plan.notes))
-        visual = encoding.visual()
+        visual, known = encoding.visual(), {}
         for tag in range(len(record.objects)):
-            self._add_noun(sample, record, tag, plan.masks[tag], encoding, visual)
+            self._add_noun(sample, record, tag, plan.masks[tag], encoding, visual, known)
         if sample.rows:
             self._add_key_sets(sample, encoding)
         return sample
 
     def _add_noun(
-        self, sample: Sample, record: Record, tag: int, masks: dict[int, Mask], encoding: Encoding, visual: Tensor
+        self,
+        sample: Sample,
+        record: Record,
+        tag: int,
+        masks: dict[int, Mask],
+        encoding: Encoding,
+        visual: Tensor,
+        known: dict[tuple, tuple[list[int], int]],
     ) -> None:
-        """Append the rows of one tagged noun, its masks, and the pairs of each row with each mask."""
-        pixels = {frame: masks[frame].decode() for frame in dict.fromkeys(sample.frames) if frame in masks}
-        temporal_patch_size = self.encode.temporal_patch_size if record.kind == "video" else 1
-        patches = supervised_patches(sample.frames, pixels, temporal_patch_size, self.supervision.supervise)
+        """Append the rows of one tagged noun, its masks, and the pairs of each row with each mask.
+
+        Args:
+            known: by an object's masks, the patches with one, and where in `sample.masks` they begin: an object that is
+                tagged again is decoded once.
+        """
+        chosen = {frame: masks[frame] for frame in dict.fromkeys(sample.frames) if frame in masks}
+        key = tuple((frame, mask.key) for frame, mask in chosen.items())
+        if key not in known:
+            pixels = {frame: mask.decode() for frame, mask in chosen.items()}
+            temporal_patch_size = self.encode.temporal_patch_size if record.kind == "video" else 1
+            found = supervised_patches(sample.frames, pixels, temporal_patch_size, self.supervision.supervise)
+            known[key] = list(found), len(sample.masks)
+            sample.masks += [torch.from_numpy(np.ascontiguousarray(mask)) for mask in found.values()]
+        patches, first_mask = known[key]
         if not patches:
             sample.tags_without_mask += 1
             return
         height, width = encoding.patch_grid
-        first_mask = len(sample.masks)
-        sample.masks += [torch.from_numpy(np.ascontiguousarray(mask, dtype=np.uint8)) for mask in patches.values()]
         cells, softmax = height * width, self.supervision.softmax
         first_visual, last_visual = int(visual[0]), int(visual[-1])
         for token in encoding.noun_tokens(tag):
@@ -368,7 +384,7 @@ class SampleBuilder:
             first_row = len(sample.rows)
             if softmax == "frame":
                 begins = [(first_row + index, 0) for index in range(len(patches))]
-                keys = visual.view(-1, cells)[list(patches)].tolist()
+                keys = visual.view(-1, cells)[patches].tolist()
                 sample.rows += [Row(position, k[0], k[-1] + 1, patch) for patch, k in zip(patches, keys, strict=True)]
             else:
                 begins = [(first_row, patch * cells) for patch in patches]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +38,15 @@ class Mask:
         return float(self.runs[1::2].sum() / (self.height * self.width))
 
     def decode(self) -> np.ndarray:
-        """Return the pixels, uint8 [height, width] of 0 and 1, C-contiguous."""
+        """Return the pixels, uint8 [height, width] of 0 and 1, column after column as they are coded."""
         values = np.zeros(len(self.runs), np.uint8)
         values[1::2] = 1
-        return np.ascontiguousarray(np.repeat(values, self.runs).reshape(self.width, self.height).T)
+        return np.repeat(values, self.runs).reshape(self.width, self.height).T
+
+    @property
+    def key(self) -> tuple[int, int, bytes]:
+        """Equal for equal masks."""
+        return self.height, self.width, self.runs.tobytes()
 
 
 def stated_size(segmentation: Any) -> tuple[int, int] | None:
@@ -102,7 +108,7 @@ def read_segmentation(
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray | None:
     """Return the pixels of a segmentation, uint8 [h, w] in its own size, or None; see `read_segmentation`."""
     mask = read_segmentation(segmentation, height, width)
-    return None if mask is None else mask.decode()
+    return None if mask is None else np.ascontiguousarray(mask.decode())
 
 
 def own_size(holder: dict) -> tuple[int, int] | None:
@@ -141,7 +147,7 @@ def union(masks: Iterable[np.ndarray | None]) -> np.ndarray | None:
             f"masks of one object in neighbouring frames differ in size: {' and '.join(map(str, sorted(sizes)))}; "
             "annotate them all at one size"
         )
-    return np.maximum.reduce(masks)
+    return functools.reduce(np.maximum, masks)
 
 
 def _read_rle(code: dict, height: int, width: int, size: tuple[int, int]) -> Mask | None:

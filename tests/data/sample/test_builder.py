@@ -609,3 +609,12 @@ def test_a_problem_keeps_a_record_from_a_length_and_from_a_sample(processor, vid
             reasons.append(str(caught.value))
         assert reasons[0] == reasons[1]
     builder.reader.close()
+
+
+def test_an_object_that_is_tagged_again_shares_its_masks(build, video):
+    objects = ({2: rle(mask()), 7: rle(mask())}, {2: rle(1 - mask())}, {2: rle(mask()), 7: rle(mask())})
+    sample = build(video("The <ins>dog</ins>, the <ins>ball</ins>, the <ins>dog</ins>", "yes", objects=objects))
+    assert len(sample.masks) == 3
+    assert [sample.tags[pair.row] for pair in sample.pairs] == [0, 0, 1, 2, 2]
+    assert [pair.mask for pair in sample.pairs] == [0, 1, 2, 0, 1]
+    assert [sample.patch(pair) for pair in sample.pairs][:2] == [sample.patch(pair) for pair in sample.pairs][3:]
