@@ -53,6 +53,7 @@ def write_clip(
     options: dict[str, str] | None = None,
     times: Sequence[float] | None = None,
     rotation: int = 0,
+    title: str | None = None,
 ) -> Path:
     """Encode ``frames`` (RGB uint8, [T, H, W, 3]) with PyAV and return the path.
 
@@ -63,6 +64,7 @@ def write_clip(
         options: encoder options, such as ``{"bf": "3", "g": "12"}`` for B-frames and the key-frame distance.
         times: presentation time of each frame in seconds (variable frame rate); rounded to 1/1000 s.
         rotation: display rotation in degrees clockwise, written into the track header of an mp4.
+        title: metadata of the file.
     """
     av = pytest.importorskip("av")
     path = Path(path)
@@ -70,6 +72,8 @@ def write_clip(
     rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options={"crf": "12", "threads": "1", **(options or {})})
+        if title is not None:
+            container.metadata["title"] = title
         stream.width, stream.height = width, height
         stream.pix_fmt = pix_fmt or ("yuv444p" if height % 2 or width % 2 else "yuv420p")
         if times is not None:

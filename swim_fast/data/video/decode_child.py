@@ -26,25 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
+from swim_fast.data.video.containers import Broken, end_of_edit_list, refuse_avi, refuse_mpeg_stream
+
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_PACKETS = ((0, 188), (4, 192))  # first sync byte and packet length of transport streams, plain and with time stamps
+VIDEO_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 GRACE_SECONDS = 5.0  # the parent stops a slow child first; this child's own alarm is for when the parent is gone
-
-
-class Broken(Exception):
-    """The clip cannot be used; the message says why and what to do."""
-
-
-def refuse_mpeg_stream(path: str, reader: str) -> None:
-    """Raise `Broken` for MPEG transport and program streams, which have no index.
-
-    decord starts them in the middle and torchcodec lands on wrong frames, both silently; PyAV reads them well.
-    """
-    with open(path, "rb") as file:
-        head = file.read(600)
-    packets = any(len(head) > at + 2 * size and set(head[at : at + 3 * size : size]) == {0x47} for at, size in _PACKETS)
-    if packets or head.startswith(b"\x00\x00\x01\xba"):
-        raise Broken(f"{reader} cannot number the frames of an MPEG stream; use reader pyav, or remux the clip to mp4")
 
 
 class DecordClip:
@@ -59,13 +45,24 @@ class DecordClip:
         refuse_mpeg_stream(path, "decord")
         self._path = path
         self._open()
-        # A negative time marks frames hidden by an edit list; they are counted by decord but never delivered.
         times = self._video.get_frame_timestamp(range(len(self._video)))[:, 0]
-        self.num_frames = len(self._video) - int((times < -1e-4).sum())
+        self._timeless = bool((times < -1e9).any())
+        # Frames that an edit list hides, before 0 or behind its end, are counted by decord but never delivered.
+        hidden = (times < -1e-4) | (times > end_of_edit_list(path) - 1e-4)
+        self.num_frames = len(times) if self._timeless else len(times) - int(hidden.sum())
         self.fps = float(self._video.get_avg_fps())
         self._keys = sorted({0, *map(int, self._video.get_key_indices())})
         self._first = self._next()
         self.height, self.width = self._first.shape[:2]
+        if self._timeless:
+            self._check_last()
+
+    def _check_last(self) -> None:
+        """Raise `Broken` if the clip may have fewer frames than packets: decord then repeats the last one."""
+        if self.num_frames > 1:
+            self._walk_to(self.num_frames - 2)
+            if np.array_equal(self._next(), self._next()):
+                raise Broken("decord cannot count the frames of this clip without times; use reader pyav")
 
     def _open(self) -> None:
         import decord
@@ -84,13 +81,16 @@ class DecordClip:
         return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
     def _walk_to(self, index: int) -> None:
-        """Make `index` the next frame. decord skips without seeking as long as no key frame lies between."""
+        """Make `index` the next frame. decord skips without seeking as long as no key frame lies between.
+
+        It skips by time: where times are missing, it lands anywhere.
+        """
         if index < self._position:
             self._open()
         while self._position < index:
             following = bisect.bisect_right(self._keys, self._position)
             last = self._keys[following] - 1 if following < len(self._keys) else index
-            if min(index, last) > self._position:
+            if not self._timeless and min(index, last) > self._position:
                 self._position = min(index, last)
                 self._video.seek_accurate(self._position)
             else:
@@ -112,13 +112,21 @@ class TorchCodecClip:
         from torchcodec.decoders import VideoDecoder
 
         refuse_mpeg_stream(path, "torchcodec")
+        refuse_avi(path)
+        end_of_edit_list(path)
         self._video = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         self.num_frames = len(self._video)
         self.fps = float(self._video.metadata.average_fps or 0)
-        self.height, self.width = self._video[0].shape[:2]  # the header's size is the one before rotation
+        first = self._video.get_frame_at(0)
+        if abs(first.pts_seconds - float(self._video.metadata.begin_stream_seconds_from_content or 0)) > 1e-4:
+            raise Broken("torchcodec cannot number the frames of a clip cut inside an open GOP; use reader pyav")
+        self.height, self.width = first.data.shape[:2]  # the header's size is the one before rotation
 
     def read(self, indices: list[int], out: np.ndarray) -> None:
-        out[:] = self._video.get_frames_at(indices).data.numpy()
+        frames = self._video.get_frames_at(indices)
+        if (frames.pts_seconds.diff() <= 0).any():
+            raise Broken("torchcodec gave one frame for two indices; use reader pyav")
+        out[:] = frames.data.numpy()
 
 
 class PyAVClip:
@@ -136,8 +144,10 @@ class PyAVClip:
         ]
         times = sorted(pts for pts, _, _, hidden in packets if not hidden and pts is not None)
         self.num_frames = sum(not hidden for *_, hidden in packets)
-        # Without a time of its own for every frame, frames can only be counted from the start.
-        self._times = times if len(set(times)) == self.num_frames else None
+        # Frames have times of their own, by which they are found, where the container keeps those of presentation:
+        # FFmpeg invents them elsewhere. Without, frames can only be counted from the start.
+        keeps = re.match("mov,|matroska,|mpeg", self._container.format.name)
+        self._times = times if keeps and len(set(times)) == self.num_frames else None
         self._keys = sorted(
             (pts, pts if dts is None else dts) for pts, dts, is_key, _ in packets if is_key and pts is not None
         )
@@ -147,11 +157,15 @@ class PyAVClip:
         if first is None:
             raise Broken("no frame could be decoded")
         self.height, self.width = self._upright(first).shape[:2]
+        if self._times is not None and first.pts != self._times[0]:
+            self._times = None  # it starts with frames that lean on ones cut away
+        if self._times is None:
+            self.num_frames = 1 + sum(1 for _ in self._decoded())
 
     def _open(self) -> None:
         if self._container is not None:
             self._container.close()
-        self._container = self._av.open(self._path)
+        self._container = self._av.open(self._path, metadata_errors="replace")
         self._stream = self._container.streams.best("video")
         if self._stream is None:
             raise Broken("the file has no video stream")
@@ -176,8 +190,13 @@ class PyAVClip:
         if self._times is None:
             self._open()
             wanted = set(indices)
-            yield from ((index, frame) for index, frame in enumerate(self._decoded()) if index in wanted)
-            return
+            for index, frame in enumerate(self._decoded()):
+                if index in wanted:
+                    yield index, frame
+                    wanted.remove(index)
+                    if not wanted:
+                        return
+            raise Broken(f"frame {min(wanted)} could not be decoded")
         reached, frames = -1, None
         for index in indices:
             time = self._times[index]
@@ -246,6 +265,8 @@ def open_clip(path: str, kind: str, video_class: type):
     if not file.exists():
         raise Broken("no such file; check the record and the media folder it is looked up in")
     if kind == "image":
+        if file.is_dir() or file.suffix.lower() in VIDEO_SUFFIXES:
+            raise Broken("it is a video; name it under the key `video`")
         clip = Images([file])
     elif file.is_dir():
         names = sorted((name for name in os.listdir(file) if not name.startswith(".")), key=natural_order)
@@ -253,6 +274,8 @@ def open_clip(path: str, kind: str, video_class: type):
         if not paths:
             raise Broken(f"the folder holds no images ({' '.join(IMAGE_SUFFIXES)})")
         clip = Images(paths)
+    elif file.suffix.lower() in IMAGE_SUFFIXES:
+        raise Broken("it is a picture; name it under the key `image`")
     else:
         clip = video_class(path)
     if clip.num_frames < 1:

@@ -106,7 +106,8 @@ class FrameReader:
         if self._child is None or self._process_id != os.getpid() or self._child.process.poll() is not None:
             self.close()
             self._child, self._process_id = _Child(self.reader), os.getpid()
-        request = {**request, "path": str(path), "kind": kind, "seconds": self.timeout}
+        # An absolute path is no protocol, whatever colons it holds, and the same to a child that started elsewhere.
+        request = {**request, "path": os.path.abspath(path), "kind": kind, "seconds": self.timeout}
         try:
             head, frames = self._child.ask(request, self.timeout, change)
         except TimeoutError:

@@ -85,7 +85,6 @@ CLIPS = {
     "edit_list.mp4": (_edit_list_clip, range(5, 60), 10),
     "ntsc.mp4": (lambda p: write_clip(p, numbered_frames(40), 30000 / 1001, options=B_FRAMES), range(40), 29.97),
     "vp9.webm": (lambda p: write_clip(p, numbered_frames(30), codec="libvpx-vp9", options={"g": "8"}), range(30), 10),
-    "no_times.avi": (lambda p: write_clip(p, numbered_frames(30), codec="mpeg4", options={"g": "8"}), range(30), 10),
 }
 
 
