@@ -8,10 +8,7 @@ Nothing heavy is imported, so that a mistake is told at once: the names and type
 the source of the installed transformers.
 """
 
-import ast
 import copy
-import functools
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -39,6 +36,7 @@ from swim_fast.options import (
     unwrap,
 )
 from swim_fast.recipes import find_recipe
+from swim_fast.training_fields import FIXED, NO_EFFECT, training_fields
 
 Part = Literal["vision_tower", "merger", "language_model"]  # of a model
 
@@ -197,6 +195,8 @@ class RunConfig(Options):
                 yield f"training.{key}", f"is unknown; {nearest(key, fields)}"
             elif key in FIXED and value != FIXED[key]:
                 yield f"training.{key}", f"must be {FIXED[key]}: batches are dictionaries of this project's own"
+            elif key in NO_EFFECT and value != NO_EFFECT[key][0]:
+                yield f"training.{key}", f"has no effect here: {NO_EFFECT[key][1]}"
             elif set(types) <= set(_TYPES) and not any(type(value) in _TYPES[name] for name in types):
                 yield f"training.{key}", f"is {value!r}; expected {' or '.join(types)}"
         if self.data.max_tokens_per_batch and self.training.get("per_device_train_batch_size", 1) != 1:
@@ -246,18 +246,7 @@ class RunConfig(Options):
 
 
 ALONE = "each key alone"  # context of validation
-FIXED = {"remove_unused_columns": False, "label_names": ["labels"]}  # of `training`
 _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
-
-
-@functools.cache
-def training_fields() -> dict[str, str]:
-    """Return the fields of transformers' `TrainingArguments` with their types, as its source has them."""
-    package = Path(importlib.util.find_spec("transformers").origin).parent
-    source = ast.parse((package / "training_args.py").read_text(encoding="utf-8"))
-    classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
-    fields = (node for node in classes["TrainingArguments"].body if isinstance(node, ast.AnnAssign))
-    return {field.target.id: ast.unparse(field.annotation) for field in fields}
 
 
 class _Loader(yaml.SafeLoader):

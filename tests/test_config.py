@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
-from swim_fast.config import ConfigError, DataConfig, ModelConfig, RunConfig, load_config, reference, training_fields
+from swim_fast.config import ConfigError, DataConfig, ModelConfig, RunConfig, load_config, reference
 from swim_fast.options import AttentionLoss
 from swim_fast.training.arguments import build_arguments
+from swim_fast.training_fields import FIXED, HONOURED, NO_EFFECT, training_fields
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": [{"path": "train.jsonl"}]}}
 
@@ -311,9 +313,22 @@ def test_mistakes_are_told_without_torch_in_under_a_second(tmp_path):
 
 
 def test_training_fields_are_those_of_transformers():
-    from transformers import TrainingArguments
-
     assert set(training_fields()) == {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+def test_every_training_field_is_honoured_or_refused_by_name(write):
+    known = [*FIXED, *NO_EFFECT, *HONOURED]
+    assert sorted(known) == sorted(training_fields())  # each is in one list
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    others = {bool: lambda value: not value, float: lambda value: value + 0.1, int: lambda value: value + 1}
+    for name, (default, remedy) in NO_EFFECT.items():
+        if name != "include_for_metrics":  # made by a factory
+            assert default == defaults[name], name
+        load_config(write(training={name: default}))
+        other = others.get(type(default), lambda value: "something else")(default)
+        with pytest.raises(ConfigError, match=f"training.{name} has no effect here") as error:
+            load_config(write(training={name: other}))
+        assert remedy in str(error.value)
 
 
 def test_a_run_is_not_changed_by_what_it_resolves(write):

@@ -2,9 +2,10 @@
 
 from transformers import TrainingArguments
 
-from swim_fast.config import FIXED, ConfigError, RunConfig
+from swim_fast.config import ConfigError, RunConfig
 from swim_fast.errors import SEE_DOCTOR
 from swim_fast.recipes import find_recipe
+from swim_fast.training_fields import FIXED
 
 
 def build_arguments(config: RunConfig) -> TrainingArguments:
