@@ -17,7 +17,7 @@ RULES = {
     "swim_fast.position_ids": "",
     "swim_fast.jobs": "options",
     "swim_fast.command_line": "options",
-    "swim_fast.config": "options recipes",
+    "swim_fast.config": "options recipes training_fields",
     "swim_fast.files": "",
     "swim_fast.loss": "options swim_kernels",
     "swim_fast.modeling": "labels options position_ids swim_kernels",
