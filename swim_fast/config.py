@@ -71,6 +71,9 @@ class DataConfig(Sampling, Labels, Decoding):
     """Pack samples up to so many tokens into a batch without padding; without max_tokens, also the longest sample."""
     pack_look_ahead: int = Field(1024, gt=0)
     """Samples that are packed together."""
+    batch_timeout: float = Field(900.0, gt=0)
+    """Seconds to wait for a batch of the data workers before the run ends, instead of hanging; above decode_timeout
+    twice for each sample, or a slow clip ends it."""
     max_skipped: float = Field(0.2, ge=0, le=1)
     """Share of the last hundred or so samples that may be left out for their problems before the run stops; it also
     stops where all samples of a step are."""

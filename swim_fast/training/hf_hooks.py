@@ -8,6 +8,7 @@
 | `_get_grad_norm` | a gradient that is not finite never reaches the optimizer | test_survival |
 | `_get_train_sampler`, `get_train_dataloader` | mixtures, packed batches, workers that outlive signals | test_packing |
 | `get_eval_dataloader`, `evaluation_loop` | each sample once; losses and metrics summed over ranks | test_equivalence |
+| `get_batch_samples` | a loader that has died or hangs is told with its remedy | test_loader |
 | `_prepare_inputs` | moves queries and targets too | test_run |
 | `log`, `_init_training_state` | averages and speed since the last log | test_run |
 | `_load_from_checkpoint`, `_load_best_model` | weights under published names, adapters | test_equivalence |
@@ -35,6 +36,7 @@ from swim_fast.modeling.freezing import get_part_parameters
 from swim_fast.training.arguments import get_data_seed
 from swim_fast.training.callbacks import EpochOfSampler
 from swim_fast.training.checkpoints import CheckpointingTrainer
+from swim_fast.training.loader import explain_loader
 from swim_fast.training.parameter_groups import split_groups
 from swim_fast.training.sums import Sums
 
@@ -135,6 +137,8 @@ class HookedTrainer(CheckpointingTrainer):
         """Return transformers' loader, or one of packed batches, which the sampler has dealt to the ranks already."""
         if self.batch_sampler is None:
             loader = super().get_train_dataloader()
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate's wraps the one that is iterated
+            inner.timeout = self.batch_timeout if inner.num_workers else 0
             loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
             return loader
         args, sampler = self.args, self.batch_sampler
@@ -156,7 +160,13 @@ class HookedTrainer(CheckpointingTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
+            timeout=self.batch_timeout if args.dataloader_num_workers else 0,
         )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the micro-batches of a step and its counts, as transformers does; a dead loader ends in one line."""
+        with explain_loader():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Return the loader of this rank's share of an evaluation set, each sample exactly once."""
@@ -169,6 +179,7 @@ class HookedTrainer(CheckpointingTrainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=functools.partial(start_worker, None),
+            timeout=self.batch_timeout if self.args.dataloader_num_workers else 0,
         )
 
     def _prepare_inputs(self, inputs):
@@ -187,9 +198,12 @@ class HookedTrainer(CheckpointingTrainer):
         model = self._wrap_model(self.model, training=False)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        sums, batches = Sums(), iter(dataloader)
+        with explain_loader():
+            sums, batches = Sums(), iter(dataloader)
         for _ in range(steps):
-            batch = self._prepare_inputs(next(batches, None) or self.data_collator([]))
+            with explain_loader():
+                batch = next(batches, None)
+            batch = self._prepare_inputs(batch or self.data_collator([]))
             self.report.write(self.state.global_step, batch["problems"], batch["notes"])
             with torch.no_grad(), self.compute_loss_context_manager():
                 sums += self._forward(model, batch)[2]

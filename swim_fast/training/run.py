@@ -133,6 +133,7 @@ def _build_trainer(run: ResolvedRun):
         loss=config.attention_loss,
         on_nan=config.optimization.on_nan,
         max_skipped=config.data.max_skipped,
+        batch_timeout=config.data.batch_timeout,
         learning_rates=config.optimization.learning_rates,
         callbacks=None if patience is None else [EarlyStopping(patience)],
         train_dataset=train_dataset,
@@ -179,6 +180,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
         InterruptedRun: a signal has ended it, with a checkpoint.
         SaveError: a checkpoint or the trained model could not be written.
         NonFiniteError: a loss or gradient was not finite, and `optimization.on_nan` says to stop.
+        LoaderError: a data worker has died, or gave no batch within `data.batch_timeout`.
         SkippedError: more samples were left out than `data.max_skipped` allows.
     """
     from swim_fast.training.resume import end_with_launcher, find_finished, output_lock

@@ -30,6 +30,7 @@ class SwimTrainer(HookedTrainer):
             the device, for each step ("stop") or micro-batch ("skip"). A gradient is reported with all samples of its
             step. DeepSpeed checks gradients and leaves steps out itself; so does fp16, to find its loss scale.
         max_skipped: share of samples that may be left out for their problems, see `SkipLimit`.
+        batch_timeout: seconds to wait for a batch of the data workers, see `explain_loader`.
         learning_rates: of parts of the model, see `get_part_parameters`; the others have `args.learning_rate`.
         batch_sampler: batches of packed samples to train on, with `train_collator`, which packs them; None: batches of
             `per_device_train_batch_size` samples, of `data_collator`, as for evaluation.
@@ -42,6 +43,7 @@ class SwimTrainer(HookedTrainer):
         loss: AttentionLoss | None,
         on_nan: str = "stop",
         max_skipped: float = 0.2,
+        batch_timeout: float = 900.0,
         learning_rates: dict[str, float] | None = None,
         batch_sampler: PackingSampler | None = None,
         train_collator: Collator | None = None,
@@ -49,6 +51,7 @@ class SwimTrainer(HookedTrainer):
     ):
         super().__init__(**kwargs)
         self.batch_sampler, self.train_collator = batch_sampler, train_collator
+        self.batch_timeout = batch_timeout
         self.loss_options = loss
         self.learning_rates = learning_rates or {}
         self.guard = FiniteGuard(self.accelerator, self.args.output_dir, on_nan)
