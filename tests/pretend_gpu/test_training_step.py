@@ -55,7 +55,8 @@ def test_launches_of_a_micro_batch(trainer_of):
     assert happened.count("launch", inside="plan.py") == 2, text
     assert happened.count("launch", inside="metrics.py") <= 3, text
     assert happened.count("launch", inside="noun_attention/triton/launch.py") <= 2 * 8, text  # of each layer
-    assert happened.count("copy", ours=True) <= 3, happened.describe("copy", ours=True)  # queries, targets, plan
+    assert happened.count("copy", ours=True) <= 5, happened.describe("copy", ours=True)
+    # of queries, targets, plan, frames and the colours that normalise them
 
 
 def test_a_step_waits_once_for_its_losses_and_gradient(trainer_of):
