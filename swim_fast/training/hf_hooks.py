@@ -139,7 +139,7 @@ class HookedTrainer(CheckpointingTrainer):
             loader = super().get_train_dataloader()
             inner = getattr(loader, "base_dataloader", loader)  # accelerate's wraps the one that is iterated
             inner.timeout = self.batch_timeout if inner.num_workers else 0
-            loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
+            inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
             return loader
         args, sampler = self.args, self.batch_sampler
         if args.max_steps > 0:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from swim_fast.errors import UserError
 
 SHARED = "/dev/shm"  # where workers leave their batches
-_SIGNS = ("DataLoader worker", "DataLoader timed out", "shared memory", "shm", "received 0 items of ancdata")
+_SIGNS = ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "shm", "received 0 items of ancdata")
 
 
 class LoaderError(UserError, RuntimeError):

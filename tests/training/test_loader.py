@@ -48,8 +48,30 @@ def test_workers_that_give_no_batch_end_the_run(write_config, records, monkeypat
     assert "\n" not in str(error.value)
 
 
+def refuse_signals():
+    kept = signal.getsignal(signal.SIGINT) is signal.SIG_IGN and signal.SIGTERM in signal.pthread_sigmask(
+        signal.SIG_BLOCK, ()
+    )
+    raise RuntimeError(f"the worker outlives signals: {kept}")
+
+
+@pytest.mark.parametrize("mode", ["train", "packed", "evaluate"])
+def test_workers_outlive_signals(write_config, records, monkeypatch, mode):
+    """Which a terminal or scheduler sends to all processes of a run, and the trainer answers with a checkpoint."""
+    data = {"train": [{"path": str(records)}], "eval": {"own": {"path": str(records)}}}
+    if mode == "packed":
+        data["max_tokens_per_batch"] = 400
+    batch = {"per_device_train_batch_size": 1, "dataloader_num_workers": 1}
+    trainer = build_trainer(load_config(write_config(data=data, training=batch)))
+    monkeypatch.setattr("swim_fast.data.batch.collation.Collator.__call__", lambda self, items: refuse_signals())
+    with pytest.raises(RuntimeError, match="the worker outlives signals: True"):
+        trainer.evaluate() if mode == "evaluate" else trainer.train()
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(torch.OutOfMemoryError), explain_loader():
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(ZeroDivisionError), explain_loader():
         raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="^Caught"), explain_loader():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback: …\nRuntimeError: a fault")
