@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -108,25 +109,68 @@ class _Frames(Dataset):
         return len(reader.frames(self.dataset.files[source][number], self.numbers[index]))
 
 
+class _Common(Dataset):
+    """The common path to the inputs of Qwen2.5-VL: qwen-vl-utils decodes as many frames, the processor does the rest.
+
+    Without labels, nouns and masks. The frames are uniformly spaced, as it knows no others; their size is ours.
+    """
+
+    def __init__(self, dataset: SwimDataset, numbers: Sequence[Sequence[int]], processor):
+        self.dataset, self.numbers, self.processor = dataset, numbers, processor
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"  # else torchcodec wherever it is installed
+        from qwen_vl_utils import process_vision_info
+
+        source, number = self.dataset.locate(index)
+        record = self.dataset.files[source][number]
+        limits = self.processor.video_processor.size
+        video = {
+            "type": "video",
+            "video": str(record.media),
+            "nframes": len(self.numbers[index]),
+            "min_pixels": limits["shortest_edge"],
+            "max_pixels": limits["longest_edge"],
+        }
+        turns = [{"role": "user", "content": [video, {"type": "text", "text": record.turns[0].text}]}]
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": record.turns[1].text}]})
+        text = self.processor.apply_chat_template(turns, tokenize=False)
+        _, videos, about = process_vision_info([turns], return_video_kwargs=True, return_video_metadata=True)
+        videos, metadata = [[part[k] for part in videos] for k in (0, 1)]
+        about |= {"cap_pixels_per_frame": False}  # as here
+        return dict(self.processor(text=[text], videos=videos, video_metadata=metadata, return_tensors="pt", **about))
+
+
+def _first(items: Sequence[dict]) -> dict:
+    (item,) = items
+    return item
+
+
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """Seconds of passes over the same samples, by the loader with everything and by one that only decodes."""
+    """Seconds of passes over the same samples: by the loader with everything, by one that only decodes, and by one
+    that goes the common path."""
 
     name: str
     samples: int
     frames: int  # of all samples
     everything: list[float]
     decoding: list[float]
+    common: list[float]
 
     def share(self) -> float:
-        """Share of the speed of decoding alone."""
+        """Return the share of the speed of decoding alone."""
         return statistics.median(self.decoding) / statistics.median(self.everything)
 
 
 def measure_loading(
     folder: Path, name: str, clips: Sequence[Clip], records: int = LOADED_RECORDS, rounds: int = 3
 ) -> Loading:
-    """Passes of a loader with two workers, alternated with passes of one that decodes the same frames.
+    """Passes of a loader with two workers, alternated with those of one that decodes the same frames, and of the
+    common path.
 
     Workers and decoders have started and have seen each clip before the first pass that counts.
     """
@@ -143,6 +187,7 @@ def measure_loading(
     loaders = {
         "everything": DataLoader(dataset, collate_fn=Collator(processor, frames=True), sampler=order, **kept),
         "decoding": DataLoader(_Frames(dataset, numbers), collate_fn=list, sampler=order, **kept),
+        "common": DataLoader(_Common(dataset, numbers, processor), collate_fn=_first, sampler=order, **kept),
     }
     seconds: dict[str, list[float]] = {what: [] for what in loaders}
     for number in range(rounds + 1):
@@ -150,12 +195,15 @@ def measure_loading(
             found, passed = _pass(loaders[what])
             if what == "everything":
                 assert all(not batch["problems"] and len(batch["mask_targets"]) for batch in found)
-            else:
+            elif what == "decoding":
                 assert [count for (count,) in found] == [len(numbers[index]) for index in order]
+            else:
+                grids = [samples[index // each].inputs["video_grid_thw"] for index in order]
+                assert all(torch.equal(batch["video_grid_thw"], grid) for batch, grid in zip(found, grids, strict=True))
             if number:
                 seconds[what].append(passed)
     frames = sum(map(len, numbers))
-    return Loading(name, len(dataset), frames, seconds["everything"], seconds["decoding"])
+    return Loading(name, len(dataset), frames, **seconds)
 
 
 def _pass(loader: DataLoader) -> tuple[list, float]:

@@ -13,7 +13,7 @@ from benchmarks.training.steps import DTYPES, Steps
 
 HERE = Path(__file__).parent
 CSV, REPORT = "training.csv", "training.md"
-OVERHEAD, ROOM, SHARE, COLLATION = 0.03, 1.05, 0.8, 0.010  # the targets
+OVERHEAD, ROOM, SHARE, FASTER, COLLATION = 0.03, 1.05, 0.85, 4.0, 0.010  # the targets
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def padding_records(padding: Padding) -> list[Record]:
 
 def loading_records(loading: Loading) -> list[Record]:
     about = f"{loading.samples} samples, {loading.frames} frames, {WORKERS} workers"
-    both = {"everything": loading.everything, "decoding alone": loading.decoding}
-    rates = {name: [loading.samples / value for value in seconds] for name, seconds in both.items()}
+    all_three = {"everything": loading.everything, "decoding alone": loading.decoding, "common path": loading.common}
+    rates = {name: [loading.samples / value for value in seconds] for name, seconds in all_three.items()}
     return [record("loading", loading.name, name, values, "samples/s", about) for name, values in rates.items()]
 
 
@@ -126,9 +126,10 @@ def compute_targets(figures: Figures) -> list[Target]:
             value = figures.get("padding", case, "places per token").value
             found.append(Target(f"places per token: {case}", value, ROOM, "{:.2f}".format))
     for case in figures.cases("loading"):
-        rates = (figures.get("loading", case, name).value for name in ("everything", "decoding alone"))
-        share = next(rates) / next(rates)
-        found.append(Target(f"loader, of decoding alone: {case}", share, SHARE, "{:.2f}".format, at_least=True))
+        names = ("everything", "decoding alone", "common path")
+        own, alone, common = (figures.get("loading", case, name).value for name in names)
+        for name, share, wanted in (("decoding alone", own / alone, SHARE), ("the common path", own / common, FASTER)):
+            found.append(Target(f"loader, of {name}: {case}", share, wanted, "{:.2f}".format, at_least=True))
     for found_record in figures.all("collation"):
         if found_record.measure.startswith("collation"):
             name = f"{found_record.measure}: {found_record.about}"
@@ -150,7 +151,8 @@ Written by `make bench-train`, on a CPU; no figure here is one of a GPU.
   batches also the room that they have, which counts what they leave empty. Predicted lengths are compared with those of
   collated batches.
 - **Loading**: samples per second of the loader with {WORKERS} workers, collated, against a loader that decodes the same
-  frames of the same clips by the same library and does nothing else. Passes alternate; the first does not count.
+  frames of the same clips by the same library and does nothing else, and against the common path: qwen-vl-utils and the
+  processor, as many frames of the same size, without labels and masks. Passes alternate; the first does not count.
 - **Collation**: of one long sample, beside the time that it takes to be made.
 
 Figures are medians; the CSV has the extremes."""

@@ -98,7 +98,7 @@ def test_padding(folder):
 def test_loading(folder):
     found = training_input.measure_loading(folder, "small", [Clip(8, 112, 112), Clip(16, 112, 112)], 4, rounds=1)
     assert found.samples == 4 and found.frames == 2 * 8 + 2 * 16
-    assert len(found.everything) == len(found.decoding) == 1
+    assert len(found.everything) == len(found.decoding) == len(found.common) == 1
     assert found.share() == pytest.approx(found.decoding[0] / found.everything[0])
 
 
@@ -131,13 +131,13 @@ def test_report(tmp_path):
     slow = dataclasses.replace(STEPS, with_loss=[1.01, 1.01, 1.02])
     file.put(*training_report.step_records("tiny", slow))  # in their place
     padding = training_input.Padding(10, 40, 400, 1.9, 1.0, 1.06, 4, 3)
-    loading = training_input.Loading("720p", 12, 384, [4.0], [3.0])
+    loading = training_input.Loading("720p", 12, 384, [4.0], [3.0], [9.0])
     collation = training_input.Collation(17_960, 16, [1.9], [2.2], [0.0008], [0.02])
     file.put(*training_report.padding_records(padding), *training_report.loading_records(loading))
     file.put(*training_report.collation_records(collation))
     training_report.draw(tmp_path)
     records = training_report.open_records(tmp_path).records.values()
-    assert len(records) == 2 + 3 + 2 + 4
+    assert len(records) == 2 + 3 + 3 + 4
     found = {
         target.name.split(":")[0]: (round(target.value, 3), target.met)
         for target in training_report.compute_targets(Figures(records))
@@ -146,11 +146,12 @@ def test_report(tmp_path):
         "attention loss, of a step": (0.01, True),
         "places per token": (1.06, False),  # the last of two: packed is met
         "loader, of decoding alone": (0.75, False),
+        "loader, of the common path": (2.25, False),
         "collation, padded": (0.8, True),
         "collation, packed": (20.0, False),
     }
     text = (tmp_path / "training.md").read_text()
-    assert "| tiny, 2 ranks | 1.010 s | 1.000 s | 1.0% |" in text and text.count("**not met**") == 3
+    assert "| tiny, 2 ranks | 1.010 s | 1.000 s | 1.0% |" in text and text.count("**not met**") == 4
     assert "0.9 M parameters, float32, 4,136 tokens" in text
 
 
