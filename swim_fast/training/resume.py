@@ -159,6 +159,9 @@ def output_lock(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+LAUNCHER_GONE = "the launcher of this rank is gone, so the rank ends; resume with --resume"
+
+
 def end_with_launcher(every: float = 1.0) -> None:
     """End this rank when its launcher is gone, from a thread of its own; without a launcher nothing is done.
 
@@ -171,7 +174,7 @@ def end_with_launcher(every: float = 1.0) -> None:
     def watch():
         while os.getppid() == parent:
             time.sleep(every)
-        os.write(2, b"swim-fast: the launcher of this rank is gone, so the rank ends; resume with --resume\n")
+        os.write(2, f"swim-fast: {LAUNCHER_GONE}\n".encode())
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
