@@ -11,9 +11,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from swim_fast.data.sample.builder import MediaReader, SampleBuilder, read_mask, read_masks
+from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.data.sample.conversation import Conversation
 from swim_fast.data.sample.encoding import find_noun
+from swim_fast.data.sample.media import MediaReader, read_mask, read_masks
 from swim_fast.data.sample.sampling import choose_frames, count_frames
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import stated_size

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from swim_fast.data.sample.builder import Sample, SampleBuilder, read_mask
+from swim_fast.data.sample.builder import Sample, SampleBuilder
+from swim_fast.data.sample.media import read_mask
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.errors import OptionError

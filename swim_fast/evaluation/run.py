@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from swim_fast.data.sample.builder import MediaReader, Sample, SampleBuilder
+from swim_fast.data.sample.builder import Sample, SampleBuilder
+from swim_fast.data.sample.media import MediaReader
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.video.reader import MediaInfo

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from swim_fast.data.sample.builder import MediaReader, Sample, SampleBuilder
+from swim_fast.data.sample.builder import Sample, SampleBuilder
+from swim_fast.data.sample.media import MediaReader
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.decode_child import IMAGE_SUFFIXES
 from swim_fast.errors import OptionError

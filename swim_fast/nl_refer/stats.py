@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from swim_fast.data.sample.builder import MediaReader
+from swim_fast.data.sample.media import MediaReader
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import read_segmentation, stated_size
 from swim_fast.data.source.records import Record, RecordFile

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from swim_fast.data.sample.conversation import Conversation, ConversationRenderer
 from swim_fast.data.sample.encoding import Encoder, Encoding, find_noun
+from swim_fast.data.sample.media import MediaReader, at, read_masks
 from swim_fast.data.sample.sampling import choose_frames, plan_frames, supervised_patches
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.masks import Mask, read_segmentation
+from swim_fast.data.source.masks import Mask
 from swim_fast.data.source.records import Record
 from swim_fast.data.source.tags import TokenRanges
-from swim_fast.data.video.reader import Change, FrameReader, MediaInfo
+from swim_fast.data.video.reader import MediaInfo
 from swim_fast.errors import printable
 from swim_fast.options import Decoding, Sampling, Supervision
 
@@ -99,45 +100,6 @@ class Plan:
     masks: Sequence[dict[int, Mask]] = ()  # of each tag, by frame index, also of frames that are not taken
 
 
-class MediaReader:
-    """Reads the video or image of records; picklable, with a decoder of its own in each process."""
-
-    def __init__(self, decoding: Decoding):
-        self.name = decoding.reader
-        self._reader = FrameReader(decoding)
-
-    def info(self, record: Record) -> MediaInfo:
-        """Return number, size and rate of the frames.
-
-        Raises:
-            DataError: the video or image cannot be opened.
-        """
-        with _at(record.kind):
-            return self._reader.info(record.media, record.kind)
-
-    def frames(self, record: Record, indices: Sequence[int], change: Change | None = None) -> np.ndarray:
-        """Return the frames of these indices, uint8 [T, H, W, 3] RGB; each changed as it arrives, if `change` is given.
-
-        Raises:
-            DataError: they cannot be decoded.
-        """
-        with _at(record.kind):
-            return self._reader.frames(record.media, indices, record.kind, change)
-
-    def close(self) -> None:
-        """Stop the decoder; the next request starts another."""
-        self._reader.close()
-
-
-@contextmanager
-def _at(key: str) -> Iterator[None]:
-    """Say where in the record the block's errors belong."""
-    try:
-        yield
-    except DataError as error:
-        raise error.within(key=key) from error
-
-
 @contextmanager
 def _in_record(record: Record) -> Iterator[None]:
     """Say in which record the block's errors are."""
@@ -145,54 +107,6 @@ def _in_record(record: Record) -> Iterator[None]:
         yield
     except DataError as error:
         raise error.within(source=record.source, record=record.number, name=record.name) from error
-
-
-def read_mask(record: Record, tag: int, frame: int, info: MediaInfo) -> Mask | None:
-    """Read and check the mask of the object of a tag in one frame of a clip; None where it is not to be seen.
-
-    Raises:
-        DataError: a frame that the clip does not have; a segmentation that does not decode, or does not fit the clip.
-    """
-    with _at(f"annotation[{tag}]['{frame}']"):
-        if not 0 <= frame < info.num_frames:
-            raise DataError(
-                f"frame number past the end: the {record.kind} has {info.num_frames} frames, counted from 0; "
-                "correct the annotation or the path of the clip"
-            )
-        return read_segmentation(record.objects[tag][frame], info.height, info.width, record.mask_size)
-
-
-def read_masks(
-    record: Record, info: MediaInfo, noting: Callable[[], AbstractContextManager] = nullcontext
-) -> list[dict[int, Mask]]:
-    """Read and check all masks of a record, also those of frames that will not be taken.
-
-    Args:
-        record: the record, with a video or image.
-        info: that one's number of frames and their size.
-        noting: context in which each mask is read; one that swallows DataError leaves that mask out.
-
-    Returns:
-        For each tag its masks by frame index; frames without a pixel of it are left out.
-
-    Raises:
-        DataError: as for `read_mask`; masks of one object that differ in size.
-    """
-    masks: list[dict[int, Mask]] = []
-    for tag, segmentations in enumerate(record.objects):
-        masks.append({})
-        for frame in segmentations:
-            with noting():
-                mask = read_mask(record, tag, frame, info)
-                if mask is not None:
-                    masks[tag][frame] = mask
-        sizes = sorted({(mask.height, mask.width) for mask in masks[tag].values()})
-        with noting(), _at(f"annotation[{tag}]"):
-            if len(sizes) > 1:
-                raise DataError(
-                    f"masks of one object differ in size: {' and '.join(map(str, sizes[:3]))}; annotate them all at one"
-                )
-    return masks
 
 
 class SampleBuilder:
@@ -303,7 +217,7 @@ class SampleBuilder:
         """Choose the frames of a video, fewer and fewer until max_tokens is kept, beside `text` other tokens."""
         annotated = sorted(set().union(*masks))
         patch, limit, first = self.encode.temporal_patch_size, self.sampling.max_tokens, None
-        with _at("video"):
+        with at("video"):
             choice = plan_frames(info, annotated, self.encode.frame_limits, self.sampling)
         frames = choice.frames
         while True:

@@ -100,8 +100,7 @@ class Encoder:
 
     def text_offsets(self, conversation: Conversation) -> Tensor:
         """Return the character range of each token of the text, [L, 2]; the placeholder of a video or image is one."""
-        found = self.processor.tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
-        return torch.tensor(found["offset_mapping"]).reshape(-1, 2)
+        return self._tokenize(conversation.text)[1]
 
     def image_tokens(self, height: int, width: int) -> int:
         """Return the number of visual tokens of an image of this size in pixels.
@@ -200,19 +199,23 @@ class Encoder:
         replacements: list[dict[str, Any]] = []
         text = conversation.text
         if frames is not None:
-            pixels, processor = VISUAL[kind], self.processor
-            visual = {pixels: frames, f"{kind}_grid_thw": torch.tensor([frames.layout.grid(*frames.sizes[0])])}
+            processor = self.processor
+            visual = {VISUAL[kind]: frames, f"{kind}_grid_thw": torch.tensor([frames.layout.grid(*frames.sizes[0])])}
             replace = getattr(processor, f"replace_{kind}_token")
             expanded = {f"{kind}s_replacements": [replace(visual, 0)]}
             (text,), (replacements,) = processor.get_text_with_replacements([text], **expanded)
-        tokens = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        # the chat template has written the special tokens
-        ids, offsets = (torch.from_numpy(np.asarray(tokens[key])) for key in ("input_ids", "offset_mapping"))
+        ids, offsets = self._tokenize(text)
         inputs = {"input_ids": ids, "mm_token_type_ids": self._kinds(ids), **visual}
         spans = [_shifted(span, replacements) for span in conversation.labels]
         inputs["labels"] = label_spans(ids, offsets, spans)
         nouns = tuple(_shifted(span, replacements) for span in conversation.nouns)
         return Encoding(inputs, offsets, nouns, self._patch_grid(inputs))
+
+    def _tokenize(self, text: str) -> tuple[Tensor, Tensor]:
+        """Return tokens [L] and the character range of each [L, 2], int64; the text has its special tokens already."""
+        tokens = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = (np.array(tokens[key], np.int64) for key in ("input_ids", "offset_mapping"))
+        return torch.from_numpy(ids), torch.from_numpy(offsets.reshape(-1, 2))
 
     def _kinds(self, ids: Tensor) -> Tensor:
         """Return which tokens stand for an image (1) or a video (2), [L] int64."""
