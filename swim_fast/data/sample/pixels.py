@@ -92,19 +92,18 @@ class PatchLayout:
         resized = resize(planes, list(size), interpolation=self.interpolation, antialias=True)
         return resized[0].permute(1, 2, 0).numpy()
 
-    def cut(self, frames: Tensor, colours: Tensor, out: Tensor) -> None:
+    def cut(self, frames: Tensor, out: Tensor) -> None:
         """Write the patches of frames to `out`.
 
         Args:
-            frames: uint8 [T, H, W, 3].
-            colours: those of the layout, on the same device.
+            frames: uint8 [T, H, W, 3], on the device of `colours`.
             out: [patches, values], of any dtype.
         """
         count, height, width, _ = frames.shape
         if count % self.temporal_patch_size:
             missing = -count % self.temporal_patch_size
             frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-        normalised = frames.sub(colours[0]).div_(colours[1])  # fp32, in this order, as torchvision's
+        normalised = frames.sub(self.colours[0]).div_(self.colours[1])  # fp32, in this order, as torchvision's
         time, rows, columns = self.grid(count, height, width)
         merge, side = self.merge_size, self.patch_size
         blocks = (time, self.temporal_patch_size, rows // merge, merge, side, columns // merge, merge, side, 3)
@@ -143,21 +142,17 @@ class PackedFrames:
     Attributes:
         data: uint8 [bytes], of each video [T, H, W, 3].
         sizes: frames, height and width of each.
-        layout: how they become patches.
-        colours: those of the layout, which are moved with the frames.
+        layout: how they become patches; its colours are moved with the frames.
     """
 
     data: Tensor
     sizes: tuple[tuple[int, int, int], ...]
     layout: PatchLayout
-    colours: Tensor
 
     @classmethod
     def of(cls, frames: np.ndarray, layout: PatchLayout) -> PackedFrames:
         """Hold the resized frames of one video or image, uint8 [T, H, W, 3], without copying them."""
-        return cls(
-            torch.from_numpy(np.ascontiguousarray(frames)).flatten(), (frames.shape[:3],), layout, layout.colours
-        )
+        return cls(torch.from_numpy(np.ascontiguousarray(frames)).flatten(), (frames.shape[:3],), layout)
 
     @classmethod
     def join(cls, parts: Sequence[PackedFrames]) -> PackedFrames:
@@ -188,11 +183,12 @@ class PackedFrames:
         out = torch.empty(len(self), values, dtype=dtype, device=self.data.device)
         videos = self.data.split([3 * frames * height * width for frames, height, width in self.sizes])
         for video, size, own in zip(videos, self.sizes, out.split(self._patches_of_each()), strict=True):
-            self.layout.cut(video.view(*size, 3), self.colours, own)
+            self.layout.cut(video.view(*size, 3), own)
         return out
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedFrames:
-        return dataclasses.replace(self, data=change(self.data), colours=change(self.colours))
+        layout = dataclasses.replace(self.layout, colours=change(self.layout.colours))
+        return dataclasses.replace(self, data=change(self.data), layout=layout)
 
     def _patches_of_each(self) -> list[int]:
         grids = (self.layout.grid(*size) for size in self.sizes)
