@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def build_trainer(config: RunConfig):
     return _build_trainer(resolve_run(config))
 
 
-def _build_trainer(run: ResolvedRun):
+def _build_trainer(run: ResolvedRun, callbacks: Sequence = ()):
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.batch.dataset import SwimDataset
     from swim_fast.data.batch.positions import PositionIds
@@ -135,7 +136,7 @@ def _build_trainer(run: ResolvedRun):
         max_skipped=config.data.max_skipped,
         batch_timeout=config.data.batch_timeout,
         learning_rates=config.optimization.learning_rates,
-        callbacks=None if patience is None else [EarlyStopping(patience)],
+        callbacks=[*callbacks, *([] if patience is None else [EarlyStopping(patience)])],
         train_dataset=train_dataset,
         **packing,
         eval_dataset={name: SwimDataset([source], builder) for name, source in config.data.eval.items()} or None,
@@ -161,7 +162,7 @@ def _build_packing_sampler(config: RunConfig, dataset, args):
     )
 
 
-def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
+def train(config: RunConfig, resume: bool = False, callbacks: Sequence = ()) -> dict[str, float]:
     """Train, evaluate, and leave a plain Hugging Face checkpoint in `training.output_dir`.
 
     With `model.lora` that is the base with the adapters merged into it; the adapters alone are in `adapter/` below it.
@@ -169,6 +170,7 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     Args:
         config: the run; its effective form is printed and saved as `config.yaml` in the output folder.
         resume: from the last checkpoint in the output folder, if there is one. A finished run is left as it is.
+        callbacks: of transformers' trainer, beside those of a run.
 
     Returns:
         Metrics of the last evaluation and of the run; none of a run that was finished before.
@@ -199,10 +201,10 @@ def train(config: RunConfig, resume: bool = False) -> dict[str, float]:
     check_run(config)
     end_with_launcher()
     with output_lock(config.output):
-        return _train(config, resume)
+        return _train(config, resume, callbacks)
 
 
-def _train(config: RunConfig, resume: bool) -> dict[str, float]:
+def _train(config: RunConfig, resume: bool, callbacks: Sequence) -> dict[str, float]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from swim_fast.modeling.adapters import merge_adapters
@@ -213,7 +215,7 @@ def _train(config: RunConfig, resume: bool) -> dict[str, float]:
 
     checkpoint = _choose_checkpoint(config, resume)
     run = resolve_run(config)
-    trainer, config, args = _build_trainer(run), run.config, run.arguments
+    trainer, config, args = _build_trainer(run, callbacks), run.config, run.arguments
     output = Path(args.output_dir)
     if checkpoint:
         check_resumable(checkpoint, args)
