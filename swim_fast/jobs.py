@@ -99,11 +99,11 @@ class Describe(Inference, Sampling, Decoding):
         return self
 
 
-class Check(InputFile, Media, Limited, Excerpt, AsRun, Sampling, Decoding):
+class Check(InputFile, Media, Limited, Excerpt, AsRun, Sampling, Decoding, Supervision):
     """Read every record of a file and report every problem."""
 
     words = ("file",)
-    trained = AS_TRAINED
+    trained = AS_TRAINED | frozenset(Supervision.model_fields)
     model: File | None = None
     """Checkpoint whose processor is checked too (tokens, lengths)."""
     decode: bool = True

@@ -22,7 +22,7 @@ from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import TokenRanges, strip_tags
 from swim_fast.data.video.reader import MediaInfo
 from swim_fast.jobs import Check
-from swim_fast.options import Decoding, Excerpt, Sampling
+from swim_fast.options import Decoding, Excerpt, Sampling, Supervision
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _RecordChecks(Dataset):
         self.file = RecordFile(options.file, options.media, options.part(Excerpt))
         self.builder = None
         if processor is not None:
-            self.builder = SampleBuilder(processor, options.part(Sampling), options.part(Decoding))
+            self.builder = SampleBuilder(processor, *map(options.part, (Sampling, Decoding, Supervision)))
         self.reader = self.builder.reader if self.builder else MediaReader(options)
 
     def __len__(self) -> int:

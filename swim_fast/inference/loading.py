@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from swim_fast.config import ConfigError, RunConfig, load_config
 from swim_fast.errors import SEE_DOCTOR, OptionError, UserError
 from swim_fast.modeling.positions import set_position_rule
-from swim_fast.options import AsRun, Decoding, Inference, Options, Sampling
+from swim_fast.options import AsRun, Decoding, Inference, InputFile, Options, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -117,15 +118,28 @@ def find_run(options: AsRun) -> RunConfig | None:
 def choose_sampling(options: Options, run: RunConfig | None) -> tuple[Sampling, Decoding]:
     """Return how samples are made: as given in `options`, else as in the run that made the checkpoint.
 
+    A file that is one of the run's sources has the limits of pixels that it has there.
+
     Raises:
         OptionError: what was given contradicts what is taken from the run.
     """
     sampling, decoding = (run.sampling, run.decoding) if run else (Sampling(), Decoding())
     given = options.given().items()
+    own = _own_sampling(run, options.file) if run and isinstance(options, InputFile) else {}
     return (
-        sampling.replace(**{name: value for name, value in given if name in Sampling.model_fields}),
+        sampling.replace(**own | {name: value for name, value in given if name in Sampling.model_fields}),
         decoding.replace(**{name: value for name, value in given if name in Decoding.model_fields}),
     )
+
+
+def _own_sampling(run: RunConfig, file: str) -> dict[str, int]:
+    """Return the options of sampling that a file has its own values of in a run, which may have it several times."""
+    sources = [*run.data.train, *run.data.eval.values()]
+    found = [source.own_sampling for source in sources if os.path.realpath(source.path) == os.path.realpath(file)]
+    if any(own != found[0] for own in found):
+        limits = " and ".join(map(str, found))
+        raise OptionError(f"{file} is several sources of the run, of different limits ({limits}): give a copy of it")
+    return found[0] if found else {}
 
 
 def as_run(options: Job) -> Job:

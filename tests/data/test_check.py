@@ -193,3 +193,13 @@ def test_system_prompt_counts(tmp_path, processor):
     )
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert plain - none == len(processor.tokenizer(system)["input_ids"])
+
+
+def test_a_noun_before_the_video_is_a_problem_unless_the_softmax_runs_over_all(tmp_path, clip, processor):
+    mask = rle(box(H, W, 0, 20, 0, 30))
+    entries = [entry("a", "A <ins>dog</ins>? <video>", video=str(clip(12)), annotation=[{"3": mask}])]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    options = {"file": str(tmp_path / "a.json"), "max_frames": 4, "workers": 0}
+    (problem,) = check_file(Check(**options), processor, progress=False).problems
+    assert "the noun comes before the video" in problem.reason
+    assert check_file(Check(**options, softmax="full"), processor, progress=False).problems == []

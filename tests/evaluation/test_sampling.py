@@ -60,6 +60,23 @@ def test_a_named_run_is_followed_where_the_model_has_none(trained, checkpoint, a
         as_run(Check(file=annotated, config="absent.yaml"))
 
 
+def test_a_file_of_the_run_has_the_pixel_limits_that_it_has_there(trained, annotated, tmp_path, monkeypatch):
+    file = trained / "config.yaml"
+    own = f"{{path: {annotated}, max_pixels: 1568}}"
+    file.write_text(load_config(file, [f"data.train=[{own}]", f"data.eval={{same: {own}}}"]).as_yaml())
+    monkeypatch.chdir(annotated.parent)
+    assert run(trained, annotated.name, tmp_path).sampling.max_pixels == 1568
+    assert run(trained, annotated, tmp_path, max_pixels=3136).sampling.max_pixels == 3136
+    checked = as_run(Check(file=annotated, config=file))
+    assert (checked.max_pixels, checked.softmax, checked.query_position) == (1568, "frame", "predictor")
+    other = tmp_path / "other.jsonl"
+    shutil.copy(annotated, other)
+    assert as_run(Check(file=other, config=file)).max_pixels == 2048
+    file.write_text(load_config(file, [f"data.eval={{same: {{path: {annotated}}}}}"]).as_yaml())
+    with pytest.raises(OptionError, match="several sources of the run, of different limits"):
+        as_run(Check(file=annotated, config=file))
+
+
 def test_text_and_seconds_are_those_of_training(trained, checkpoint, annotated, tmp_path):
     file = trained / "config.yaml"
     file.write_text(load_config(file, ["data.system_prompt=Look.", "data.seconds_per_patch=one"]).as_yaml())

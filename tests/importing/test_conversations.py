@@ -63,7 +63,7 @@ def test_what_the_rules_cannot_name_is_left_out(folder, run):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"video": ["a.mp4", "b.mp4"]}, "2 videos; a record has one"),
+        ({"video": ["a.mp4", "b.mp4"]}, "2 videos in one record; one is supported"),
         ({"video": "clips/b.mp4"}, "b.mp4 does not exist; name the folder that it is in with --media"),
         ({"image": "clips/a.png"}, "both a video and an image"),
         ({"masks": {"1": {}}}, "cannot be bound to 0 annotations"),
@@ -132,7 +132,7 @@ def test_llama_factory_as_its_description_says(folder, run):
     [
         ({"objects": {"ref": ["a dog"], "bbox": [[0, 0, 9, 9]]}}, "objects: has boxes, which are no masks"),
         ({"rejected_response": "No."}, "rejected_response: is preference data"),
-        ({"images": ["clips/a.png", "clips/a.png"], "videos": []}, "2 images; a record has one"),
+        ({"images": ["clips/a.png", "clips/a.png"], "videos": []}, "2 images in one record; one is supported"),
         ({"messages": [{"role": "tool", "content": "x"}]}, """unknown speaker "from": 'tool'"""),
         ({"messages": [{"role": "user", "content": USER}]}, "has no answer to train on"),
         ({"messages": [{"role": "user", "content": 3}]}, '"value" is no string'),

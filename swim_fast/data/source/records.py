@@ -212,7 +212,7 @@ def record_name(entry: dict) -> str:
 def _record(entry: dict, source: str, number: int, name: str, media_root: Path, excerpt: Excerpt) -> Record:
     entry = canonical(entry, excerpt.use_tags)
     turns = read_turns(entry)
-    kind, media = _media(entry, media_root)
+    kind, media = read_media(entry, media_root)
     _refuse_placeholders(turns)
     objects = _objects(entry, turns) if excerpt.use_tags else ()
     if objects and kind == "text":
@@ -279,7 +279,12 @@ def read_turns(entry: dict) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _media(entry: dict, media_root: Path) -> tuple[str, Path | None]:
+def read_media(entry: dict, media_root: Path) -> tuple[str, Path | None]:
+    """Return what a raw record shows, "video", "image" or "text", and its path, which need not exist.
+
+    Raises:
+        DataError: several of them, or what is no path.
+    """
     found = {}
     for kind in ("video", "image"):
         value = entry.get(kind)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.source.records import RecordFile, read_turns
+from swim_fast.data.source.records import RecordFile, read_media, read_turns
 from swim_fast.data.source.shapes import canonical
 from swim_fast.importing.clips import media_path
 from swim_fast.importing.job import Job
@@ -46,22 +46,14 @@ class RecordsOfFile:
         Raises:
             DataError: another shape, several media, or one that does not exist.
         """
-        entry, found = dict(canonical(entry)), {}
-        for kind in ("video", "image"):
-            value = entry.pop(kind, None)
-            value = value[0] if isinstance(value, list) and len(value) == 1 else value
-            if not value:
-                continue
-            if not isinstance(value, str):
-                several = isinstance(value, list)
-                raise DataError(f"{len(value)} {kind}s; a record has one" if several else "is no path", key=kind)
-            path = self.folder / value.removeprefix("file://")
-            if not exists(path):
-                raise DataError(f"{path} does not exist; name the folder that it is in with --media", key=kind)
-            found[kind] = media_path(path, self.job.options.out)
-        if len(found) > 1:
-            raise DataError("both a video and an image; a record has one of them", key="video")
-        return entry | found
+        entry = canonical(entry)
+        kind, path = read_media(entry, self.folder)
+        rest = {key: value for key, value in entry.items() if key not in ("video", "image")}
+        if path is None:
+            return rest
+        if not exists(path):
+            raise DataError(f"{path} does not exist; name the folder that it is in with --media", key=kind)
+        return rest | {kind: media_path(path, self.job.options.out)}
 
 
 class Conversations(RecordsOfFile):
