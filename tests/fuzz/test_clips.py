@@ -8,7 +8,9 @@ import pytest
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.reader import FrameReader
+from swim_fast.errors import MissingLibraryError
 from swim_fast.options import Decoding
+from tests.data.video.test_reader import ffmpeg_for_torchcodec  # noqa: F401 (fixture)
 from tests.helpers.clips import numbered_frames, write_clip
 
 CASES = 200
@@ -37,13 +39,19 @@ def held() -> tuple[int, list[str]]:
     return len(os.listdir("/proc/self/fd")), children
 
 
-@pytest.mark.parametrize("name", ["decord", "pyav"])
-def test_damaged_clips_give_frames_or_data_errors(name, request, tmp_path):
+@pytest.mark.parametrize("name", ["decord", "torchcodec", "pyav"])
+def test_damaged_clips_give_frames_or_data_errors(name, ffmpeg_for_torchcodec, request, tmp_path):  # noqa: F811
     frames = numbered_frames(20)
     clips = {s: write_clip(tmp_path / f"whole.{s}", frames, codec=c).read_bytes() for s, c in CODECS.items()}
     before, refused = held(), 0
     cases = request.config.getoption("--fuzz-cases") or CASES
     with FrameReader(Decoding(reader=name, decode_timeout=20.0)) as reader:
+        try:
+            reader.info(tmp_path / "whole.mp4")
+        except MissingLibraryError as error:
+            if name != "torchcodec":
+                raise
+            pytest.skip(f"torchcodec is not tested: {error}")
         for seed in range(cases):
             rng = random.Random(seed)
             suffix = rng.choice(list(clips))
