@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from swim_fast import jobs
+from swim_fast import __version__, jobs
 from swim_fast.command_line import add_options, flag, read_options
 from swim_fast.errors import UserError, nearest
 from swim_fast.options import Options
@@ -40,6 +40,13 @@ def _doctor(options: jobs.Doctor) -> int:
     report = examine()
     print(report.as_json() if options.format == "json" else report)
     return 0 if report.usable else 1
+
+
+def _completion(options: jobs.Completion) -> int:
+    from swim_fast.completion import completion_script
+
+    print(completion_script(build_parser(), options.shell), end="")
+    return 0
 
 
 def _demo(options: jobs.Demo) -> int:
@@ -174,6 +181,7 @@ def _grounding(options: jobs.Grounding) -> int:
 JOBS = {
     "train": (jobs.Train, _train),
     "doctor": (jobs.Doctor, _doctor),
+    "completion": (jobs.Completion, _completion),
     "demo": (jobs.Demo, _demo),
     "describe": (jobs.Describe, _describe),
     "data check": (jobs.Check, _check),
@@ -193,21 +201,61 @@ GROUPS = {
 }
 
 
+SECTIONS = {  # of the help, in the order of a first hour: jobs, or groups of them
+    "begin": ("demo", "doctor", "config", "completion"),
+    "your data": ("data", "nl-refer"),
+    "train": ("train",),
+    "look and score": ("describe", "analyze", "report", "evaluate"),
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole tree."""
-    parser = argparse.ArgumentParser(prog="swim-fast", description="Teach video language models where to look.")
+    parser = argparse.ArgumentParser(
+        prog="swim-fast",
+        usage="swim-fast [-h] [--version] JOB ...",
+        description="Teach video language models where to look.\n\n" + _list_jobs(),
+        epilog="New here? `swim-fast demo` shows the effect in minutes. `swim-fast JOB --help` tells all of a job.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"swim-fast {__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # comes from the deepspeed launcher
-    tree = {"": parser.add_subparsers(required=True, metavar="JOB")}
+    # without help texts argparse does not list the jobs again
+    tree = {"": parser.add_subparsers(prog="swim-fast", required=True, metavar="JOB", help=argparse.SUPPRESS)}
     for words, (options, function) in JOBS.items():
         group, _, name = words.rpartition(" ")
         if group not in tree:
-            parent = tree[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            parent = tree[""].add_parser(group, description=GROUPS[group])
             tree[group] = parent.add_subparsers(required=True, metavar="JOB")
         text = options.__doc__.strip()
-        job = tree[group].add_parser(name, help=text.partition("\n")[0].rstrip("."), description=text)
+        told = {"help": _summary(options)} if group else {}
+        epilog = f"example:\n  swim-fast {words} {options.example}".rstrip() if options.example else None
+        job = tree[group].add_parser(name, **told, description=text, epilog=epilog, formatter_class=_Formatter)
         add_options(job, options)
         job.set_defaults(job=(options, function))
     return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Leaves the lines of an example as they are, and wraps everything else."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example:") else super()._fill_text(text, width, indent)
+
+
+def _summary(options: type[Options]) -> str:
+    return options.__doc__.strip().partition("\n")[0].rstrip(".")
+
+
+def _list_jobs() -> str:
+    """Return all jobs under the headings of `SECTIONS`, one a line."""
+    known = {group for groups in SECTIONS.values() for group in groups}
+    others = tuple(dict.fromkeys(words.partition(" ")[0] for words in JOBS if words.partition(" ")[0] not in known))
+    lines = []
+    for title, groups in {**SECTIONS, "others": others}.items():
+        found = [words for group in groups for words in JOBS if words.partition(" ")[0] == group]
+        lines += ["", f"{title}:", *(f"  {words:<22}{_summary(JOBS[words][0])}" for words in found)] if found else []
+    return "\n".join(lines[1:])
 
 
 def main(argv: list[str] | None = None) -> int:

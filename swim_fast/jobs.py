@@ -30,6 +30,7 @@ class Train(Options):
     """Fine-tune a model as a YAML file says."""
 
     words = ("config", "overrides")
+    example = "run.yaml training.max_steps=100 training.output_dir=runs/first"
     config: File
     """YAML file; see configs/ and docs/configuration.md."""
     overrides: list[str] = []
@@ -49,14 +50,26 @@ class Train(Options):
 class Doctor(Options):
     """Say what is installed, what works here, and what installs the rest."""
 
+    example = "--format json"
+
     format: Literal["text", "json"] = "text"
     """One screen, or JSON for a report."""
+
+
+class Completion(Options):
+    """Print the completion script of a shell, to be read at its start."""
+
+    words = ("shell",)
+    example = "bash >> ~/.bash_completion"
+    shell: Literal["bash", "zsh", "fish"]
+    """Shell to complete in."""
 
 
 class Demo(Options):
     """Render clips, train a tiny model with and without the mask loss, draw pictures."""
 
     words = ("config", "overrides")
+    example = "training.seed=1 training.output_dir=runs/demo_1"
     config: File = "configs/demo.yaml"
     """YAML file of the run."""
     overrides: list[str] = []
@@ -71,6 +84,7 @@ class Describe(Inference, Sampling, Decoding):
     """Ask a checkpoint about a video or image, and draw where it looks."""
 
     words = ("media", "question")
+    example = 'clip.mp4 "What is the dog doing?" --model runs/swim --show dog --out dog.png'
     trained = AS_TRAINED
     media: File
     """Video, folder of frames, or image."""
@@ -103,6 +117,7 @@ class Check(InputFile, Media, Limited, Excerpt, AsRun, Sampling, Decoding, Super
     """Read every record of a file and report every problem."""
 
     words = ("file",)
+    example = "data/train.jsonl --media clips --model Qwen/Qwen2.5-VL-7B-Instruct"
     trained = AS_TRAINED | frozenset(Supervision.model_fields)
     model: File | None = None
     """Checkpoint whose processor is checked too (tokens, lengths)."""
@@ -116,6 +131,7 @@ class Show(InputFile, Media, Excerpt, AsRun, Sampling, Decoding, Supervision):
     """Show one record as training sees it: frames, masks, tagged nouns, tokens."""
 
     words = ("file", "index")
+    example = "data/train.jsonl 0 --model Qwen/Qwen2.5-VL-7B-Instruct --out record.html"
     trained = AS_TRAINED | frozenset(Supervision.model_fields)
     index: int
     """Index of the record in the file, from 0."""
@@ -135,6 +151,7 @@ class Import(Limited, Decoding):
     """Make records of another data set: DAVIS, MeViS, SA-V, COCO, CVAT and others."""
 
     words = ("format", "source", "out")
+    example = "davis DAVIS data/davis.jsonl --names names.json"
     format: Literal[
         "davis",
         "youtube-vos",
@@ -192,6 +209,7 @@ class Build(InputFile, Limited, Asking):
     """Replace the placeholders of raw VideoRefer records by expressions with a tagged noun."""
 
     words = ("file", "out")
+    example = "videorefer.json nl_refer.jsonl"
     out: File
     """NL-Refer file to write: a JSON list if it ends in .json, else JSONL."""
     rewriter: Literal["rules", "openai"] = "rules"
@@ -224,6 +242,7 @@ class Synonyms(InputFile, Limited):
     """Write a variant of a set with synonyms of the tagged nouns."""
 
     words = ("file", "out")
+    example = "nl_refer.jsonl synonyms.jsonl --missing drop"
     out: File
     """File to write: a JSON list if it ends in .json, else JSONL."""
     table: File | None = None
@@ -238,6 +257,7 @@ class Stats(InputFile, Media, Limited, Decoding):
     """Count nouns, tags, mask areas and annotated frames of a set."""
 
     words = ("file",)
+    example = "nl_refer.jsonl --top 10 --plot stats.png"
     top: int = Field(20, gt=0)
     """Nouns to show."""
     plot: File | None = None
@@ -264,6 +284,8 @@ class Evaluation(InputFile, Media, Limited, Inference, AsRun, Sampling, Decoding
 class Questions(Evaluation):
     """VideoRefer-Bench-Q: multiple choice."""
 
+    example = "runs/swim VideoRefer-Bench-Q.json --media clips --out runs/bench_q"
+
     by: Literal["generation", "likelihood"] = "generation"
     """The letter in the greedy answer, or the option that the model finds likeliest."""
     max_new_tokens: int = Field(16, gt=0)
@@ -272,6 +294,8 @@ class Questions(Evaluation):
 
 class Descriptions(Evaluation, Asking):
     """VideoRefer-Bench-D: descriptions, scored by a judge."""
+
+    example = "runs/swim VideoRefer-Bench-D.json --media clips --out runs/bench_d"
 
     max_new_tokens: int = Field(256, gt=0)
     """Longest description in tokens."""
@@ -293,6 +317,8 @@ class Descriptions(Evaluation, Asking):
 
 class Grounding(Evaluation, Maps):
     """Where the attention of tagged nouns lies, by layer."""
+
+    example = "runs/swim heldout.jsonl --out runs/grounding --layers supervised"
 
     trained = AS_TRAINED | {"fusion", *NounRows.model_fields}
     layers: str | list[int] = "all"

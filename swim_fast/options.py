@@ -61,6 +61,7 @@ class Options(BaseModel, metaclass=_OptionsClass):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     words: ClassVar[tuple[str, ...]] = ()  # on a command line, the options without dashes, in order
+    example: ClassVar[str] = ""  # of a command line, behind `swim-fast JOB`
     trained: ClassVar[frozenset[str]] = frozenset()  # options that default to those of the checkpoint's training
 
     @model_validator(mode="before")

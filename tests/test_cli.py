@@ -1,12 +1,15 @@
 """The command line: exit codes and messages; what the jobs do is tested beside their code."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from swim_fast.cli import JOBS, main
+import swim_fast
+from swim_fast.cli import JOBS, build_parser, main
 from swim_fast.demo.tiny_model import build_checkpoint
 from swim_fast.jobs import Train
 from swim_fast.options import Endpoint
@@ -132,3 +135,60 @@ def test_command_lines_give_the_options_of_a_job(monkeypatch):
     endpoint = descriptions.endpoint(descriptions.judge_model)
     assert endpoint == Endpoint(model="j", retries=3, temperature=0.0)
     assert (check.decode, check.workers, check.max_frames) == (False, 0, 32)
+
+
+def test_the_version_also_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "swim_fast", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"swim-fast {swim_fast.__version__}\n"
+
+
+def test_help_lists_every_job_once_and_says_what_to_begin_with():
+    text = build_parser().format_help()
+    assert [words for words in JOBS if text.count(f"\n  {words} ") != 1] == []
+    assert text.index("begin:") < text.index("  demo ") < text.index("your data:") < text.index("train:")
+    assert "others:" not in text, "SECTIONS of cli.py lacks a job"
+
+
+@pytest.mark.parametrize("words", JOBS)
+def test_every_job_has_an_example_that_parses(words):
+    options, _ = JOBS[words]
+    args, rest = build_parser().parse_known_args([*words.split(), *shlex.split(options.example.partition(" >>")[0])])
+    assert options.example and all("=" in word for word in rest)
+    given = {name: value for name, value in vars(args).items() if name in options.model_fields}
+    options(**given)  # or OptionError
+
+
+BASH = """\
+source /dev/stdin
+COMP_WORDS=({words} "") COMP_CWORD={count} COMPREPLY=()
+_swim_fast; echo "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("swim-fast", {"train", "data", "demo", "--version"}),
+        ("swim-fast data", {"check", "import", "show"}),
+        ("swim-fast data import", {"davis", "--names"}),
+        ("swim-fast train run.yaml --resume", {"--dry-run", "--gpus"}),
+        ("swim-fast data data", {"check"}),  # the second is no job
+    ],
+)
+def test_bash_completes_jobs_flags_and_choices(words, offered, capsys):
+    main(["completion", "bash"])
+    script = capsys.readouterr().out
+    code = BASH.format(words=words, count=len(words.split()))
+    done = subprocess.run(["bash", "-c", code], input=script, capture_output=True, text=True, check=True)
+    assert offered <= set(done.stdout.split()) and not done.stderr
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_all_jobs(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(f'"{words}' in script for words in JOBS if words.count(" ")) and "max-frames" in script
+    path = shutil.which(shell)
+    if path:
+        subprocess.run([path, "--no-execute"], input=script, text=True, check=True)
