@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +22,7 @@ from swim_fast.data.source.masks import stated_size
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import TokenRanges, strip_tags
 from swim_fast.data.video.reader import MediaInfo
+from swim_fast.errors import printable
 from swim_fast.jobs import Check
 from swim_fast.options import Decoding, Excerpt, Sampling, Supervision
 
@@ -60,12 +62,17 @@ class CheckReport:
         tokens: fewest, mean and most tokens of a sample, and the number of samples thinned to fit; None without a
             processor or decoded video.
         problems: all problems, in the order of the file.
+        warnings: what is no problem to training but may be to its masks: clips in which decord's own `get_batch`, by
+            which masks may have been numbered, gives other frames than those displayed; each clip once.
+        clips_in_part: number of clips of which there was time to compare only a part, see `FrameReader.compare`.
     """
 
     path: str
     counts: dict[str, int | None] = field(default_factory=dict)
     tokens: dict[str, float] | None = None
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    clips_in_part: int = 0
 
     def by_kind(self) -> dict[str, int]:
         """Return the number of problems of each kind, the most frequent first."""
@@ -92,6 +99,14 @@ class CheckReport:
             lines.append("  tokens per sample: {fewest:,.0f} to {most:,.0f}, mean {mean:,.0f}".format(**self.tokens))
             if self.tokens["thinned"]:
                 lines[-1] += f"; {self.tokens['thinned']:,.0f} with fewer or smaller frames to fit"
+        if self.clips_in_part:
+            lines.append(
+                f"  {self.clips_in_part:,} clips are too long to be compared with their index to the end: a third of "
+                "decode_timeout is for that"
+            )
+        if self.warnings:
+            lines.append(f"  {len(self.warnings):,} warnings:")
+            lines += [f"    {warning}" for warning in self.warnings]
         if not self.problems:
             return "\n".join([*lines, "  no problems"])
         kinds = ", ".join(f"{count:,} in {kind}" for kind, count in self.by_kind().items())
@@ -109,6 +124,8 @@ class _Finding:
     problems: list[Problem] = field(default_factory=list)
     tokens: int | None = None
     thinned: bool = False
+    warnings: dict[str, Problem] = field(default_factory=dict)  # by clip
+    in_part: str = ""  # path of a clip that was compared in part
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -144,16 +161,20 @@ def check_file(
     loader = DataLoader(records, batch_size=None, num_workers=options.workers, collate_fn=_as_it_is)
     report, tokens, thinned = CheckReport(options.file), [], 0
     counts = Counter(dict.fromkeys(_COUNTS, 0))
+    warnings, in_part = {}, set()
     try:
         for finding in tqdm(loader, total=len(records), desc="check", unit="record", disable=not progress):
             counts += finding.counts
             counts["usable"] += not finding.problems
             report.problems += finding.problems
             thinned += finding.thinned
+            warnings = {**finding.warnings, **warnings}  # each process that reads may warn of a clip
+            in_part.add(finding.in_part)
             if finding.tokens is not None:
                 tokens.append(finding.tokens)
     finally:
         records.close()
+    report.warnings, report.clips_in_part = list(warnings.values()), len(in_part - {""})
     counts["records"] = len(records)
     report.counts = {name: counts[name] for name in _COUNTS}
     if not options.decode:
@@ -196,6 +217,8 @@ class _RecordChecks(Dataset):
         if processor is not None:
             self.builder = SampleBuilder(processor, *map(options.part, (Sampling, Decoding, Supervision)))
         self.reader = self.builder.reader if self.builder else MediaReader(options)
+        self.compared: dict[Path, DataError | bool] = {}  # clip -> the difference, or if all of it was compared
+        self.warned: set[Path] = set()
 
     def __len__(self) -> int:
         return min(len(self.file), self.options.limit or len(self.file))
@@ -236,18 +259,53 @@ class _RecordChecks(Dataset):
     def _check_media(self, record: Record, finding: _Finding) -> None:
         """Check frame indices and every mask, and decode the frames that training would take."""
         info = self.reader.info(record)
+        before = len(finding.problems)
+        if record.kind == "video":
+            with finding.noting():
+                self._compare(record, finding)
+        differs = len(finding.problems) > before
         masks = read_masks(record, info, finding.noting)
         annotated = set().union(*masks)
         finding.counts["masks"] += sum(map(len, masks))
         finding.counts["annotated_frames"] += len(annotated)
         if not finding.problems:
             finding.counts["tags_without_mask"] += sum(not found for found in masks)
-        if self.builder is None or finding.problems:  # else the builder is about to decode them
+            self._compare_stock(record, sorted(annotated), info, finding)
+        if not differs and (self.builder is None or finding.problems):  # else the builder is about to decode them
             frames = [0]
             if record.kind == "video":
                 count = count_frames(info, len(annotated), self.options)
                 frames = choose_frames(info.num_frames, sorted(annotated), count)
             self.reader.frames(record, frames)
+
+    def _compare(self, record: Record, finding: _Finding) -> None:
+        """Compare the index of a clip with its frames, once; a difference is a problem of each of its records."""
+        if record.media not in self.compared:
+            try:
+                self.compared[record.media] = self.reader.compare(record)
+            except DataError as error:
+                self.compared[record.media] = error
+        found = self.compared[record.media]
+        if isinstance(found, DataError):
+            raise DataError(found.reason, key=record.kind)
+        if not found:
+            finding.in_part = str(record.media)
+
+    def _compare_stock(self, record: Record, annotated: list[int], info: MediaInfo, finding: _Finding) -> None:
+        """Warn of a clip in which masks that were numbered by decord's own `get_batch` may be off, once."""
+        numbered = annotated and record.kind == "video" and not record.media.is_dir()
+        if not numbered or self.reader.name != "decord" or record.media in self.warned:
+            return
+        every = max(1, len(annotated) // 8)
+        spread = {part * (info.num_frames - 1) // 8 for part in range(9)}
+        if differ := self.reader.stock_differences(record, sorted(spread | set(annotated[::every]))):
+            self.warned.add(record.media)
+            frames = ", ".join(map(str, differ[:5])) + " …" * (len(differ) > 5)
+            reason = (
+                f"decord's own get_batch gives other frames of {printable(str(record.media))} than those displayed, as "
+                f"at {frames}: masks that were numbered by it may be off; look at them with `swim-fast data show`"
+            )
+            finding.warnings[str(record.media)] = Problem(finding.record, finding.name, "video", "video", reason)
 
     def _check_unopened(self, record: Record, conversation: Conversation | None, finding: _Finding) -> None:
         """Check what can be checked without the clip."""

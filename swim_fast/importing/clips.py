@@ -11,7 +11,7 @@ from pathlib import Path
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import check_mask_size
-from swim_fast.data.video.decode_child import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_order
+from swim_fast.data.video.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_order
 from swim_fast.data.video.reader import FrameReader
 from swim_fast.importing.masks import Masks
 from swim_fast.importing.naming import Name, ask, is_category, name_category, name_expression

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from swim_fast.data.sample.builder import Sample, SampleBuilder
 from swim_fast.data.sample.media import MediaReader
 from swim_fast.data.source.errors import DataError
-from swim_fast.data.video.decode_child import IMAGE_SUFFIXES
+from swim_fast.data.video.images import IMAGE_SUFFIXES
 from swim_fast.errors import OptionError
 from swim_fast.inference.generation import generate
 from swim_fast.inference.loading import choose_inference, choose_sampling, load_model, load_processor, trained_as

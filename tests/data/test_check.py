@@ -2,11 +2,15 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from swim_fast.data.check import check_file
+from swim_fast.data.sample.media import MediaReader
 from swim_fast.data.source.errors import DataError
 from swim_fast.jobs import Check
 from tests.data.conftest import box, rle
+from tests.data.video.test_crosscheck import uncoded
+from tests.data.video.test_displayed_frames import edited
 
 H, W = 64, 96
 
@@ -19,8 +23,6 @@ def entry(name, question, answer="Yes.", **fields):
 @pytest.fixture
 def file(tmp_path, clip):
     """A file with good records of every kind and one of each problem."""
-    from PIL import Image
-
     Image.new("RGB", (W, H)).save(tmp_path / "a.png")
     (tmp_path / "broken.mp4").write_bytes(clip(12).read_bytes()[:400])
     good, video = rle(box(H, W, 0, 20, 0, 30)), str(clip(12))
@@ -203,3 +205,39 @@ def test_a_noun_before_the_video_is_a_problem_unless_the_softmax_runs_over_all(t
     (problem,) = check_file(Check(**options), processor, progress=False).problems
     assert "the noun comes before the video" in problem.reason
     assert check_file(Check(**options, softmax="full"), processor, progress=False).problems == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_clip_whose_index_lies_is_a_problem_of_each_of_its_records(tmp_path, clip, workers):
+    uncoded(tmp_path / "a.mp4")
+    (tmp_path / "frames").mkdir()
+    Image.new("RGB", (W, H)).save(tmp_path / "frames" / "0.png")
+    videos = ["a.mp4", "a.mp4", str(clip(12)), "frames"]
+    (tmp_path / "a.json").write_text(json.dumps([entry(str(i), "What?", video=v) for i, v in enumerate(videos)]))
+    report = check_file(Check(file=str(tmp_path / "a.json"), workers=workers), progress=False)
+    assert [(problem.record, problem.kind) for problem in report.problems] == [(0, "video"), (1, "video")]
+    for problem in report.problems:
+        assert "a.mp4: the file claims 50 frames, but decoding it in a row gives 49" in problem.reason
+    assert (report.counts["usable"], report.warnings, report.clips_in_part) == (2, [], 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clips_that_decord_itself_numbers_otherwise_are_warned_of_once(tmp_path, clip, workers):
+    edited(tmp_path / "hidden.mp4", 5)
+    mask = rle(box(48, 64, 0, 20, 0, 30))
+    tagged = [entry(str(i), "A <ins>dog</ins>?", video="hidden.mp4", annotation=[{"20": mask}]) for i in range(4)]
+    sound = entry("4", "A <ins>dog</ins>?", video=str(clip(12)), annotation=[{"3": rle(box(H, W, 0, 20, 0, 30))}])
+    untagged = [entry("5", "A dog?", video="hidden.mp4")]
+    file = tmp_path / "a.json"
+    for entries, warned in (([*tagged, sound], 1), ([sound, *untagged], 0)):
+        file.write_text(json.dumps(entries))
+        report = check_file(Check(file=str(file), workers=workers), progress=False)
+        assert report.problems == [] and len(report.warnings) == warned and str(report).endswith("  no problems")
+        assert ("hidden.mp4 than those displayed, as at 11, 16, 20, 22, 27 …: masks" in str(report)) == bool(warned)
+
+
+def test_clips_too_long_to_be_compared_are_counted(tmp_path, clip, monkeypatch):
+    monkeypatch.setattr(MediaReader, "compare", lambda self, record: False)
+    (tmp_path / "a.json").write_text(json.dumps([entry(str(i), "What?", video=str(clip(12))) for i in range(3)]))
+    report = check_file(Check(file=str(tmp_path / "a.json"), workers=0), progress=False)
+    assert report.clips_in_part == 1 and "1 clips are too long to be compared with their index" in str(report)

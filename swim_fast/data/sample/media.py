@@ -39,6 +39,24 @@ class MediaReader:
         with at(record.kind):
             return self._reader.frames(record.media, indices, record.kind, change)
 
+    def compare(self, record: Record) -> bool:
+        """Compare the index of a video with its frames decoded in a row; False if it is too long for that.
+
+        Raises:
+            DataError: they differ, or it cannot be decoded.
+        """
+        with at(record.kind):
+            return self._reader.compare(record.media)
+
+    def stock_differences(self, record: Record, indices: Sequence[int]) -> list[int]:
+        """Return those of sorted frame indices at which decord's own `get_batch` gives other frames; with decord only.
+
+        Raises:
+            DataError: the video cannot be decoded.
+        """
+        with at(record.kind):
+            return self._reader.stock_differences(record.media, indices)
+
     def close(self) -> None:
         """Stop the decoder; the next request starts another."""
         self._reader.close()

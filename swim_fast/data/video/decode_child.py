@@ -3,7 +3,8 @@
 Native decoders can hang with the interpreter locked or crash the process; here neither hurts the trainer. The parent
 side is `swim_fast.data.video.reader.FrameReader`. Imports numpy and the one decoder asked for, to start quickly.
 
-Requests arrive on stdin, one JSON object a line: `{"op": "info" | "frames", "path", "kind", "indices", "seconds"}`.
+Requests arrive on stdin, one JSON object a line: `{"op", "path", "kind", "indices", "seconds"}`, where `op` is `info`,
+`frames`, or a comparison of `swim_fast.data.video.crosscheck`: `compare` or `stock`.
 Every answer on stdout is a 4-byte little-endian length, that many bytes of JSON and, when the JSON holds `shape`, the
 frames as raw uint8. The first answer, `{"ready": true}` or `{"unavailable": reason}`, comes unasked.
 
@@ -27,9 +28,9 @@ from pathlib import Path
 import numpy as np
 
 from swim_fast.data.video.containers import Broken, end_of_edit_list, refuse_avi, refuse_mpeg_stream
+from swim_fast.data.video.crosscheck import compare_in_a_row, stock_differences
+from swim_fast.data.video.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Images, natural_order
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-VIDEO_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 GRACE_SECONDS = 5.0  # the parent stops a slow child first; this child's own alarm is for when the parent is gone
 
 
@@ -104,6 +105,32 @@ class DecordClip:
                 self._walk_to(index)
                 slot[:] = self._next()
 
+    def in_a_row(self, wanted: set[int]) -> Iterator[np.ndarray | None]:
+        """Yield the wanted frames, and None for the others, as the decoder gives them from the start.
+
+        decord repeats the last frame for what its decoder does not give, so their number is PyAV's where it is there.
+        """
+        self._open()
+        try:
+            counted = PyAVClip(self._path).in_a_row(set())
+        except ImportError:
+            counted = range(self.num_frames)
+        for index, _ in enumerate(counted):
+            frame = self._next() if index < self.num_frames else None
+            yield frame if index in wanted else None
+
+    def stock_batch(self, indices: list[int]) -> np.ndarray | None:
+        """Return what decord's own `get_batch` gives; None for a clip that it cannot read, such as a narrow one."""
+        import decord
+
+        self._open()
+        try:
+            return self._video.get_batch(indices).asnumpy()
+        except decord.DECORDError:
+            return None
+        finally:
+            self._open()
+
 
 class TorchCodecClip:
     """torchcodec with its exact index (one pass over the packets)."""
@@ -127,6 +154,16 @@ class TorchCodecClip:
         if (frames.pts_seconds.diff() <= 0).any():
             raise Broken("torchcodec gave one frame for two indices; use reader pyav")
         out[:] = frames.data.numpy()
+
+    def in_a_row(self, wanted: set[int]) -> Iterator[np.ndarray | None]:
+        """As `DecordClip.in_a_row`; each frame is later than the one before, or it is one that was given twice."""
+        last = -math.inf
+        for index in range(self.num_frames):
+            frame = self._video.get_frame_at(index)
+            if frame.pts_seconds <= last:
+                return
+            last = frame.pts_seconds
+            yield frame.data.numpy() if index in wanted else None
 
 
 class PyAVClip:
@@ -185,6 +222,12 @@ class PyAVClip:
                 raise Broken(f"frame {index} is {image.shape[:2]}, the first is {slot.shape[:2]} (height, width)")
             slot[:] = image
 
+    def in_a_row(self, wanted: set[int]) -> Iterator[np.ndarray | None]:
+        """As `DecordClip.in_a_row`."""
+        self._open()
+        for index, frame in enumerate(self._decoded()):
+            yield self._upright(frame) if index in wanted else None
+
     def _wanted(self, indices: list[int]) -> Iterator:
         """Yield (index, decoded frame) for sorted, distinct frame indices."""
         if self._times is None:
@@ -225,40 +268,6 @@ class PyAVClip:
         return self._decoded()
 
 
-class Images:
-    """A folder of frames, in natural order (`9.jpg` before `10.jpg`), or a single image. Frame rate: 1."""
-
-    fps = 1.0
-
-    def __init__(self, paths: list[Path]):
-        self._paths = paths
-        self.num_frames = len(paths)
-        self.height, self.width = self._load(0).shape[:2]
-
-    def _load(self, index: int) -> np.ndarray:
-        from PIL import Image, ImageOps
-
-        with Image.open(self._paths[index]) as image:
-            if image.mode.startswith(("I", "F")):
-                raise Broken(f"{self._paths[index].name} has more than 8 bits per channel; convert it to 8-bit RGB")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-    def read(self, indices: list[int], out: np.ndarray) -> None:
-        for slot, index in zip(out, indices, strict=True):
-            image = self._load(index)
-            if image.shape != slot.shape:
-                raise Broken(
-                    f"{self._paths[index].name} is {image.shape[:2]}, the first frame is {slot.shape[:2]} "
-                    "(height, width); all frames of a folder must have one size"
-                )
-            slot[:] = image
-
-
-def natural_order(name: str) -> list:
-    """Return the sort key under which numbers inside names compare as numbers."""
-    return [(1, int(part), part) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name) if part]
-
-
 def open_clip(path: str, kind: str, video_class: type):
     """Open a video file, a folder of frames or an image; raises `Broken` or whatever the decoder raises."""
     file = Path(path)
@@ -291,6 +300,8 @@ def answer(clip, request: dict) -> tuple[dict, np.ndarray | None]:
     if request["op"] == "info":
         names = ("num_frames", "fps", "height", "width")
         return {name: getattr(clip, name) for name in names}, None
+    if request["op"] == "compare":
+        return {"complete": isinstance(clip, Images) or compare_in_a_row(clip, request["seconds"])}, None
     indices = request["indices"]
     beyond = [index for index in indices if not 0 <= index < clip.num_frames]
     if beyond:
@@ -298,6 +309,8 @@ def answer(clip, request: dict) -> tuple[dict, np.ndarray | None]:
             f"frame number {beyond[0]} is past the end: the clip has {clip.num_frames} frames, 0 to "
             f"{clip.num_frames - 1}; do the annotations belong to this file?"
         )
+    if request["op"] == "stock":
+        return {"differ": stock_differences(clip, indices)}, None
     frames = np.empty((len(indices), clip.height, clip.width, 3), np.uint8)
     clip.read(indices, frames)
     return {"shape": frames.shape}, frames

@@ -90,6 +90,21 @@ class FrameReader:
         _, frames = self._ask(path, kind, {"op": "frames", "indices": distinct.tolist()}, change)
         return frames if np.array_equal(distinct, wanted) else frames[inverse]
 
+    def compare(self, path: str | Path) -> bool:
+        """Compare a clip's index with its frames decoded in a row; True if time was enough for the whole clip.
+
+        Raises:
+            DataError: they differ; or as above.
+        """
+        return self._ask(path, "video", {"op": "compare"})[0]["complete"]
+
+    def stock_differences(self, path: str | Path, indices: Sequence[int]) -> list[int]:
+        """Return those of sorted frame indices for which decord's own `get_batch` gives other frames than displayed.
+
+        Only of reader decord, and of video files.
+        """
+        return self._ask(path, "video", {"op": "stock", "indices": list(indices)})[0]["differ"]
+
     def close(self) -> None:
         """Stop the child. The next request starts a new one."""
         child, self._child = self._child, None

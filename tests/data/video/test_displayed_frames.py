@@ -17,7 +17,7 @@ def _avi(codec, b_frames):
     return lambda path: write_clip(path, numbered_frames(40), codec=codec, options=options)
 
 
-def _edited(path, start=0, seconds=None, edits=1):
+def edited(path, start=0, seconds=None, edits=1):
     """A clip whose edit list begins `start` frames later and lasts `seconds`; twice that with two edits."""
     data = bytearray(write_clip(path, numbered_frames(50), options={"bf": "2", "g": "12"}).read_bytes())
     scale = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)[0]
@@ -61,9 +61,9 @@ CLIPS = {
         lambda path: write_clip(path, numbered_frames(20), codec="mjpeg", pix_fmt="yuvj420p"),
         {"torchcodec"},
     ),
-    "trimmed.mp4": (lambda path: _edited(path, 0, 3.0), set()),
-    "trimmed_both_ends.mp4": (lambda path: _edited(path, 5, 2.0), set()),
-    "two_edits.mp4": (lambda path: _edited(path, 4, 1.5, edits=2), {"decord", "torchcodec"}),
+    "trimmed.mp4": (lambda path: edited(path, 0, 3.0), set()),
+    "trimmed_both_ends.mp4": (lambda path: edited(path, 5, 2.0), set()),
+    "two_edits.mp4": (lambda path: edited(path, 4, 1.5, edits=2), {"decord", "torchcodec"}),
     "open_gop_cut.mkv": (_open_gop_cut, {"torchcodec"}),
     "hevc_open_gop_cut.mkv": (lambda path: _open_gop_cut(path, "libx265"), {"torchcodec"}),
 }
@@ -94,8 +94,8 @@ def test_frame_i_is_the_ith_displayed_frame(reader, tmp_path, name):  # noqa: F8
 
 
 def test_what_the_clips_hide_is_not_displayed(tmp_path):
-    assert displayed(_edited(tmp_path / "a.mp4", 0, 3.0)) == list(range(30))
-    assert displayed(_edited(tmp_path / "b.mp4", 5, 2.0)) == list(range(5, 25))
+    assert displayed(edited(tmp_path / "a.mp4", 0, 3.0)) == list(range(30))
+    assert displayed(edited(tmp_path / "b.mp4", 5, 2.0)) == list(range(5, 25))
     assert displayed(_open_gop_cut(tmp_path / "c.mkv"))[0] == 20
 
 
