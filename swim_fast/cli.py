@@ -15,6 +15,7 @@ from swim_fast.command_line import add_options, flag, read_options
 from swim_fast.errors import UserError, nearest
 from swim_fast.options import Options
 from swim_fast.preflight import check_input, check_judge, check_model, check_output, check_run
+from swim_fast.quiet import quiet_libraries
 
 
 def _train(options: jobs.Train) -> int:
@@ -28,9 +29,12 @@ def _train(options: jobs.Train) -> int:
         report = dry_run(config, options.gpus, options.gpu_memory, options.limit)
         print(report)
         return 0 if report.fits else 1
+    from swim_fast.training.progress import format_ending
     from swim_fast.training.run import train
 
-    train(config, resume=options.resume)
+    metrics = train(config, resume=options.resume)
+    if "skipped_samples" in metrics and os.environ.get("RANK", "0") == "0":  # the run has reached its end
+        print(format_ending(config, metrics), flush=True)
     return 0
 
 
@@ -264,6 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     0, or what it found: 1 for problems, 2 for what a user can mend, 130 for Ctrl-C, 143 for a run ended by SIGTERM.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    quiet_libraries()
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     options, function = args.job

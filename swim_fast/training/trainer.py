@@ -3,6 +3,7 @@
 from signal import Signals
 
 from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback
 
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.batch.packing import PackingSampler
@@ -13,6 +14,7 @@ from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, St
 from swim_fast.training.flops import StepFlops, get_peak_flops
 from swim_fast.training.hf_hooks import HookedTrainer
 from swim_fast.training.nonfinite import FiniteGuard
+from swim_fast.training.progress import ProgressLines
 from swim_fast.training.skipped import SampleReport, SkipLimit
 from swim_fast.training.sums import Sums
 
@@ -62,6 +64,9 @@ class SwimTrainer(HookedTrainer):
         self.skip_limit = SkipLimit(max_skipped)
         self._signals = StopOnSignal(self.accelerator)
         self.add_callback(self._signals)
+        for library in (PrinterCallback, ProgressCallback):  # one of which the trainer has
+            self.remove_callback(library)
+        self.add_callback(ProgressLines())
         self.add_callback(StopOnSkipped(self.skip_limit, lambda: self._samples_of_step.tolist()))
         self.add_callback(BackwardWhereTrained())
         self.start_interval()

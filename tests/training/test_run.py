@@ -2,14 +2,17 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from swim_fast.cli import build_parser
 from tests.training.conftest import (
     command,
     environment,
@@ -260,3 +263,22 @@ def test_every_kind_of_mask_loss_trains_and_is_logged(write_config, tmp_path, ch
     logs = history(tmp_path / "run")
     assert all(0 <= entry[name] <= 1 for entry in logs for name in ("pointing_accuracy", "mass_in_mask", "soft_iou"))
     assert all(0 < entry["mask_loss"] < 50 for entry in logs)
+
+
+def test_a_run_is_told_in_lines_and_ends_with_what_to_type_next(write_config, checkpoint, records, tmp_path, capsys):
+    from swim_fast.cli import main
+
+    config = write_config(training={"max_steps": 2, "logging_steps": 1})
+    source = f"data.eval={{held_out: {{path: {json.dumps(str(records))}, limit: 2}}}}"
+    assert main(["train", str(config), source, "training.eval_strategy=epoch"]) == 0
+    output = capsys.readouterr().out
+    lines = output.partition("step 1/2  loss")[2].splitlines()
+    assert lines[1].startswith("step 2/2  loss ") and "'loss'" not in output
+    assert any(line.startswith("score on held_out:  loss ") for line in lines)
+    assert f"model: {tmp_path / 'run'} " in output
+    commands = [shlex.split(line)[1:] for line in lines[lines.index("next:") + 1 :]]
+    for words in commands:
+        args = build_parser().parse_args(words)
+        assert args.model == str(tmp_path / "run")
+    describe = build_parser().parse_args(commands[0])
+    assert Path(describe.media).is_file() and describe.show[0] in describe.question and "<" not in describe.question
