@@ -169,10 +169,12 @@ class TorchCodecClip:
 class PyAVClip:
     """PyAV: one pass over the packets lists the presentation times, frames are then recognised by their time."""
 
+    _container = None
+
     def __init__(self, path: str):
         import av
 
-        self._av, self._path, self._container = av, path, None
+        self._av, self._path = av, path
         self._open()
         packets = [
             (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
@@ -207,6 +209,10 @@ class PyAVClip:
         if self._stream is None:
             raise Broken("the file has no video stream")
         self._stream.codec_context.thread_count = 1
+
+    def __del__(self):
+        if self._container is not None:  # it and its streams refer to each other: the collector comes late
+            self._container.close()
 
     def _decoded(self) -> Iterator:
         return self._container.decode(self._stream)

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,16 @@ def test_a_crashing_decoder_is_an_error_of_the_clip(clip, tmp_path):
             reader.info(path)
         assert str(path) in str(caught.value)
         assert read_number(reader.frames(clip, [9])[0]) == 9
+
+
+@pytest.mark.parametrize("name", ["decord", "pyav"])
+def test_clips_that_were_read_are_closed(name, clip, tmp_path):
+    with FrameReader(Decoding(reader=name)) as reader:
+        counts = set()
+        for number in range(8):
+            reader.frames(shutil.copy(clip, tmp_path / f"{number}.mp4"), [9, 31])
+            counts.add(len(os.listdir(f"/proc/{reader._child.process.pid}/fd")))
+    assert len(counts) == 1
 
 
 def test_a_child_that_died_idle_is_replaced_unnoticed(clip):
