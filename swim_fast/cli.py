@@ -46,6 +46,13 @@ def _doctor(options: jobs.Doctor) -> int:
     return 0 if report.usable else 1
 
 
+def _config_init(options: jobs.ConfigInit) -> int:
+    from swim_fast.config_init import write_config
+
+    print(write_config(options))
+    return 0
+
+
 def _completion(options: jobs.Completion) -> int:
     from swim_fast.completion import completion_script
 
@@ -185,6 +192,7 @@ def _grounding(options: jobs.Grounding) -> int:
 JOBS = {
     "train": (jobs.Train, _train),
     "doctor": (jobs.Doctor, _doctor),
+    "config init": (jobs.ConfigInit, _config_init),
     "completion": (jobs.Completion, _completion),
     "demo": (jobs.Demo, _demo),
     "describe": (jobs.Describe, _describe),
@@ -199,6 +207,7 @@ JOBS = {
     "evaluate grounding": (jobs.Grounding, _grounding),
 }
 GROUPS = {
+    "config": "configurations of runs",
     "data": "check, show or import data",
     "nl-refer": "VideoRefer to NL-Refer; variants and counts of such sets",
     "evaluate": "VideoRefer-Bench Q and D, and grounding, of a checkpoint",

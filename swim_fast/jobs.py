@@ -65,6 +65,29 @@ class Completion(Options):
     """Shell to complete in."""
 
 
+class ConfigInit(Options):
+    """Write a commented YAML file for your records and GPUs."""
+
+    words = ("out",)
+    example = "run.yaml --data data/train.jsonl --media clips --gpus 1 --gpu-memory 24"
+    out: File = "run.yaml"
+    """File to write; one that exists is left as it is."""
+    data: File
+    """Records to train on."""
+    media: File | None = None
+    """Folder of their clips and images; without it, that of the records."""
+    eval: File | None = None
+    """Records to evaluate on, whose media lie in the same folder."""
+    model: File = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """Checkpoint to start from: folder or name on the Hugging Face hub."""
+    gpus: int | None = Field(None, ge=0)
+    """Number of GPUs, 0 for a CPU; without it, those of this machine."""
+    gpu_memory: float | None = Field(None, gt=0)
+    """GiB of each GPU; without it, that of this machine's, else 80."""
+    run: File = "runs/swim"
+    """Folder that the run will write to."""
+
+
 class Demo(Options):
     """Render clips, train a tiny model with and without the mask loss, draw pictures."""
 
