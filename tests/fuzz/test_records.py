@@ -180,7 +180,7 @@ def mutate(entry, rng: random.Random) -> bytes:
     entry = copy.deepcopy(entry)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         found = list(itertools.islice(places(entry), 400))
-        if not found:
+        if not found or len(repr(entry)) > LONGEST:  # a few multiplications more would fill the memory
             break
         node, key = rng.choice(found)
         value = node[key]
