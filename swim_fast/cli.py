@@ -189,6 +189,19 @@ def _grounding(options: jobs.Grounding) -> int:
     return 0
 
 
+def _analyze(options: jobs.Analyze) -> int:
+    _preflight(options)
+    if options.against is not None:
+        check_model(options.against, "--against")
+    from swim_fast.analysis.report import words_report, write_words
+    from swim_fast.analysis.run import analyze
+
+    results = _evaluate(options, analyze, words_report)
+    if results is not None:
+        print(*write_words(Path(options.out), results), sep="  ")
+    return 0
+
+
 JOBS = {
     "train": (jobs.Train, _train),
     "doctor": (jobs.Doctor, _doctor),
@@ -205,6 +218,7 @@ JOBS = {
     "evaluate questions": (jobs.Questions, _questions),
     "evaluate descriptions": (jobs.Descriptions, _descriptions),
     "evaluate grounding": (jobs.Grounding, _grounding),
+    "analyze": (jobs.Analyze, _analyze),
 }
 GROUPS = {
     "config": "configurations of runs",

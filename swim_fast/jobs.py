@@ -358,3 +358,10 @@ class Grounding(Evaluation, Maps):
             return [int(part) for part in layers.split(",")]
         except ValueError:
             raise mistake("", f"is {layers!r}; give all, supervised or indices such as 2,7,12") from None
+
+
+class Analyze(Grounding):
+    """What the words of referring expressions look at: nouns, attributes and function words, by layer."""
+
+    against: File | None = None
+    """Checkpoint to compare with, such as the one before training; run with the same samples, layers and softmax."""

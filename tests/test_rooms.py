@@ -26,7 +26,8 @@ RULES = {
     "swim_fast.nl_refer.english": "options",
     "swim_fast.importing": "options jobs data nl_refer",  # names of objects are tagged as nl_refer does
     "swim_fast.viz": "files",
-    "swim_fast.evaluation": "not nl_refer",
+    "swim_fast.evaluation": "not nl_refer analysis",
+    "swim_fast.analysis": "options jobs files data loss modeling evaluation viz nl_refer.english swim_kernels",
 }
 # Room -> libraries that it does without.
 LIGHT = {

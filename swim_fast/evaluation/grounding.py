@@ -48,7 +48,7 @@ def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | Non
         PredictionsError: the folder holds predictions of another run.
     """
     run, layers = Run(options, ranks), options.layers
-    how = _choose_maps(options, run.trained)
+    how = choose_maps(options, run.trained)
     fusion, rows = how["fusion"], {name: how[name] for name in NounRows.model_fields}
     settings = run.settings("grounding", layers=layers, **how, metrics=[*METRICS, *RANKING_METRICS])
 
@@ -81,7 +81,7 @@ def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | Non
     return {"settings": settings, **score_grounding({n: entry for n, entry in entries.items() if n in run.indices})}
 
 
-def _choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str]:
+def choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str]:
     """Return fusion and the options of `NounRows`: as given, else as in training, else the defaults."""
     loss = (trained and trained.attention_loss) or AttentionLoss()
     how = {name: getattr(loss, name) for name in ("fusion", *NounRows.model_fields)}

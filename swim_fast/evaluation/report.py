@@ -55,7 +55,7 @@ def questions_report(results: Mapping[str, Any]) -> str:
         count = results["readings"][reading]["all"]
         unparsable = f", {count['unparsable']} unparsable, which count as wrong" if by == "generation" else ""
         lines.append(f"{_READINGS[reading]}: {count['right']} of {count['answers']} right{unparsable}")
-    return "\n".join([*lines, *_problem_lines(results["problems"], "no answer"), "", published.QUESTIONS_NOTE])
+    return "\n".join([*lines, *problem_lines(results["problems"], "no answer"), "", published.QUESTIONS_NOTE])
 
 
 def descriptions_report(results: Mapping[str, Any]) -> str:
@@ -78,7 +78,7 @@ def descriptions_report(results: Mapping[str, Any]) -> str:
     lines.append(f"{results['described']} descriptions, {len(results['scores'])} of them judged")
     if results["failed"]:
         lines += _listed(results["failed"], "descriptions without scores, which count nowhere")
-    lines += _problem_lines(results["problems"], "no description")
+    lines += problem_lines(results["problems"], "no description")
     return "\n".join([*lines, "", published.DESCRIPTIONS_NOTE] if means else lines)
 
 
@@ -99,7 +99,7 @@ def grounding_report(results: Mapping[str, Any]) -> str:
     lines += [table(["layer", *RANKING_METRICS.values(), ""], rows), ""]
     lines.append(f"{ranking['pairs']} pairs whose mask is neither empty nor full")
     lines.append("GP@N%, GP@N: GamePoint@P and @K; definitions: swim_fast/loss/ranking_metrics.py")
-    return "\n".join([*lines, *_problem_lines(results["problems"], "no result"), "", published.ATTENTION_NOTE])
+    return "\n".join([*lines, *problem_lines(results["problems"], "no result"), "", published.ATTENTION_NOTE])
 
 
 def _layer_rows(averages: Mapping[str, Any], names: Iterable[str], fused: Collection[int], how: str) -> list[list[str]]:
@@ -143,7 +143,8 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None or value != value else f"{value:.{digits}f}"
 
 
-def _problem_lines(problems: Mapping[int, str], what: str) -> list[str]:
+def problem_lines(problems: Mapping[int, str], what: str) -> list[str]:
+    """Return lines that name the first records of which nothing is known; none without problems."""
     return _listed(problems, f"records with {what}, which count nowhere") if problems else []
 
 

@@ -67,6 +67,37 @@ def draw_layers(
     _save(figure, path)
 
 
+def draw_classes(
+    path: str | Path, panels: Mapping[str, Sequence[Mapping[str, Mapping[int, float]]]], models: Sequence[str]
+) -> None:
+    """Draw shares of classes over the layers into a PNG: a panel each, a colour a class, dashed for the second model.
+
+    Args:
+        path: PNG to write; its folder is made if absent.
+        panels: title -> for each model: class -> layer -> value from 0 to 1, or NaN.
+        models: their names, one or two.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+    grid = figure.subplots(2, -(-len(panels) // 2), sharex=True, squeeze=False).flatten()
+    colours = {"noun": BLUE, "attribute": RED, "other noun": GREEN}
+    for axes, (title, found) in zip(grid, panels.items(), strict=False):
+        for model, style, classes in zip(models, ("-", "--"), found, strict=False):
+            for kind, values in classes.items():
+                label = kind if len(models) == 1 else f"{kind}, {Path(model).name}"
+                colour = colours.get(kind, "0.6")
+                axes.plot(list(values), list(values.values()), style, color=colour, marker=".", label=label)
+        axes.set_title(title, fontsize=10)
+        axes.set_ylim(0, 1.02)
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in grid[-(-len(panels) // 2) :]:
+        axes.set_xlabel("layer")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    _save(figure, path)
+
+
 def draw_counts(
     path: str | Path,
     title: str,
