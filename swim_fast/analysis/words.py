@@ -32,6 +32,8 @@ _ATTRIBUTES = ("AJ0", "AJC", "AJS", "ORD", "CRD", "VVN", "VVG", "VVD")
 _DETERMINERS = ("AT0", "DT0", "DPS", "CRD", "DTQ")
 _UNKNOWN = ("UNC", "UNKNOWN", "!!!")
 _PLACES = POSITION | frozenset(("left", "right"))
+# HanTa takes words of other languages for rare English ones: a sentence without any of these is left alone.
+_ENGLISH = frozenset("a an the this that these those his her its their what which who is are does with of and".split())
 _LONGEST = 12  # words of a phrase before its noun
 
 
@@ -86,6 +88,9 @@ def _words_of_sentence(sentence: str, nouns: dict[int, tuple[int, int]]) -> tupl
             left_out.append(tag)
             continue
         end = find_modifier_end(tokens, phrase)
+        last = tokens[end - 1].word
+        if end > phrase.end and (last == "doing" or (last.endswith("ing") and tokens[end - 2].tag in NOUNS)):
+            end -= 1  # the man in black *doing*: what it does, which the tagger took for a compound
         end = next((i for i in range(phrase.end, end) if i in own), end)
         before = [i for i in range(phrase.start, phrase.head) if i not in tagged]
         if any(tokens[i].tag in _UNKNOWN for i in (*before, *range(phrase.end, end))):
@@ -99,16 +104,18 @@ def _words_of_sentence(sentence: str, nouns: dict[int, tuple[int, int]]) -> tupl
 
 
 def _find_phrase(tokens: list[Token], span: tuple[int, int]) -> NounPhrase | None:
-    """Return the noun phrase up to the tagged noun, which is its head; None if the tagger sees no English noun."""
+    """Return the noun phrase up to the tagged noun, which is its head; None if that is no clear English noun."""
     inside = [i for i, token in enumerate(tokens) if span[0] < token.end and token.start < span[1]]
-    if not inside or tokens[inside[-1]].tag not in NOUNS or not all(token.text.isascii() for token in tokens):
+    foreign = any(letter.isalpha() and not letter.isascii() for token in tokens for letter in token.text)
+    if not inside or tokens[inside[-1]].tag not in NOUNS or foreign or not any(t.word in _ENGLISH for t in tokens):
         return None
     head = inside[-1]
     for start in range(max(0, head - _LONGEST), inside[0] + 1):
         phrase = find_noun_phrase(tokens, start)
         if phrase is not None and phrase.start <= head < phrase.end:
             bare_name = tokens[head].tag == "NP0" and tokens[start].tag not in _DETERMINERS
-            return None if bare_name else NounPhrase(start, head, head + 1)  # words unknown to the tagger become names
+            unclear = bare_name or (start > 0 and tokens[start - 1].tag in _UNKNOWN)
+            return None if unclear else NounPhrase(start, head, head + 1)  # words unknown to the tagger become names
     return None
 
 

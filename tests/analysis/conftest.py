@@ -1,0 +1,3 @@
+"""The tiny checkpoint."""
+
+from tests.training.conftest import checkpoint  # noqa: F401
