@@ -363,5 +363,6 @@ class Grounding(Evaluation, Maps):
 class Analyze(Grounding):
     """What the words of referring expressions look at: nouns, attributes and function words, by layer."""
 
+    example = "runs/swim heldout.jsonl --out runs/words --against Qwen/Qwen2.5-VL-7B-Instruct"
     against: File | None = None
     """Checkpoint to compare with, such as the one before training; run with the same samples, layers and softmax."""
