@@ -2,16 +2,40 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
-STAMP := .venv/.installed
+STAMP := .venv/.installed# to run, the demo included
+DEV := .venv/.dev# and to test and measure
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: install install-gpu demo test test-all test-oldest fuzz lint bench bench-quick bench-check bench-train kernel-report gpu-check clean
 
 install: $(STAMP)
 
+# Without an NVIDIA driver, torch comes from PyTorch's index of CPU builds, which bring no CUDA libraries: gigabytes less.
+# Where that index cannot be reached, pip's own takes its place. `make install TORCH=cuda` or TORCH=cpu decides. No other
+# index is asked meanwhile: torch of the one and torchvision of the other do not fit together.
+TORCH ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
+
+# The second of the .pth file's lines finds swim_kernels; the first lets Python find the package from the folder above
+# the clone, too, where the clone itself would pass for a namespace package: pip's own finder comes after that.
 $(STAMP): setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev,demo]'
+ifeq ($(TORCH),cpu)
+	@echo "no nvidia-smi: trying torch's CPU builds ($(CPU_BUILDS)); TORCH=cuda takes pip's own"
+	@PIP_CONFIG_FILE=/dev/null PIP_EXTRA_INDEX_URL= PIP_FIND_LINKS= $(BIN)/pip install --timeout 5 --retries 0 \
+		--index-url $(CPU_BUILDS) 'torch>=2.11' torchvision && $(BIN)/python -c 'import torchvision' || \
+		{ echo "no CPU builds from there: going on with pip's own torch, which may bring CUDA: 6.0 GB in place of 2.5"; \
+		$(BIN)/pip uninstall --quiet --yes torch torchvision; }
+endif
+	$(BIN)/pip install -e '.[demo]'
+	$(BIN)/python -c 'import site; print("$(CURDIR)", "$(CURDIR)/kernels", sep="\n", \
+		file=open(site.getsitepackages()[0] + "/swim_fast_checkout.pth", "w"))'
+	@echo "installed $$(du -sh .venv | cut -f1) in .venv"
+	touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/pip install -e '.[dev,demo]'
 	touch $@
 
 # The extras for GPUs. flash-attn's build imports torch, so it comes after torch and is not isolated from it. It takes
@@ -31,12 +55,12 @@ install-gpu: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/swim-fast demo configs/demo.yaml $(ARGS)
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/pytest tests
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter
 	$(BIN)/python -m tests.helpers.pretend_gpu $(BIN)/pytest tests/pretend_gpu
 
-test-all: $(STAMP)
+test-all: $(DEV)
 	$(BIN)/pytest tests -m ''
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter -m ''
 	$(BIN)/python -m tests.helpers.pretend_gpu $(BIN)/pytest tests/pretend_gpu -m ''
@@ -55,39 +79,39 @@ $(OLDEST)/.installed: setup.py tests/oldest.txt
 
 # Damaged inputs in large number, of which `make test` has a few hundred: a quarter of an hour.
 CASES ?= 10000
-fuzz: $(STAMP)
+fuzz: $(DEV)
 	$(BIN)/pytest tests/fuzz --fuzz-cases $(CASES)
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Time and memory of the attention loss beside flash attention, by three methods: twenty minutes on two cores.
-bench: $(STAMP)
+bench: $(DEV)
 	rm -f benchmarks/attention_loss/attention_loss.csv
 	PYTHONPATH=kernels $(BIN)/python -m benchmarks.attention_loss $(ARGS)
 
 # The same at 4,096 tokens and 8 rows, into runs/bench-quick: three minutes on two cores that do nothing else.
-bench-quick: $(STAMP)
+bench-quick: $(DEV)
 	rm -rf runs/bench-quick
 	PYTHONPATH=kernels $(BIN)/python -m benchmarks.attention_loss --quick $(ARGS)
 
 # Ratios of bench-quick, or those of `make bench-check CSV=…`, against the committed ones; fails if one grew by over 20 %.
-bench-check: $(if $(CSV),$(STAMP),bench-quick)
+bench-check: $(if $(CSV),$(DEV),bench-quick)
 	PYTHONPATH=kernels $(BIN)/python -m benchmarks.attention_loss --check $(or $(CSV),runs/bench-quick/attention_loss.csv)
 
 # Share of the attention loss in a training step, padding, loading: a quarter of an hour on two cores.
-bench-train: $(STAMP)
+bench-train: $(DEV)
 	rm -f benchmarks/training/training.csv
 	PYTHONPATH=kernels $(BIN)/python -m benchmarks.training $(ARGS)
 
 # Ahead-of-time builds of every kernel configuration and bytes counted in the interpreter: an hour on two cores.
-kernel-report: $(STAMP)
+kernel-report: $(DEV)
 	PYTHONPATH=kernels $(BIN)/python -m benchmarks.kernels $(ARGS)
 
 # Whether all of this works on a GPU, and how fast: 9 minutes, no network; `ARGS='--device cpu'` tries the check itself.
-gpu-check: $(STAMP)
+gpu-check: $(DEV)
 	PYTHONPATH=kernels $(BIN)/python -m swim_fast.gpu_check $(ARGS)
 
 clean:

@@ -83,16 +83,49 @@ def names(folder):
 def test_flash_attn_is_built_beside_torch_and_its_tools():
     """Its build imports torch, which an isolated one does not have; DeepSpeed's is better off without CUDA's."""
     shown = subprocess.run(
-        ["make", "--dry-run", "--assume-new=setup.py", "install-gpu"],
+        ["make", "--dry-run", "--assume-new=setup.py", "TORCH=cuda", "install-gpu"],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     project, tools, flash, extras = (line for line in shown.splitlines() if "pip install" in line)
-    assert project.endswith("-e '.[dev,demo]'")
+    assert project.endswith("-e '.[demo]'")
     assert {"wheel", "packaging", "ninja", "psutil"} <= set(tools.split()) and "setuptools>=77" in tools
     assert "MAX_JOBS=" in flash and "--no-build-isolation ./build/flash-attn/" in flash
     assert extras.endswith("-e '.[cuda,deepspeed]'") and "isolation" not in extras
     assert tools in shown.partition("pip download --no-build-isolation")[0]  # which runs flash-attn's setup.py, too
     assert "std=c++20" in shown.partition(flash)[0]
+
+
+def dry_run(*words):
+    """What `make` would do in a fresh clone."""
+    command = ["make", "--dry-run", "--assume-new=setup.py", *words]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_demo_needs_no_development_tools_and_tests_add_them():
+    demo, test = dry_run("TORCH=cuda", "demo"), dry_run("TORCH=cuda", "test")
+    assert "'.[demo]'" in demo and "dev" not in demo and "download.pytorch.org" not in demo
+    assert test.index("'.[demo]'") < test.index("'.[dev,demo]'") < test.index("pytest tests")
+
+
+def test_torch_of_cpu_builds_is_tried_first_and_alone():
+    cpu = dry_run("TORCH=cpu", "install")
+    assert cpu.index("--index-url https://download.pytorch.org/whl/cpu") < cpu.index("'.[demo]'")
+    assert "--timeout 5 --retries 0" in cpu and "PIP_EXTRA_INDEX_URL= PIP_FIND_LINKS= .venv/bin/pip" in cpu
+
+
+def test_python_in_the_folder_above_a_clone_finds_the_package(tmp_path):
+    """There the clone, a folder swim_fast without __init__.py, would pass for a namespace package."""
+    (tmp_path / "swim_fast").mkdir()
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    (code,) = re.findall(r"python -c '(import site;.*?)'", dry_run("TORCH=cuda", "install"), re.S)
+    write = f"import site; site.getsitepackages = lambda: [{str(packages)!r}]\n{code}"
+    subprocess.run([sys.executable, "-c", write], check=True)
+    find = f"import site; site.addsitedir({str(packages)!r}); import swim_fast; print(swim_fast.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", "-c", find], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(ROOT / "swim_fast" / "__init__.py")
 
 
 def test_the_oldest_pair_is_the_one_of_setup():

@@ -286,7 +286,7 @@ def _refuse_data_parallel(config: RunConfig) -> None:
     if gpus < 2 or "LOCAL_RANK" in os.environ or config.training.get("use_cpu"):
         return
     program, *words = sys.argv
-    started = ["-m", "swim_fast.cli"] if Path(program).name in ("swim-fast", "cli.py") else [program]
+    started = ["-m", "swim_fast.cli"] if Path(program).name in ("swim-fast", "cli.py", "__main__.py") else [program]
     command = shlex.join(["torchrun", "--nproc-per-node", str(gpus), *started, *words])
     first, *_ = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     raise ConfigError(
