@@ -30,12 +30,12 @@ def main(folder: Path, steps: int) -> list[tuple[float, float]]:
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     set_position_rule(model, "pretraining")  # of text behind long videos, which transformers from 5.3 on changes
-    attach_noun_attention(model, layers=[1, 2, 3])  # the model's own attention still computes its output
+    attach_noun_attention(model, layers=[1, 2])  # the model's own attention still computes its output
 
     # A record becomes tokens, pixels, and the rows of its tagged nouns with their masks; samples become a batch.
     build, collate = SampleBuilder(processor, Sampling(max_frames=4)), Collator(processor)
     loader = DataLoader(
-        RecordFile(records), batch_size=4, shuffle=True, collate_fn=lambda batch: collate([build(r) for r in batch])
+        RecordFile(records), batch_size=12, shuffle=True, collate_fn=lambda batch: collate([build(r) for r in batch])
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     losses = []

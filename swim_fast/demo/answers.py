@@ -1,15 +1,21 @@
-"""Answers of a trained checkpoint against the reference: plain text and pixels in, greedy text out."""
+"""Answers of the demo's models against the reference: plain text and pixels in, greedy text out."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from tqdm import tqdm
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
 
 from swim_fast.config import RunConfig
-from swim_fast.data.sample.builder import SampleBuilder
-from swim_fast.data.source.records import Record
+from swim_fast.data.sample.builder import Sample, SampleBuilder
+from swim_fast.data.source.records import RecordFile
 from swim_fast.inference.generation import generate, split_answer
-from swim_fast.inference.loading import Checkpoint
-from swim_fast.options import Decoding, Inference, Sampling
+from swim_fast.inference.loading import load_processor
+from swim_fast.options import Inference
+
+BATCH_SIZE = 64
 
 
 def choose_inference(config: RunConfig) -> Inference:
@@ -18,24 +24,42 @@ def choose_inference(config: RunConfig) -> Inference:
     return Inference(device=device, position_ids=config.model.position_ids)
 
 
-def compute_accuracy(
-    checkpoint: Checkpoint, records: Sequence[Record], sampling: Sampling, decoding: Decoding, batch_size: int = 16
-) -> float:
-    """Return the share of records whose greedy answer is the reference, word for word.
+@dataclass(frozen=True)
+class HeldOutAnswers:
+    """Questions about the held-out clips, decoded once, with the tokens of their answers."""
 
-    Args:
-        checkpoint: a stock model and its processor.
-        records: one question and one answer each.
-        sampling, decoding: how frames are taken.
-        batch_size: records at a time.
-    """
-    model, processor = checkpoint
-    builder = SampleBuilder(processor, sampling, decoding)
-    right = 0
-    for begin in tqdm(range(0, len(records), batch_size), desc="answering", leave=False):
-        samples = [builder(records[i]) for i in range(begin, min(begin + batch_size, len(records)))]
-        prompts, answers = zip(*map(split_answer, samples), strict=True)
-        found = generate(model, processor, prompts, max_new_tokens=max(map(len, answers)))
-        expected = processor.batch_decode(answers, skip_special_tokens=True)
-        right += sum(said.strip() == text.strip() for said, text in zip(found, expected, strict=True))
-    return right / len(records)
+    name: str
+    processor: Any
+    questions: list[tuple[Sample, Tensor]]
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> HeldOutAnswers:
+        """Read the first evaluation file of a run, whose records hold one question and one answer each."""
+        (name, source), *_ = config.data.eval.items()
+        processor = load_processor(config.model.path)
+        builder = SampleBuilder(processor, config.sampling, config.decoding)
+        return cls(name, processor, [split_answer(builder(record)) for record in RecordFile.from_source(source)])
+
+    def score(self, model) -> float:
+        """Return the share of the questions that a model answers as the reference does, word for word."""
+        right = 0
+        for begin in range(0, len(self.questions), BATCH_SIZE):
+            prompts, answers = zip(*self.questions[begin : begin + BATCH_SIZE], strict=True)
+            found = generate(model, self.processor, prompts, max_new_tokens=max(map(len, answers)))
+            expected = self.processor.batch_decode(answers, skip_special_tokens=True)
+            right += sum(said.strip() == text.strip() for said, text in zip(found, expected, strict=True))
+        return right / len(self.questions)
+
+
+class AnswersOverSteps(TrainerCallback):
+    """Scores the answers of the model in training at each evaluation, into the trainer's log."""
+
+    def __init__(self, answers: HeldOutAnswers):
+        self.answers = answers
+        self.accuracies: dict[int, float] = {}  # by step
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        accuracy = self.answers.score(model)
+        self.accuracies[state.global_step] = accuracy
+        key = f"eval_{self.answers.name}_answer_accuracy"
+        state.log_history.append({key: accuracy, "step": state.global_step, "epoch": state.epoch})

@@ -17,10 +17,9 @@ from PIL import Image
 
 from swim_fast.demo import texts
 from swim_fast.demo.drawing import SUPERSAMPLING, background, sprite
-from swim_fast.demo.scenes import DEFAULTS, SPLITS, ClipOptions, Scene, random_scene
+from swim_fast.demo.scenes import DEFAULTS, SPLITS, STATES, ClipOptions, Scene, random_scene
+from swim_fast.files import atomic_write
 from swim_fast.viz.heatmap_video import write_h264
-
-ROLES = ("human", "gpt")
 
 
 def render(scene: Scene, options: ClipOptions = DEFAULTS) -> tuple[np.ndarray, np.ndarray]:
@@ -31,12 +30,15 @@ def render(scene: Scene, options: ClipOptions = DEFAULTS) -> tuple[np.ndarray, n
     size = (options.width, options.height)
     enlarged = (options.width * SUPERSAMPLING, options.height * SUPERSAMPLING)
     backdrop = background(*size, np.random.default_rng(scene.texture_seed)).resize(enlarged, Image.Resampling.BILINEAR)
-    sprites = [sprite(item.noun, item.shade, item.radius, item.tilt) for item in scene.items]
+    sprites = [
+        [sprite(item.noun, STATES[item.state][turn], item.radius, item.tilt) for item in scene.items]
+        for turn in range(2)
+    ]
     frames = np.empty((options.num_frames, options.height, options.width, 3), dtype=np.uint8)
     masks = np.empty((options.num_frames, len(scene.items), options.height, options.width), dtype=bool)
     for t in range(options.num_frames):
         picture, owner = backdrop.copy(), Image.new("L", enlarged)
-        for i, (item, (colours, silhouette)) in enumerate(zip(scene.items, sprites, strict=True)):
+        for i, (item, (colours, silhouette)) in enumerate(zip(scene.items, sprites[scene.turn(t)], strict=True)):
             centre = item.centre(t / max(options.num_frames - 1, 1))
             corner = tuple(round(c * SUPERSAMPLING - colours.width / 2) for c in centre)
             picture.paste(colours, corner, silhouette)
@@ -83,27 +85,6 @@ def annotations(scene: Scene, masks: np.ndarray, options: ClipOptions = DEFAULTS
     return found
 
 
-def conversations(
-    scene: Scene, found: list[dict], rng: np.random.Generator, split: str
-) -> list[tuple[str, list[tuple[str, str]], list[dict]]]:
-    """Talk about the objects in sight of a clip: name, (question, answer) turns and annotation of each conversation.
-
-    A training clip has one with a turn about each object, a held-out clip one question with a certain answer for each.
-    """
-    seen = [(item, where) for item, where in zip(scene.items, found, strict=True) if where]
-    if split == "heldout":
-        ask = partial(texts.pick, rng, *texts.QUESTIONS)
-        return [(item.noun, [texts.fill(ask(), item, tag_answer=False)], [where]) for item, where in seen]
-    turns, annotation = [], []
-    for i in rng.permutation(len(seen)):
-        item, where = seen[i]
-        template = texts.pick(rng, *texts.QUESTIONS, texts.DESCRIPTIONS)
-        again = "{again}" in template[1] and bool(rng.integers(2))
-        turns.append(texts.fill(template, item, tag_answer=again))
-        annotation += [where] * (2 if again else 1)
-    return [("turns", turns, annotation)] if turns else []
-
-
 def write_clip(index: int, *, folder: Path, seed: int, split: str, options: ClipOptions) -> list[dict[str, Any]]:
     """Render and encode one clip of a split; return its records."""
     scene = random_scene(seed, split, index, options)
@@ -111,13 +92,23 @@ def write_clip(index: int, *, folder: Path, seed: int, split: str, options: Clip
     clip = f"{split}_{index:05d}"
     video = f"clips/{clip}.mp4"
     write_video(folder / video, frames, options)
-    rng = np.random.default_rng([seed, SPLITS.index(split), index, 1])
-    records = []
-    for name, turns, annotation in conversations(scene, annotations(scene, masks, options), rng, split):
-        said = [{"from": role, "value": text} for turn in turns for role, text in zip(ROLES, turn, strict=True)]
-        said[0]["value"] = f"<video>\n{said[0]['value']}"
-        records.append({"index": f"{clip}_{name}", "video": video, "conversations": said, "annotation": annotation})
+    records, train = [], split == "train"
+    for item, where in zip(scene.items, annotations(scene, masks, options), strict=True):
+        if where:
+            question, answer = texts.ask(item.noun, item.state, tag_answer=train)
+            said = [{"from": "human", "value": f"<video>\n{question}"}, {"from": "gpt", "value": answer}]
+            annotation = [where] * (2 if train else 1)
+            records.append(
+                {"index": f"{clip}_{item.noun}", "video": video, "conversations": said, "annotation": annotation}
+            )
     return records
+
+
+def mix_up_masks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each record of a clip the masks of the next one, which asks about another object; one alone is left out."""
+    masks = [record["annotation"] for record in records]
+    mixed = zip(records, masks[1:] + masks[:1], strict=True)
+    return [{**record, "annotation": other} for record, other in mixed] if len(records) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -127,6 +118,7 @@ class DemoData:
     folder: Path
     train: Path
     heldout: Path
+    wrong_masks: Path
 
 
 def write_demo_data(
@@ -141,13 +133,15 @@ def write_demo_data(
 ) -> DemoData:
     """Write `train.jsonl`, `heldout.jsonl` and their `clips/*.mp4`; same seed, same bytes.
 
+    `wrong_masks.jsonl` is `train.jsonl` with the masks of another object of the clip, see `mix_up_masks`.
+
     Args:
         folder: made if absent; files of the same names are replaced.
         seed: of everything; clips of the two splits are drawn independently.
         train_clips, heldout_clips: number of each.
         options: shape of the clips.
         workers: processes that render, one per core by default; their number does not change the result.
-        progress: show a progress bar.
+        progress: show a progress bar, in a terminal.
     """
     from tqdm import tqdm
 
@@ -157,12 +151,18 @@ def write_demo_data(
     spawn = multiprocessing.get_context("spawn")  # the caller may run threads, which do not survive a fork
     with (
         ProcessPoolExecutor(workers, mp_context=spawn) as pool,
-        tqdm(desc="rendering", unit="clip", total=train_clips + heldout_clips, disable=not progress) as bar,
+        tqdm(
+            desc="rendering", unit="clip", total=train_clips + heldout_clips, disable=None if progress else True
+        ) as bar,
     ):
-        for split, clips in zip(SPLITS, (train_clips, heldout_clips), strict=True):
+        train, heldout = [], []
+        for split, clips, records in zip(SPLITS, (train_clips, heldout_clips), (train, heldout), strict=True):
             render_one = partial(write_clip, folder=folder, seed=seed, split=split, options=options)
-            with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
-                for records in pool.map(render_one, range(clips), chunksize=4):
-                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-                    bar.update()
-    return DemoData(folder, folder / "train.jsonl", folder / "heldout.jsonl")
+            for of_clip in pool.map(render_one, range(clips), chunksize=4):
+                records.append(of_clip)
+                bar.update()
+    data = DemoData(folder, *(folder / f"{name}.jsonl" for name in ("train", "heldout", "wrong_masks")))
+    for path, records in ((data.train, train), (data.heldout, heldout), (data.wrong_masks, map(mix_up_masks, train))):
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for of_clip in records for record in of_clip)
+    return data

@@ -19,11 +19,11 @@ COLOURS = {
     "box": (52, 168, 92),
     "star": (248, 204, 56),
     "heart": (226, 52, 66),
-    "moon": (240, 238, 228),
+    "moon": (60, 206, 214),
     "flower": (164, 84, 214),
     "cone": (244, 130, 36),
 }
-SHADES = {"light": 0.34, "dark": -0.42}
+SHADES = {"light": 0.45, "dark": -0.5}
 
 # Points of a shape lie in the unit disc, y downwards.
 Points = list[tuple[float, float]]

@@ -9,11 +9,11 @@ from swim_fast.viz import charts
 
 
 def draw_curves(folders: dict[str, Path], path: Path) -> None:
-    """Draw text loss and held-out pointing accuracy over the steps, a line per run; reads its `trainer_state.json`."""
-    panels: dict[str, dict] = {"text loss, held-out clips": {}, "pointing accuracy, held-out clips": {}}
+    """Draw held-out pointing and answers over the steps, a line per run; reads its `trainer_state.json`."""
+    panels: dict[str, dict] = {"pointing accuracy, held-out clips": {}, "answer accuracy, held-out clips": {}}
     for name, folder in folders.items():
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        for suffix, curves in zip(("text_loss", "pointing_accuracy"), panels.values(), strict=True):
+        for suffix, curves in zip(("pointing_accuracy", "answer_accuracy"), panels.values(), strict=True):
             curves[name.replace("_", " ")] = {
                 entry["step"]: value
                 for entry in history

@@ -1,81 +1,129 @@
-"""The demo: render clips, train a tiny model twice from the same start, compare, draw."""
+"""The demo: render clips, train a tiny model three times from the same start, compare, draw."""
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
 from swim_fast.config import RunConfig, load_config
+from swim_fast.data.source.records import Record, RecordFile
+from swim_fast.data.source.tags import strip_tags
+from swim_fast.demo.clips import DemoData
 from swim_fast.files import atomic_write
 
-WITH, WITHOUT = "with_attention_loss", "text_loss_only"
+WITH, WITHOUT, WRONG = "with_attention_loss", "text_loss_only", "control_wrong_masks"
+RUNS = {WITH: "attention loss", WITHOUT: "text loss only", WRONG: "masks of another object"}
 METRICS = ("pointing_accuracy", "mass_in_mask", "soft_iou", "answer_accuracy")
+GOAL = 0.85  # answer accuracy whose first step is reported
 
 
-def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 1000, heldout_clips: int = 60) -> dict:
+def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 800, heldout_clips: int = 60) -> dict:
     """Run the whole demo in the folder `training.output_dir` of a configuration.
 
-    Writes `metrics.json`, `curves.png` and `attention.png` beside the two trained checkpoints, replacing those of an
+    Writes `metrics.json`, `curves.png` and `attention.png` beside the three trained checkpoints, replacing those of an
     earlier run.
 
     Returns:
-        Contents of `metrics.json`: per run the held-out pointing accuracy, mass in mask, soft IoU and answer accuracy,
-        and the seconds of the whole demo.
+        Contents of `metrics.json`: the scores of `train_run` for each of `RUNS`, and the seconds of the whole demo.
     """
     import torch
 
-    from swim_fast.demo.clips import write_demo_data
     from swim_fast.demo.picture import draw_attention, draw_curves
-    from swim_fast.demo.texts import all_texts
-    from swim_fast.demo.tiny_model import build_checkpoint
 
     begin = time.perf_counter()
     torch.set_num_threads(1)  # too small a model for more; the other core decodes
     config = load_config(config_path, overrides)
     folder = Path(config.training["output_dir"])
-    seed = config.training.get("seed", 0)
-    write_demo_data(folder / "data", seed=seed, train_clips=train_clips, heldout_clips=heldout_clips)
-    build_checkpoint(config.model.path, all_texts(), seed=seed)
-
+    _head(0, "rendering clips")
+    data = prepare(config, train_clips, heldout_clips)
     report, folders = {}, {}
-    for name, mask_weight in ((WITH, config.attention_loss.mask_weight), (WITHOUT, 0.0)):
-        print(f"\n{name.replace('_', ' ')}\n", flush=True)
-        folders[name] = folder / name
-        report[name] = _train_and_score(_variant(config, folders[name], mask_weight))
+    for number, (name, label) in enumerate(RUNS.items(), 1):
+        _head(number, f"training: {label}")
+        run = configure(config, name, data)
+        folders[name] = Path(run.training["output_dir"])
+        report[name] = train_run(run)
+    _head(len(RUNS) + 1, "drawing")
     draw_curves(folders, folder / "curves.png")
     draw_attention(config, folders, folder / "attention.png")
     report["seconds"] = round(time.perf_counter() - begin, 1)
     with atomic_write(folder / "metrics.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")
-    _print_table(report)
-    print(f"{folder / 'metrics.json'}  {folder / 'attention.png'}  {folder / 'curves.png'}  {report['seconds']:.0f} s")
+    print(_summary(report, folder, RecordFile(data.heldout)[0]))
     return report
 
 
-def _variant(config: RunConfig, output: Path, mask_weight: float) -> RunConfig:
+def prepare(config: RunConfig, train_clips: int, heldout_clips: int) -> DemoData:
+    """Write clips, records and the checkpoint that all runs start from; all follow from `training.seed`."""
+    from swim_fast.demo.clips import write_demo_data
+    from swim_fast.demo.texts import all_texts
+    from swim_fast.demo.tiny_model import build_checkpoint
+
+    seed, folder = config.training.get("seed", 0), Path(config.training["output_dir"])
+    data = write_demo_data(folder / "data", seed=seed, train_clips=train_clips, heldout_clips=heldout_clips)
+    build_checkpoint(config.model.path, all_texts(), seed=seed)
+    return data
+
+
+def configure(config: RunConfig, name: str, data: DemoData) -> RunConfig:
+    """Return the configuration of one of `RUNS`, in a folder of its own, which is emptied."""
+    output = Path(config.training["output_dir"]) / name
     shutil.rmtree(output, ignore_errors=True)  # of an earlier demo
-    return config.replace(
-        training={**config.training, "output_dir": str(output)},
-        attention_loss=config.attention_loss.replace(mask_weight=mask_weight),
-    )
+    changes = {"training": {**config.training, "output_dir": str(output)}}
+    if name == WITHOUT:
+        changes["attention_loss"] = config.attention_loss.replace(mask_weight=0.0)
+    if name == WRONG:
+        train = [source.replace(path=str(data.wrong_masks)) for source in config.data.train]
+        changes["data"] = config.data.replace(train=train)
+    return config.replace(**changes)
 
 
-def _train_and_score(config: RunConfig) -> dict[str, float]:
-    from swim_fast.data.source.records import RecordFile
-    from swim_fast.demo.answers import choose_inference, compute_accuracy
+def train_run(config: RunConfig) -> dict[str, float | None]:
+    """Train, and score the checkpoint on the held-out clips.
+
+    Returns:
+        The `METRICS`, of which the answers are those of the stock model that the checkpoint loads as; and the first
+        evaluated step at which `GOAL` of the answers were right, None if there was none.
+    """
+    from swim_fast.demo.answers import AnswersOverSteps, HeldOutAnswers, choose_inference
     from swim_fast.inference.loading import load_checkpoint
     from swim_fast.training.run import train
 
-    metrics = train(config)
-    (name, source), *_ = config.data.eval.items()
-    checkpoint = load_checkpoint(config.training["output_dir"], choose_inference(config))
-    records = RecordFile.from_source(source)
-    accuracy = compute_accuracy(checkpoint, records, config.sampling, config.decoding)
-    scores = {key: metrics[f"eval_{name}_{key}"] for key in METRICS[:-1]} | {"answer_accuracy": accuracy}
-    return {key: round(value, 4) for key, value in scores.items()}
+    answers = HeldOutAnswers.from_config(config)
+    over_steps = AnswersOverSteps(answers)
+    (name, _), *_ = config.data.eval.items()
+    metrics = train(config, callbacks=[over_steps])
+    model, _ = load_checkpoint(config.training["output_dir"], choose_inference(config))
+    scores = {key: metrics[f"eval_{name}_{key}"] for key in METRICS[:-1]} | {METRICS[-1]: answers.score(model)}
+    steps = [step for step, accuracy in over_steps.accuracies.items() if accuracy >= GOAL]
+    return {key: round(value, 4) for key, value in scores.items()} | {"steps_to_goal": min(steps, default=None)}
 
 
-def _print_table(report: dict) -> None:
-    print(f"\n{'held-out clips':<24}" + "".join(f"{key.replace('_', ' '):>20}" for key in METRICS))
-    for name in (WITH, WITHOUT):
-        print(f"{name.replace('_', ' '):<24}" + "".join(f"{report[name][key]:>20.3f}" for key in METRICS))
+def _head(number: int, text: str) -> None:
+    print(f"\n{number + 1}/{len(RUNS) + 2} {text}\n", flush=True)
+
+
+def _summary(report: dict, folder: Path, question: Record) -> str:
+    """Return the table of the runs, what was made, and what to type next."""
+    lines = [f"{'held-out clips':<24}" + "".join(f"{key.replace('_', ' '):>19}" for key in METRICS)]
+    for name, label in RUNS.items():
+        lines.append(f"{label:<24}" + "".join(f"{report[name][key]:>19.3f}" for key in METRICS))
+    text, ((start, end),) = strip_tags(question.turns[0].text.removeprefix("<video>\n"))
+    program = Path(sys.argv[0]) if Path(sys.argv[0]).name == "swim-fast" else "python -m swim_fast"
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            f"made in {report['seconds']:.0f} s, in {folder}:",
+            "  attention.png    where the models look when they are asked about a held-out clip",
+            "  curves.png       pointing and answers over the steps",
+            f"  {WITH}  and the other runs: plain checkpoints, with logs for TensorBoard",
+            "",
+            "next:",
+            f'  {program} describe {question.media} "{text}" \\',
+            f"      --model {folder / WITH} --show {text[start:end]} --out {folder / 'asked.png'}",
+            f"  {program} data show {folder / 'data' / 'heldout.jsonl'} 0 --model {folder / 'start'}",
+            f"  tensorboard --logdir {folder}",
+        ]
+    )

@@ -1,4 +1,4 @@
-"""Scenes of the demo's clips: objects, their shades, sizes, paths and order in depth, drawn from a seed."""
+"""Scenes of the demo's clips: objects, what they do, their sizes, paths and order in depth, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swim_fast.demo.drawing import SHADES, SHAPES
+from swim_fast.demo.drawing import SHAPES
 from swim_fast.errors import OptionError
 
 NOUNS = tuple(SHAPES)
-SIZES = {"small": (19.0, 22.0), "big": (28.0, 31.0)}  # radius in pixels
+SIZES = {"small": (19.0, 22.0), "big": (23.0, 26.0)}  # radius in pixels
+# What an object does, as its shade in the first and in the second frame of a temporal patch. All objects of a clip do
+# something else, so that a clip as a whole tells nothing of one of them: whoever mixes them up guesses.
+STATES = {"shines": ("light", "light"), "fades": ("dark", "dark"), "blinks": ("light", "dark")}
 DIRECTIONS = {"to the left": (-1, 0), "to the right": (1, 0), "up": (0, -1), "down": (0, 1), "": (0, 0)}
 SPLITS = ("train", "heldout")
 
@@ -38,10 +41,10 @@ class ClipOptions:
         OptionError: a value out of range.
     """
 
-    width: int = 168
-    height: int = 140
-    num_frames: int = 12
-    fps: int = 6
+    width: int = 140
+    height: int = 112
+    num_frames: int = 4
+    fps: int = 2
     annotated: int = 4
     cell: int = 28
     min_objects: int = 3
@@ -59,19 +62,19 @@ class ClipOptions:
             )
         if not 1 <= self.annotated <= self.num_frames:
             raise OptionError(f"annotated is {self.annotated}; it must lie between 1 and num_frames, {self.num_frames}")
-        if not 2 <= self.min_objects <= self.max_objects < len(NOUNS):
+        if not 2 <= self.min_objects <= self.max_objects <= len(STATES):
             raise OptionError(
                 f"min_objects {self.min_objects} and max_objects {self.max_objects} must be in order and lie between 2 "
-                f"and {len(NOUNS) - 1}, for {len(NOUNS)} different nouns"
+                f"and {len(STATES)}: each object does something else"
             )
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object: its noun, looks, and straight path (x and y of its centre, in pixels)."""
+    """One object: its noun, state, looks, and straight path (x and y of its centre, in pixels)."""
 
     noun: str
-    shade: str
+    state: str
     size: str
     direction: str
     radius: float
@@ -91,6 +94,11 @@ class Scene:
     items: tuple[Item, ...]
     annotated: tuple[int, ...]
     texture_seed: int
+
+    def turn(self, frame: int) -> int:
+        """Return which of the two shades of a state a frame shows; annotated frames take turns."""
+        step = self.annotated[1] - self.annotated[0] if len(self.annotated) > 1 else 1
+        return (frame - self.annotated[0]) // step % 2
 
 
 DEFAULTS = ClipOptions()
@@ -119,12 +127,16 @@ def random_scene(seed: int, split: str, index: int, options: ClipOptions = DEFAU
 
 
 def _random_looks(rng: np.random.Generator, split: str, options: ClipOptions) -> list[tuple[str, str, str, str]]:
-    """Draw noun, shade, size and direction of each object."""
+    """Draw noun, state, size and direction of each object."""
     while True:
         count = int(rng.integers(options.min_objects, options.max_objects + 1))
         nouns = rng.permutation(NOUNS)[:count].tolist()
         if is_held_out(nouns) == (split == "heldout"):
-            return [(noun, *(str(rng.choice(list(a))) for a in (SHADES, SIZES, DIRECTIONS))) for noun in nouns]
+            states = rng.permutation(list(STATES))[:count].tolist()
+            return [
+                (noun, state, *(str(rng.choice(list(a))) for a in (SIZES, DIRECTIONS)))
+                for noun, state in zip(nouns, states, strict=True)
+            ]
 
 
 def _random_paths(
@@ -132,10 +144,10 @@ def _random_paths(
 ) -> tuple[Item, ...] | None:
     """Place objects of these looks; None if one would hide another for much of the clip."""
     items: list[Item] = []
-    for noun, shade, size, direction in looks:
+    for noun, state, size, direction in looks:
         radius, tilt = float(rng.uniform(*SIZES[size])), float(rng.uniform(-14, 14))
         path = _random_path(rng, radius, DIRECTIONS[direction], options)
-        new = Item(noun, shade, size, direction, radius, tilt, *path)
+        new = Item(noun, state, size, direction, radius, tilt, *path)
         for other, share in itertools.product(items, (0.0, 0.25, 0.5, 0.75, 1.0)):
             if math.dist(new.centre(share), other.centre(share)) < 0.62 * (new.radius + other.radius):
                 return None

@@ -61,7 +61,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of the model and of its pictures; the defaults give about 0.9 M parameters with 400 tokens.
+    """Sizes of the model and of its pictures; the defaults give about 0.75 M parameters with 400 tokens.
 
     A visual token covers a square of two frames, `patch_size * merge_size` pixels wide. Videos and images are resized
     to multiples of that, with `min_pixels` to `max_pixels` per frame.
@@ -69,7 +69,7 @@ class ModelSize:
 
     hidden_size: int = 128
     intermediate_size: int = 256
-    num_layers: int = 4
+    num_layers: int = 3
     num_heads: int = 4
     num_key_value_heads: int = 2
     vision_hidden_size: int = 64

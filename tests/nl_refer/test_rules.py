@@ -151,26 +151,17 @@ def test_demo_records_and_back(tmp_path, capsys):
     assert main(["nl-refer", "build", str(raw), str(out)]) == 0
     printed = capsys.readouterr().out
     built = {record["index"]: record for record in map(json.loads, out.read_text().splitlines())}
-    review = {
-        record["index"]
-        for record in map(json.loads, (tmp_path / "demo/nl_refer.jsonl.review.jsonl").read_text().splitlines())
-    }
-    assert len(built) + len(review) == len(tagged) and len(built) >= 10
-    assert f"{len(built)} rewritten" in printed and f"{len(review)} failed" in printed
+    assert len(built) == len(tagged) >= 50 and f"{len(built)} rewritten" in printed and "failed" not in printed
     for record in tagged:
         answers = [turn["value"] for turn in raw_of_demo(record)["conversations"][1::2]]
         questions = [turn["value"] for turn in record["conversations"][::2]]
-        # The demo's answers name their object as "the noun" or not at all ("it is big"): then nothing is guessed.
-        if any(answer.startswith("It ") for answer in answers):
-            assert record["index"] in review
-            continue
         result = built[record["index"]]
         assert [turn["value"] for turn in result["conversations"][1::2]] == answers
         assert result["annotation"] == raw_of_demo(record)["annotation"]
         for question, answer, found in zip(questions, answers, result["conversations"][::2], strict=True):
             noun = question.partition("<ins>")[2].partition("</ins>")[0]
             assert f"<ins>{noun}</ins>" in found["value"], "the same noun, perhaps with the answer's adjectives"
-            assert answer.split()[0] in ("The", "A")
+            assert answer.split()[0] == "The"
     assert len(list(RecordFile(out))) == len(built)
     assert main(["data", "check", str(out), "--workers", "0"]) == 0
     assert "no problems" in capsys.readouterr().out
