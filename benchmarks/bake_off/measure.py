@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from benchmarks.core import RecordFile, describe_machine
 
+TASK = "what an object does"  # the question of the demo, which figures are not to be compared across
 POINTING = 0.9  # accuracy, the steps to which are counted
 EVAL_STEPS = 25
 HELDOUT_CLIPS = 30
@@ -55,6 +56,7 @@ class Record:
     prediction: str
     criterion: str
     query_position: str
+    task: str
     seed: int
     steps: int
     steps_to_pointing: int | None  # of `POINTING`; None: not within the steps
@@ -76,7 +78,7 @@ class Record:
 
 
 def open_records(path: Path) -> RecordFile[Record]:
-    return RecordFile(path, Record, *Choice._fields, "seed", "steps")
+    return RecordFile(path, Record, *Choice._fields, "task", "seed", "steps")
 
 
 def measure_all(choices: Iterable[Choice], seeds: int, steps: int, clips: int, workers: int, path: Path) -> None:
@@ -85,7 +87,9 @@ def measure_all(choices: Iterable[Choice], seeds: int, steps: int, clips: int, w
     Every record is written at once.
     """
     file, folder = open_records(path), path.parent / "bake_off_runs"
-    wanted = [job for job in itertools.product(range(seeds), choices) if (*job[1], job[0], steps) not in file.records]
+    wanted = [
+        job for job in itertools.product(range(seeds), choices) if (*job[1], TASK, job[0], steps) not in file.records
+    ]
     with ThreadPoolExecutor(workers) as pool:
         for seed in sorted({seed for seed, _ in wanted}):
             in_new_process(prepare, folder / str(seed), seed, clips)
@@ -129,6 +133,7 @@ def run(choice: Choice, folder: Path, seed: int, steps: int) -> Record:
     names = ("gamepoint_top_1pct", "gamepoint_top_10pct", "average_precision")
     return Record(
         **choice._asdict(),
+        task=TASK,
         seed=seed,
         steps=steps,
         steps_to_pointing=min(reached, default=None),

@@ -6,12 +6,14 @@ import pytest
 
 from benchmarks.bake_off import __main__ as driver
 from benchmarks.bake_off import report
-from benchmarks.bake_off.measure import Choice, Record, open_records, sensible_choices
+from benchmarks.bake_off.measure import TASK, Choice, Record, open_records, sensible_choices
 from swim_fast.options import AttentionLoss
 
 
 def some_record(choice, seed=0, reached=50):
-    return Record(*choice, seed, 200, reached, 0.96 + seed / 100, 0.7, 0.4, 0.9, 0.5, 0.6, 0.2, "a CPU", 1, "2", "3")
+    return Record(
+        *choice, TASK, seed, 200, reached, 0.96 + seed / 100, 0.7, 0.4, 0.9, 0.5, 0.6, 0.2, "a CPU", 1, "2", "3"
+    )
 
 
 def test_choices_are_allowed_and_the_first_is_the_default():
@@ -31,6 +33,8 @@ def test_table(tmp_path):
     assert "| 2 | full | product | released, predictor | bce | > 200 |" in text
     kl = replace(records[0], criterion="kl")
     assert "| frame | mean | (any) | kl |" in report.draw_text([*records, kl])
+    earlier = report.draw_text([replace(records[0], task="shade"), *records])
+    assert "| 1 | frame" in earlier.partition("## Asked for what")[0], "questions are not averaged"
 
 
 def test_committed_table_is_drawn_from_the_committed_records():
