@@ -55,9 +55,13 @@ install-gpu: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/swim-fast demo configs/demo.yaml $(ARGS)
 
+# Files of tests go to as many processes, of one thread each, as there are to be WORKERS.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+
 test: $(DEV)
-	$(BIN)/pytest tests
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter
+	$(PYTEST) tests
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/triton_interpreter
 	$(BIN)/python -m tests.helpers.pretend_gpu $(BIN)/pytest tests/pretend_gpu
 
 test-all: $(DEV)

@@ -16,6 +16,7 @@ TEST = [
     LIGER,
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "deepspeed>=0.19,<0.20",
     "av>=14",
     "torchcodec>=0.10",

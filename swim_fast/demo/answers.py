@@ -62,4 +62,5 @@ class AnswersOverSteps(TrainerCallback):
         accuracy = self.answers.score(model)
         self.accuracies[state.global_step] = accuracy
         key = f"eval_{self.answers.name}_answer_accuracy"
+        print(f"step {state.global_step}/{state.max_steps}  answers: {accuracy:.0%} right", flush=True)
         state.log_history.append({key: accuracy, "step": state.global_step, "epoch": state.epoch})
