@@ -14,7 +14,7 @@ def draw_curves(folders: dict[str, Path], path: Path) -> None:
     for name, folder in folders.items():
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         for suffix, curves in zip(("pointing_accuracy", "answer_accuracy"), panels.values(), strict=True):
-            curves[name.replace("_", " ")] = {
+            curves[name] = {
                 entry["step"]: value
                 for entry in history
                 for key, value in entry.items()
@@ -31,7 +31,7 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
 
     Args:
         config: names the evaluation file, the layers and the fusion.
-        folders: run name → trained checkpoint.
+        folders: label of a run → trained checkpoint.
         path: PNG to write.
     """
     from swim_fast.data.sample.builder import SampleBuilder
@@ -65,4 +65,4 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
         )
     (start, end), question = conversation.nouns[0], strip_tags(record.turns[0].text)[0].removeprefix("<video>\n")
     title = f"“{question}”  —  attention of “{conversation.text[start:end]}”"
-    heatmap_grid(columns, path, title=title, map_labels=[name.replace("_", " ") for name in folders])
+    heatmap_grid(columns, path, title=title, map_labels=list(folders))

@@ -44,8 +44,9 @@ def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 800
         folders[name] = Path(run.training["output_dir"])
         report[name] = train_run(run)
     _head(len(RUNS) + 1, "drawing")
-    draw_curves(folders, folder / "curves.png")
-    draw_attention(config, folders, folder / "attention.png")
+    labelled = {label: folders[name] for name, label in RUNS.items()}
+    draw_curves(labelled, folder / "curves.png")
+    draw_attention(config, labelled, folder / "attention.png")
     report["seconds"] = round(time.perf_counter() - begin, 1)
     with atomic_write(folder / "metrics.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")

@@ -14,7 +14,7 @@ BLUE, RED, GREEN = "#3b6ea5", "#c0603b", "#5a9367"
 
 
 def draw_curves(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[int, float]]], xlabel: str) -> None:
-    """Draw curves side by side into a PNG; the range of the last panel is that of a share.
+    """Draw curves of shares (0 to 1) side by side into a PNG.
 
     Args:
         path: PNG to write; its folder is made if absent.
@@ -31,7 +31,7 @@ def draw_curves(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[int,
         axes.set_xlabel(xlabel)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)
     axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
 

@@ -37,3 +37,9 @@ def test_measure_trains_and_scores_a_run(tmp_path, monkeypatch):
     file = open_records(tmp_path / "demo_answers.csv")
     file.put(record)
     assert list(open_records(file.path).records.values()) == [record]
+
+
+def test_committed_table_is_drawn_from_the_committed_records():
+    found = open_records(demo_answers.HERE / "demo_answers.csv").records.values()
+    assert draw_text(found) == (demo_answers.HERE / "demo_answers.md").read_text(encoding="utf-8")
+    assert {record.seed for record in found} <= set(demo_answers.SEEDS)
