@@ -13,7 +13,7 @@ from pathlib import Path
 from swim_fast import __version__, jobs
 from swim_fast.command_line import add_options, flag, read_options
 from swim_fast.errors import UserError, nearest
-from swim_fast.options import Options
+from swim_fast.options import Inference, Options
 from swim_fast.preflight import check_input, check_judge, check_model, check_output, check_run
 from swim_fast.quiet import quiet_libraries
 
@@ -67,6 +67,13 @@ def _demo(options: jobs.Demo) -> int:
     if "=" in config:  # no file is named: this is the first override
         config, overrides = "demo", [config, *overrides]
     run_demo(config, overrides, train_clips=options.train_clips, heldout_clips=options.heldout_clips)
+    return 0
+
+
+def _report(options: jobs.Report) -> int:
+    from swim_fast.report.run import write_report
+
+    print(write_report(options.runs, options.out, options.clips, options.max_new_tokens, options.part(Inference)))
     return 0
 
 
@@ -209,6 +216,7 @@ JOBS = {
     "completion": (jobs.Completion, _completion),
     "demo": (jobs.Demo, _demo),
     "describe": (jobs.Describe, _describe),
+    "report": (jobs.Report, _report),
     "data check": (jobs.Check, _check),
     "data import": (jobs.Import, _import),
     "data show": (jobs.Show, _show),

@@ -23,8 +23,8 @@ def add_options(parser: argparse.ArgumentParser, job: type[Options]) -> None:
     for name in (*job.words, *(name for name in job.model_fields if name not in job.words)):
         required, keywords = job.model_fields[name].is_required(), _keywords(job, name)
         if name in job.words:
-            nargs = {} if required else {"nargs": "*" if keywords.pop("action", None) else "?"}
-            parser.add_argument(name, **keywords, **nargs)
+            one, several = (None, "+") if required else ("?", "*")
+            parser.add_argument(name, nargs=several if keywords.pop("action", None) else one, **keywords)
             continue
         title = _group(job, name)
         if title not in groups:

@@ -103,6 +103,21 @@ class Demo(Options):
     """Clips to evaluate on."""
 
 
+class Report(Inference):
+    """Write one web page about finished or running runs: settings, curves, and where they look in held-out clips."""
+
+    words = ("runs",)
+    example = "runs/with_attention_loss runs/text_loss_only --out report.html"
+    runs: list[str] = Field(min_length=1)
+    """Output folders of training, shown side by side; the clips are those of the first one's data.eval."""
+    out: File | None = None
+    """Page to write; report.html in the first folder without one."""
+    clips: int = Field(8, ge=0)
+    """Held-out clips of the gallery, evenly spaced over the sets; 0 loads no model."""
+    max_new_tokens: int = Field(64, gt=0)
+    """Longest answer in tokens."""
+
+
 class Describe(Inference, Sampling, Decoding):
     """Ask a checkpoint about a video or image, and draw where it looks."""
 

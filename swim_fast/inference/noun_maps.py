@@ -1,4 +1,4 @@
-"""One forward of a prompt to the fused attention map of each of its nouns."""
+"""One forward of a prompt to the attention map of each of its words, fused and of each layer."""
 
 from __future__ import annotations
 
@@ -17,27 +17,37 @@ from swim_kernels import GridPairs, grid_prediction
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss) -> np.ndarray:
-    """Return the fused map of each noun of a prompt on each temporal patch, averaged over the noun's tokens.
+    """Return the fused map of each noun: fp32 [nouns, patches, h, w]; all else as for `compute_layer_maps`."""
+    return next(iter(_compute_maps(model, processor, encoding, loss, fused_only=True).values()))
+
+
+def compute_layer_maps(model, processor, encoding: Encoding, loss: AttentionLoss) -> dict[str, np.ndarray]:
+    """Return the maps of each noun of a prompt on each temporal patch, averaged over the noun's tokens.
 
     The map is that of the mask loss (SWIM, arXiv 2605.18018), scaled to 0 … 1 in each patch. Afterwards the model is as
     it was.
 
     Args:
         model: stock, not attached.
-        encoding: the prompt, with at least one noun.
+        encoding: the prompt, with at least one noun; any words may be its nouns.
         loss: names the layers, their fusion (for "none" the product is shown), the rows, the noun's own or those that
             predict it, and their softmax. Its other choices do not matter here.
 
     Returns:
-        fp32 [nouns, patches, h, w], from 0 to 1 in each patch of each token.
+        "fused" and "layer 0", … of the chosen layers, in this order: fp32 [nouns, patches, h, w], from 0 to 1 in each
+        patch of each token.
 
     Raises:
         UnsupportedModelError: a model family without adapter.
         ValueError: a layer that the model does not have.
         DataError: a noun without a token.
     """
+    return _compute_maps(model, processor, encoding, loss, fused_only=False)
+
+
+@torch.no_grad()
+def _compute_maps(model, processor, encoding: Encoding, loss: AttentionLoss, fused_only: bool) -> dict[str, np.ndarray]:
     earlier = 1 if loss.query_position == "predictor" else 0
     tokens = [encoding.noun_tokens(index) for index in range(len(encoding.nouns))]
     positions = [token - earlier for noun in tokens for token in noun]
@@ -58,12 +68,21 @@ def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss)
     )
     inputs, queries = model_inputs(batch, model.device, model.dtype), batch["noun_queries"].to(model.device)
     attach_noun_attention(model, loss.layers)
-    logger.info("attention of layers %s", ", ".join(map(str, get_attached_layers(model))))
+    layers = get_attached_layers(model)
+    logger.info("attention of layers %s", ", ".join(map(str, layers)))
     try:  # the maps need no logits
         maps = model(**inputs, noun_queries=queries, use_cache=False, logits_to_keep=1).attentions
     finally:
         detach_noun_attention(model)
     pairs = GridPairs.from_rows(row, start, [(height, width)] * len(row), torch.zeros_like(row))
-    p = grid_prediction(maps, pairs.to(maps[0].device), fusion=loss.shown_fusion, prediction="min_max")
-    by_row = p.view(num_rows, num_patches, height, width).cpu()
-    return torch.stack([part.mean(0) for part in by_row.split([len(noun) for noun in tokens])]).numpy()
+    pairs = pairs.to(maps[0].device)
+
+    def predict(chosen) -> np.ndarray:
+        p = grid_prediction(chosen, pairs, fusion=loss.shown_fusion, prediction="min_max")
+        by_row = p.view(num_rows, num_patches, height, width).cpu()
+        return torch.stack([part.mean(0) for part in by_row.split([len(noun) for noun in tokens])]).numpy()
+
+    found = {"fused": predict(maps)}
+    if not fused_only:
+        found |= {f"layer {layer}": predict([of_layer]) for layer, of_layer in zip(layers, maps, strict=True)}
+    return found

@@ -1,0 +1,1 @@
+"""Finished runs to one page: what they were told, how they went, and where they look."""
