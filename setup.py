@@ -80,7 +80,7 @@ setup(
         "demo": ["av>=14"],  # writes the demo's H.264 clips
         "nl-refer": NL_REFER,
         "test": TEST,
-        "dev": [*TEST, "qwen-vl-utils>=0.0.14", "ruff>=0.12", "mypy>=1.18,<3"],
+        "dev": [*TEST, "playwright>=1.50", "qwen-vl-utils>=0.0.14", "ruff>=0.12", "mypy>=1.18,<3"],
     },
     entry_points={"console_scripts": ["swim-fast = swim_fast.cli:main"]},
 )

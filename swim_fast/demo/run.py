@@ -21,15 +21,17 @@ GOAL = 0.85  # answer accuracy whose first step is reported
 def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 800, heldout_clips: int = 60) -> dict:
     """Run the whole demo in the folder `training.output_dir` of a configuration.
 
-    Writes `metrics.json`, `curves.png` and `attention.png` beside the three trained checkpoints, replacing those of an
-    earlier run.
+    Writes `metrics.json`, `report.html`, `curves.png` and `attention.png` beside the three trained checkpoints, in
+    place of those of an earlier run.
 
     Returns:
         Contents of `metrics.json`: the scores of `train_run` for each of `RUNS`, and the seconds of the whole demo.
     """
     import torch
 
+    from swim_fast.demo.answers import choose_inference
     from swim_fast.demo.picture import draw_attention, draw_curves
+    from swim_fast.report.run import write_report
 
     begin = time.perf_counter()
     torch.set_num_threads(1)  # too small a model for more; the other core decodes
@@ -47,6 +49,7 @@ def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 800
     labelled = {label: folders[name] for name, label in RUNS.items()}
     draw_curves(labelled, folder / "curves.png")
     draw_attention(config, labelled, folder / "attention.png")
+    write_report(list(folders.values()), folder / "report.html", inference=choose_inference(config))
     report["seconds"] = round(time.perf_counter() - begin, 1)
     with atomic_write(folder / "metrics.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")
@@ -117,6 +120,7 @@ def _summary(report: dict, folder: Path, question: Record) -> str:
             *lines,
             "",
             f"made in {report['seconds']:.0f} s, in {folder}:",
+            "  report.html      where every word looks, and what each model answers: open it in a browser",
             "  attention.png    where the models look when they are asked about a held-out clip",
             "  curves.png       pointing and answers over the steps",
             f"  {WITH}  and the other runs: plain checkpoints, with logs for TensorBoard",

@@ -96,21 +96,25 @@ def _choose_clips(config: RunConfig, builder: SampleBuilder, count: int, gallery
 
 
 def _view_clip(title: str, record: Record, builder: SampleBuilder) -> ClipView:
-    """Decode one frame of each temporal patch, an annotated one where there is one, and its masks."""
+    """Decode the frames that the model sees, and their masks; of many, one of each patch, annotated if there is one."""
     plan = builder.plan(record)
     size = builder.encode.temporal_patch_size if record.kind == "video" else 1
-    patches = [plan.frames[first : first + size] for first in range(0, len(plan.frames), size)]
-    annotated = set().union(*plan.masks)
-    frames = [next((frame for frame in patch if frame in annotated), patch[0]) for patch in patches]
-    shown = [round(at) for at in np.linspace(0, len(frames) - 1, min(MAX_FRAMES, len(frames)))]
-    frames = [frames[at] for at in shown]
+    patch_of = {frame: slot // size for slot, frame in reversed(list(enumerate(plan.frames)))}
+    if len(patch_of) > MAX_FRAMES:
+        annotated = set().union(*plan.masks)
+        # the last entry of a patch stays: one of its annotated frames, else its first
+        first = dict(reversed([(patch, frame) for frame, patch in sorted(patch_of.items())]))
+        first |= {patch: frame for frame, patch in patch_of.items() if frame in annotated}
+        chosen = np.linspace(0, len(first) - 1, min(MAX_FRAMES, len(first))).round().astype(int)
+        patch_of = {first[patch]: patch for patch in (sorted(first)[at] for at in chosen)}
+    frames = sorted(patch_of)
     question, answer, words = _words(record, builder, plan)
     return ClipView(
         title=title,
         name=record.name,
         frames=list(builder.reader.frames(record, frames)),
         labels=[f"frame {frame}" + (f" · {frame / plan.info.fps:.1f} s" if plan.info.fps else "") for frame in frames],
-        patches=shown,
+        patches=[patch_of[frame] for frame in frames],
         masks=[[of_tag[at].decode() if at in of_tag else None for at in frames] for of_tag in plan.masks],
         words=words,
         question=question,

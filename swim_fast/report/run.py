@@ -30,7 +30,7 @@ def write_report(
     out: str | Path | None = None,
     clips: int = 8,
     max_new_tokens: int = 64,
-    inference: Inference = Inference(),
+    inference: Inference | None = None,
 ) -> Path:
     """Write a page about runs of `swim-fast train` that needs nothing else, and return its path.
 
@@ -54,7 +54,7 @@ def write_report(
     if clips:
         from swim_fast.report.gallery import build_gallery
 
-        gallery = build_gallery(folders, views, configs, clips, max_new_tokens, inference, notes)
+        gallery = build_gallery(folders, views, configs, clips, max_new_tokens, inference or Inference(), notes)
     return write_run_page(out or folders[0] / "report.html", views, gallery, notes)
 
 

@@ -32,6 +32,8 @@ def test_demo_writes_metrics_and_pictures(tmp_path, capsys):
         answers = {log["step"]: log["eval_heldout_answer_accuracy"] for log in history if "answer_accuracy" in str(log)}
         assert list(answers) == [2, 3] and round(answers[3], 4) == report[name]["answer_accuracy"]
     assert len({report[name]["mass_in_mask"] for name in RUNS}) == len(RUNS)
+    page = (folder / "report.html").read_text()
+    assert all(f'data-run="{name}"' in page for name in RUNS) and "is not shown" not in page
     for picture in ("attention.png", "curves.png"):
         width, height = Image.open(folder / picture).size
         assert width > 400 and height > 200

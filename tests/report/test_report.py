@@ -103,6 +103,26 @@ def test_folder_without_a_run_and_a_run_given_twice_are_refused(folder, tmp_path
         write_report([folder / "one", folder / "one"])
 
 
+def test_of_many_frames_one_of_each_patch_is_shown_the_annotated_one(folder, monkeypatch):
+    import contextlib
+
+    from swim_fast.data.sample.builder import SampleBuilder
+    from swim_fast.data.source.records import RecordFile
+    from swim_fast.inference.loading import load_processor
+    from swim_fast.options import Sampling
+    from swim_fast.report import gallery
+
+    record = RecordFile(folder / "heldout.jsonl")[0]
+    builder = SampleBuilder(load_processor(folder / "one"), Sampling(max_frames=4))
+    with contextlib.closing(builder.reader):
+        assert list(builder.plan(record).frames) == [0, 2, 3, 4] and set(record.objects[0]) == {0, 2, 4}
+        everything = gallery._view_clip("a", record, builder)
+        monkeypatch.setattr(gallery, "MAX_FRAMES", 2)
+        part = gallery._view_clip("a", record, builder)
+    assert everything.patches == [0, 0, 1, 1] and part.patches == [0, 1]
+    assert [[label.split()[1] for label in view.labels] for view in (everything, part)] == [list("0234"), list("04")]
+
+
 def test_large_maps_are_drawn_coarser():
     from swim_fast.viz.run_report import _grid
 
