@@ -48,7 +48,8 @@ def canonical(entry: dict, use_masks: bool = True) -> dict:
         if key is not None:
             value = entry[key] if isinstance(entry[key], list) else [entry[key]]
             named = {path for path in value if isinstance(path, str)}
-            media[kind] = [*map(_path, value), *(path for path in media[kind] if path not in named)]
+            more = [path for path in media[kind] if not isinstance(path, str) or path not in named]
+            media[kind] = [*map(_path, value), *more]
         if media[kind]:
             known[kind] = media[kind][0] if len(media[kind]) == 1 else media[kind]
     for key in ("messages", "conversation", "query", "response", "history", "system", "videos", "images"):

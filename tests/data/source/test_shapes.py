@@ -104,6 +104,7 @@ def test_the_size_to_which_polygons_refer(read):
         ({"messages": parts({"type": "audio", "audio": "a"})}, "messages[0].content[0]", "content of type 'audio'"),
         ({"messages": parts(17)}, "messages[0].content[0]", "content of type None is not supported"),
         ({"messages": parts({"video": "a", "video_start": 2})}, "messages[0].content[0]", "a part of a clip"),
+        ({"messages": parts({"video": {"a": 1}}), "videos": ["a.mp4"]}, "video", "2 videos in one record"),
         ({"messages": [CHAT[0], {**CHAT[1], "loss": False}]}, "messages[1]", "is not to be trained on"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "conversations[0]", "unknown speaker \"from\": 'tool'"),
         ({"messages": [CHAT[0], {"role": "assistant"}]}, "conversations[1]", '"value" is missing'),
