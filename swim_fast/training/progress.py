@@ -93,7 +93,8 @@ def format_ending(config: RunConfig, metrics: dict[str, float]) -> str:
         scores = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
         lines.append("  ".join([f"score on {name}:", *_parts(scores, METRICS)]))
     if metrics.get("skipped_samples"):
-        lines.append(f"left out: {metrics['skipped_samples']:.0f} samples; see {output} for the reasons")
+        left_out = f"{metrics['skipped_samples']:.0f} samples"
+        lines.append(f"left out: {left_out}; see {output}/skipped-rank0.jsonl and those of other ranks")
     lines += ["", "next:"]
     sources = [*config.data.eval.values(), *config.data.train]
     commands = [next(filter(None, map(_look_at, sources)), ["describe", "CLIP.mp4", "What is in the video?"])]
