@@ -26,10 +26,10 @@ class Block:
         return f"{self.page}:{self.line}"
 
 
-def blocks(*languages: str) -> list[Block]:
+def blocks(*languages: str, pages: list[Path] = PAGES) -> list[Block]:
     """Return the blocks of some languages, page by page."""
     found = []
-    for page in PAGES:
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         for match in _BLOCK.finditer(text):
             if match["language"] in languages:
