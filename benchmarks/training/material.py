@@ -16,7 +16,7 @@ from swim_fast.demo.tiny_model import ModelSize, build_checkpoint
 TEXTS = ["Where does the square go?", "The square goes to the right and comes to rest.", "It is grey and bright."]
 QUESTION = "Where does the <ins>square</ins> go? Is it <ins>grey</ins> and <ins>bright</ins>?"  # one object, three tags
 
-TINY = ModelSize(max_pixels=448 * 448)
+TINY = ModelSize(num_layers=4, max_pixels=448 * 448)
 LARGE = ModelSize(  # 0.1 B parameters, a fifth of them in the vision tower
     hidden_size=768,
     intermediate_size=2048,
