@@ -29,11 +29,12 @@ def _train(options: jobs.Train) -> int:
         report = dry_run(config, options.gpus, options.gpu_memory, options.limit)
         print(report)
         return 0 if report.fits else 1
-    from swim_fast.training.progress import format_ending
     from swim_fast.training.run import train
 
     metrics = train(config, resume=options.resume)
     if "skipped_samples" in metrics and os.environ.get("RANK", "0") == "0":  # the run has reached its end
+        from swim_fast.training.progress import format_ending
+
         print(format_ending(config, metrics), flush=True)
     return 0
 

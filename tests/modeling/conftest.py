@@ -4,12 +4,12 @@ import copy
 
 import pytest
 
-from swim_fast.demo.tiny_model import build_model, train_tokenizer
+from swim_fast.demo.tiny_model import ModelSize, build_model, train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def stock():
-    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
+    return build_model(train_tokenizer(["a dog and a cat"] * 4, 300), ModelSize(num_layers=4), seed=0)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from swim_fast.config import load_config
-from swim_fast.demo.tiny_model import build_model, train_tokenizer
+from swim_fast.demo.tiny_model import ModelSize, build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention, liger
 from swim_fast.modeling.liger import apply_liger
 from swim_kernels import NounQueries
@@ -148,7 +148,7 @@ def test_each_replacement_runs_and_computes_the_same(model, stock, inputs, caplo
 def test_other_models_of_the_process_stay_as_they_are(model, stock, inputs):
     apply_liger(model, torch.device("cuda", 0))
     plain = stock(**inputs).logits
-    fresh = build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
+    fresh = build_model(train_tokenizer(["a dog and a cat"] * 4, 300), ModelSize(num_layers=4), seed=0)
     assert torch.equal(fresh(**inputs).logits, plain)
     assert not calls
 

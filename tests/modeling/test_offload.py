@@ -68,7 +68,7 @@ def test_gradients_are_the_same_bits(stock, monkeypatch, checkpointing, attentio
     for offloaded in (False, True):
         model = copy.deepcopy(stock).train()
         model.set_attn_implementation({"text_config": attention})
-        attach_noun_attention(model, layers=[1, 2])
+        attach_noun_attention(model, layers=[1, 3])
         if offloaded:
             offload_activations(model)
         if checkpointing:
@@ -78,7 +78,7 @@ def test_gradients_are_the_same_bits(stock, monkeypatch, checkpointing, attentio
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (loss, grads), (other, others) = found
-    assert torch.equal(loss, other) and grads.keys() == others.keys() and len(grads) > 30
+    assert torch.equal(loss, other) and grads.keys() == others.keys() and len(grads) > 40
     assert all(torch.equal(grads[name], others[name]) for name in grads)
     taken = [kept for kept in gone if isinstance(kept, OnHost)]
     width = stock.config.text_config.hidden_size
@@ -87,7 +87,7 @@ def test_gradients_are_the_same_bits(stock, monkeypatch, checkpointing, attentio
     if checkpointing:  # and, beside them, only what the last norm saves
         assert len(taken) < 12
     else:
-        assert len(taken) > 30
+        assert len(taken) > 40
 
 
 def test_an_error_in_the_decoder_leaves_no_hooks_behind(stock):
