@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from swim_fast.demo.tiny_model import build_model, train_tokenizer
+from swim_fast.demo.tiny_model import ModelSize, build_model, train_tokenizer
 from swim_fast.modeling import attach_noun_attention, liger
 from swim_fast.modeling.liger import apply_liger
 from swim_fast.modeling.text_loss import attach_text_loss
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.needs("liger_kernel")]
 @pytest.fixture
 def models():
     """Stock and to be changed, both attached."""
-    model = build_model(train_tokenizer(["a dog and a cat"] * 4, 300), seed=0)
+    model = build_model(train_tokenizer(["a dog and a cat"] * 4, 300), ModelSize(num_layers=4), seed=0)
     attach_text_loss(attach_noun_attention(model, [0, 3], backend="torch"), block_logits=7 * 300)
     return model, copy.deepcopy(model)
 
