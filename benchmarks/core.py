@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import csv
 import math
+import multiprocessing
 import platform
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -107,6 +109,12 @@ def targets_table(targets: Iterable[Target], *more: Sequence[str]) -> list[str]:
 
 def verdict(met: bool) -> str:
     return "met" if met else "**not met**"
+
+
+def in_new_process(function: Callable, *arguments):
+    """Return what a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def describe_machine() -> dict[str, object]:

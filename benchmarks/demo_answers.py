@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import shutil
 import statistics
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.core import RecordFile, Target, describe_machine, markdown_table, targets_table
+from benchmarks.core import RecordFile, Target, describe_machine, in_new_process, markdown_table, targets_table
 from swim_fast.demo.run import GOAL, RUNS, WITH, WITHOUT, WRONG
 
 HERE = Path(__file__).parent
@@ -59,6 +57,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Record:
     import torch
 
     from swim_fast.config import load_config
+    from swim_fast.demo.clips import DemoData
     from swim_fast.demo.run import configure, prepare, train_run
 
     torch.set_num_threads(1)
@@ -75,7 +74,8 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Record:
         "training.disable_tqdm": "true",
     }
     config = load_config("demo", [f"{key}={value}" for key, value in values.items()])
-    data = prepare(config, *CLIPS)
+    # the weights are written last: where they are, an earlier run of the seed has made everything
+    data = DemoData.of(home / "data") if (home / "start/model.safetensors").is_file() else prepare(config, *CLIPS)
     return Record(run=name, seed=seed, steps=steps, **train_run(configure(config, name, data)), **describe_machine())
 
 
@@ -88,9 +88,7 @@ def measure_all(seeds: Iterable[int], folder: Path, path: Path) -> None:
     file = open_records(path)
     missing = [(name, seed, count) for seed, name, count in wanted if (name, seed, count) not in file.records]
     for number, job in enumerate(missing, 1):
-        # a process each: a run leaves its threads and its seeds behind
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            record = pool.submit(measure, *job, folder).result()
+        record = in_new_process(measure, *job, folder)  # a run leaves its threads and its seeds behind
         file.put(record)
         print(f"{number} of {len(missing)}: seed {record.seed}, {record.run}: {record.answer_accuracy:.3f}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.core import RecordFile, describe_machine
+from benchmarks.core import RecordFile, describe_machine, in_new_process
 
 TASK = "what an object does"  # the question of the demo, which figures are not to be compared across
 POINTING = 0.9  # accuracy, the steps to which are counted
@@ -101,12 +100,6 @@ def measure_all(choices: Iterable[Choice], seeds: int, steps: int, clips: int, w
             file.put(record)
             print(f"{count} of {len(wanted)}: {running[done]}: {record.pointing_accuracy:.3f}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def in_new_process(function: Callable, *arguments):
-    """Return what a function returns in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def prepare(folder: Path, seed: int, clips: int) -> None:

@@ -11,11 +11,9 @@ from typing import Any
 from swim_fast.analysis.measure import WORD_METRICS, average_words, measure_words
 from swim_fast.analysis.samples import WordSample, build_word_sample
 from swim_fast.analysis.words import CLASSES
-from swim_fast.evaluation.grounding import choose_maps, supervised_layers
+from swim_fast.evaluation.grounding import attach_chosen_layers, choose_maps
 from swim_fast.evaluation.run import Batch, Ranks, Run, Work
 from swim_fast.jobs import Analyze
-from swim_fast.modeling import attach_noun_attention
-from swim_fast.modeling.families import get_attentions
 from swim_fast.nl_refer.english.phrases import tag_sentence
 from swim_fast.options import NounRows
 
@@ -50,18 +48,13 @@ def analyze(options: Analyze, ranks: Ranks) -> dict[str, Any] | None:
 
 
 def _analyze_model(run: Run, how: dict[str, str]) -> dict[str, Any] | None:
-    options, layers = run.options, run.options.layers
+    options = run.options
     rows = {name: how[name] for name in NounRows.model_fields}
-    settings = run.settings("words", layers=layers, **how, classes=list(CLASSES), metrics=list(WORD_METRICS))
+    settings = run.settings("words", layers=options.layers, **how, classes=list(CLASSES), metrics=list(WORD_METRICS))
 
     def prepare() -> Work:
         model, processor = run.load()
-        count = len(get_attentions(model))
-        supervised = supervised_layers(run.trained, count)
-        chosen = {"all": list(range(count)), "supervised": supervised}.get(str(layers), layers)
-        attach_noun_attention(model, chosen, options.backend)
-        chosen = sorted({layer % count for layer in chosen})
-        fused = supervised if layers == "all" else chosen
+        chosen, fused = attach_chosen_layers(model, options, run.trained)
         builder = run.sample_builder(processor, read_out="supervised", **rows)
 
         def predict(batch: Batch) -> list[dict[str, Any]]:

@@ -120,6 +120,11 @@ class DemoData:
     heldout: Path
     wrong_masks: Path
 
+    @classmethod
+    def of(cls, folder: Path) -> DemoData:
+        """Name the files of a folder, which need not be there yet."""
+        return cls(folder, *(folder / f"{name}.jsonl" for name in ("train", "heldout", "wrong_masks")))
+
 
 def write_demo_data(
     folder: str | PathLike[str],
@@ -161,7 +166,7 @@ def write_demo_data(
             for of_clip in pool.map(render_one, range(clips), chunksize=4):
                 records.append(of_clip)
                 bar.update()
-    data = DemoData(folder, *(folder / f"{name}.jsonl" for name in ("train", "heldout", "wrong_masks")))
+    data = DemoData.of(folder)
     for path, records in ((data.train, train), (data.heldout, heldout), (data.wrong_masks, map(mix_up_masks, train))):
         with atomic_write(path) as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for of_clip in records for record in of_clip)

@@ -1,16 +1,16 @@
 """The demo: render clips, train a tiny model three times from the same start, compare, draw."""
 
 import json
+import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
 
 from swim_fast.config import RunConfig, load_config
-from swim_fast.data.source.records import Record, RecordFile
-from swim_fast.data.source.tags import strip_tags
 from swim_fast.demo.clips import DemoData
 from swim_fast.files import atomic_write
+from swim_fast.options import Source
 
 WITH, WITHOUT, WRONG = "with_attention_loss", "text_loss_only", "control_wrong_masks"
 RUNS = {WITH: "attention loss", WITHOUT: "text loss only", WRONG: "masks of another object"}
@@ -32,6 +32,7 @@ def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 800
     from swim_fast.demo.answers import choose_inference
     from swim_fast.demo.picture import draw_attention, draw_curves
     from swim_fast.report.run import write_report
+    from swim_fast.training.progress import look_at
 
     begin = time.perf_counter()
     torch.set_num_threads(1)  # too small a model for more; the other core decodes
@@ -53,7 +54,7 @@ def run_demo(config_path: str, overrides: list[str] = (), train_clips: int = 800
     report["seconds"] = round(time.perf_counter() - begin, 1)
     with atomic_write(folder / "metrics.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")
-    print(_summary(report, folder, RecordFile(data.heldout)[0]))
+    print(_summary(report, folder, look_at(Source(path=str(data.heldout)))))
     return report
 
 
@@ -107,13 +108,12 @@ def _head(number: int, text: str) -> None:
     print(f"\n{number + 1}/{len(RUNS) + 2} {text}\n", flush=True)
 
 
-def _summary(report: dict, folder: Path, question: Record) -> str:
+def _summary(report: dict, folder: Path, describe: list[str]) -> str:
     """Return the table of the runs, what was made, and what to type next."""
     lines = [f"{'held-out clips':<24}" + "".join(f"{key.replace('_', ' '):>19}" for key in METRICS)]
     for name, label in RUNS.items():
         lines.append(f"{label:<24}" + "".join(f"{report[name][key]:>19.3f}" for key in METRICS))
-    text, ((start, end),) = strip_tags(question.turns[0].text.removeprefix("<video>\n"))
-    program = Path(sys.argv[0]) if Path(sys.argv[0]).name == "swim-fast" else "python -m swim_fast"
+    program = sys.argv[0] if Path(sys.argv[0]).name == "swim-fast" else "python -m swim_fast"
     return "\n".join(
         [
             "",
@@ -126,8 +126,8 @@ def _summary(report: dict, folder: Path, question: Record) -> str:
             f"  {WITH}  and the other runs: plain checkpoints, with logs for TensorBoard",
             "",
             "next:",
-            f'  {program} describe {question.media} "{text}" \\',
-            f"      --model {folder / WITH} --show {text[start:end]} --out {folder / 'asked.png'}",
+            f"  {program} {shlex.join(describe)} \\",
+            f"      --model {folder / WITH} --out {folder / 'asked.png'}",
             f"  {program} data show {folder / 'data' / 'heldout.jsonl'} 0 --model {folder / 'start'}",
             f"  tensorboard --logdir {folder}",
         ]

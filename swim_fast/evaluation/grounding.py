@@ -54,12 +54,7 @@ def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | Non
 
     def prepare() -> Work:
         model, processor = run.load()
-        count = len(get_attentions(model))
-        supervised = supervised_layers(run.trained, count)
-        chosen = {"all": list(range(count)), "supervised": supervised}.get(str(layers), layers)
-        attach_noun_attention(model, chosen, options.backend)
-        chosen = sorted(layer % count for layer in chosen)
-        fused = supervised if layers == "all" else chosen
+        chosen, fused = attach_chosen_layers(model, options, run.trained)
         builder = run.sample_builder(processor, read_out="supervised", **rows)
         collate = Collator(processor, frames=True)
 
@@ -87,6 +82,16 @@ def choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str]
     how = {name: getattr(loss, name) for name in ("fusion", *NounRows.model_fields)}
     how["fusion"] = loss.shown_fusion
     return how | {name: value for name, value in options.given().items() if name in how}
+
+
+def attach_chosen_layers(model, options: Grounding, trained: RunConfig | None) -> tuple[list[int], list[int]]:
+    """Attach noun attention at the layers of the options; return them, ascending, and those of them that are fused."""
+    count = len(get_attentions(model))
+    supervised = supervised_layers(trained, count)
+    chosen = {"all": list(range(count)), "supervised": supervised}.get(str(options.layers), options.layers)
+    attach_noun_attention(model, chosen, options.backend)
+    chosen = sorted(layer % count for layer in chosen)
+    return chosen, supervised if options.layers == "all" else chosen
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 
 def compute_noun_maps(model, processor, encoding: Encoding, loss: AttentionLoss) -> np.ndarray:
     """Return the fused map of each noun: fp32 [nouns, patches, h, w]; all else as for `compute_layer_maps`."""
-    return next(iter(_compute_maps(model, processor, encoding, loss, fused_only=True).values()))
+    return compute_layer_maps(model, processor, encoding, loss)["fused"]
 
 
+@torch.no_grad()
 def compute_layer_maps(model, processor, encoding: Encoding, loss: AttentionLoss) -> dict[str, np.ndarray]:
     """Return the maps of each noun of a prompt on each temporal patch, averaged over the noun's tokens.
 
@@ -43,11 +44,6 @@ def compute_layer_maps(model, processor, encoding: Encoding, loss: AttentionLoss
         ValueError: a layer that the model does not have.
         DataError: a noun without a token.
     """
-    return _compute_maps(model, processor, encoding, loss, fused_only=False)
-
-
-@torch.no_grad()
-def _compute_maps(model, processor, encoding: Encoding, loss: AttentionLoss, fused_only: bool) -> dict[str, np.ndarray]:
     earlier = 1 if loss.query_position == "predictor" else 0
     tokens = [encoding.noun_tokens(index) for index in range(len(encoding.nouns))]
     positions = [token - earlier for noun in tokens for token in noun]
@@ -82,7 +78,5 @@ def _compute_maps(model, processor, encoding: Encoding, loss: AttentionLoss, fus
         by_row = p.view(num_rows, num_patches, height, width).cpu()
         return torch.stack([part.mean(0) for part in by_row.split([len(noun) for noun in tokens])]).numpy()
 
-    found = {"fused": predict(maps)}
-    if not fused_only:
-        found |= {f"layer {layer}": predict([of_layer]) for layer, of_layer in zip(layers, maps, strict=True)}
-    return found
+    by_layer = {f"layer {layer}": predict([of_layer]) for layer, of_layer in zip(layers, maps, strict=True)}
+    return {"fused": predict(maps), **by_layer}

@@ -97,7 +97,7 @@ def format_ending(config: RunConfig, metrics: dict[str, float]) -> str:
         lines.append(f"left out: {left_out}; see {output}/skipped-rank0.jsonl and those of other ranks")
     lines += ["", "next:"]
     sources = [*config.data.eval.values(), *config.data.train]
-    commands = [next(filter(None, map(_look_at, sources)), ["describe", "CLIP.mp4", "What is in the video?"])]
+    commands = [next(filter(None, map(look_at, sources)), ["describe", "CLIP.mp4", "What is in the video?"])]
     commands[0] += ["--model", output]
     tagged = [source for source in config.data.eval.values() if source.use_tags]
     if tagged:
@@ -106,10 +106,12 @@ def format_ending(config: RunConfig, metrics: dict[str, float]) -> str:
     return "\n".join([*lines, *(f"  swim-fast {shlex.join(command)}" for command in commands)])
 
 
-def _look_at(source: Source) -> list[str] | None:
+def look_at(source: Source) -> list[str] | None:
     """Return a command that shows the attention of a source's first tagged noun; None without one among ten records."""
+    from swim_fast.data.sample.conversation import PLACEHOLDER
     from swim_fast.data.source.errors import DataError
     from swim_fast.data.source.records import RecordFile
+    from swim_fast.data.source.tags import strip_tags
 
     records = RecordFile.from_source(source)
     for index in range(min(len(records), 10)):
@@ -118,11 +120,9 @@ def _look_at(source: Source) -> list[str] | None:
         except DataError:  # told in the run
             continue
         for turn in record.turns:
-            before, tag, rest = turn.text.partition("<ins>")
-            noun = rest.partition("</ins>")[0]
-            if turn.role == "user" and tag and record.media is not None:
-                text = (
-                    turn.text.replace("<ins>", "").replace("</ins>", "").replace("<video>", "").replace("<image>", "")
-                )
-                return ["describe", str(record.media), " ".join(text.split()), "--show", noun]
+            text, nouns = strip_tags(turn.text)
+            if turn.role == "user" and nouns and record.media is not None:
+                (start, end), *_ = nouns
+                question = " ".join(PLACEHOLDER.sub(" ", text).split())
+                return ["describe", str(record.media), question, "--show", text[start:end]]
     return None

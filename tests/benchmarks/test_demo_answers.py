@@ -34,6 +34,9 @@ def test_measure_trains_and_scores_a_run(tmp_path, monkeypatch):
     record = measure(WRONG, 5, 2, tmp_path)
     assert (record.run, record.seed, record.steps, record.steps_to_goal) == (WRONG, 5, 2, None)
     assert 0 <= record.answer_accuracy < 1 and record.cpu
+    made = (tmp_path / "5/data/train.jsonl").stat().st_mtime_ns
+    measure(WRONG, 5, 1, tmp_path)
+    assert (tmp_path / "5/data/train.jsonl").stat().st_mtime_ns == made, "the clips of a seed are rendered once"
     file = open_records(tmp_path / "demo_answers.csv")
     file.put(record)
     assert list(open_records(file.path).records.values()) == [record]
