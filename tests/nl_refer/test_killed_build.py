@@ -9,7 +9,7 @@ import time
 from tests.helpers.fake_openai import FakeOpenAI, raw_record, serving, tagged
 from tests.training.conftest import command, environment
 
-COUNT, CONCURRENCY = 80, 4
+COUNT, CONCURRENCY = 160, 4
 
 
 def start(source, out, url):
@@ -41,7 +41,8 @@ def test_a_killed_build_resumes_where_it_was(tmp_path):
     source, out, journal = (tmp_path / name for name in ("raw.jsonl", "out.jsonl", "out.jsonl.journal.jsonl"))
     source.write_text("".join(json.dumps(raw_record(n)) + "\n" for n in range(COUNT)))
     rng = random.Random(11)
-    server = FakeOpenAI({n: ["prose"] for n in range(0, COUNT, 7)}, delay=0.03)
+    # so slow that a busy machine interrupts it too
+    server = FakeOpenAI({n: ["prose"] for n in range(0, COUNT, 7)}, delay=0.05)
     interruptions = [signal.SIGKILL, signal.SIGKILL, signal.SIGINT]
     with serving(server) as url:
         for number, how in enumerate(interruptions):
