@@ -24,6 +24,10 @@ class OptionError(UserError, ValueError):
     """An option that cannot be used; the message names the option, its value and what would be accepted."""
 
 
+class ProcessorError(UserError, ValueError):
+    """A model's processor that samples cannot be made with."""
+
+
 class MissingLibraryError(UserError, ImportError):
     """A library that a job needs and that is not installed; the message says how to install it."""
 

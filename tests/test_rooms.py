@@ -20,14 +20,15 @@ RULES = {
     "swim_fast.config": "options recipes training_fields",
     "swim_fast.files": "",
     "swim_fast.loss": "options swim_kernels",
-    "swim_fast.modeling": "labels options position_ids swim_kernels",
-    "swim_fast.data": "options jobs files labels loss.targets position_ids viz.record swim_kernels",
+    "swim_fast.families": "",
+    "swim_fast.modeling": "families labels options position_ids swim_kernels",
+    "swim_fast.data": "families options jobs files labels loss.targets position_ids viz.record swim_kernels",
     "swim_fast.llm": "files options",
     "swim_fast.nl_refer.english": "options",
     "swim_fast.importing": "options jobs data nl_refer",  # names of objects are tagged as nl_refer does
     "swim_fast.viz": "files",
     "swim_fast.evaluation": "not nl_refer analysis",
-    "swim_fast.analysis": "options jobs files data loss modeling evaluation viz nl_refer.english swim_kernels",
+    "swim_fast.analysis": "families options jobs files data loss modeling evaluation viz nl_refer.english swim_kernels",
 }
 # Room -> libraries that it does without.
 LIGHT = {

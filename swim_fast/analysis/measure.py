@@ -110,9 +110,8 @@ def _sum_sample(
     shares, least = causal.mean(1), max(_SINK, _SINK_OVER_EVEN / sample.length)
     is_sink = (causal.amin(1) >= least) & (len(sample.words) > 1)  # [K, length]
     sinks: dict[str, dict[str, float]] = {name: {} for name in names}
-    grid = sample.pairs[0].height, sample.pairs[0].width
     for k, position in is_sink.nonzero().tolist():
-        name = name_token(sample, position, grid, tokenizer)
+        name = name_token(sample, position, tokenizer)
         sinks[names[k]][name] = sinks[names[k]].get(name, 0.0) + shares[k, position].item()
     kinds = [sample.classes[tag] for tag in dict.fromkeys(sample.tags)]
     words = {kind: kinds.count(kind) for kind in CLASSES if kind in kinds}

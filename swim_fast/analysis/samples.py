@@ -65,12 +65,15 @@ def build_word_sample(builder: SampleBuilder, record: Record) -> WordSample:
     return sample
 
 
-def name_token(sample: WordSample, position: int, grid: tuple[int, int], tokenizer: Any) -> str:
+def name_token(sample: WordSample, position: int, tokenizer: Any) -> str:
     """Name a token that is a sink: the first, a cell of a temporal patch, or a text token as it is written."""
     if position == 0:
         return "first token"
     kinds = sample.inputs["mm_token_type_ids"]
     if not kinds[position]:
         return f"text {tokenizer.decode([int(sample.inputs['input_ids'][position])])!r}"
-    patch, cell = divmod(int(kinds[:position].count_nonzero()), grid[0] * grid[1])
-    return f"visual, patch {patch}, row {cell // grid[1]}, column {cell % grid[1]}"
+    found = torch.nonzero(sample.cells == position).tolist()
+    if not found:
+        return "visual, of no cell"
+    patch, row, column = found[0]
+    return f"visual, patch {patch}, row {row}, column {column}"

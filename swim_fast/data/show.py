@@ -84,19 +84,18 @@ def _add_media(
 ) -> None:
     """Add the frames in their temporal patches, of which (patch, tag) are supervised, and what is to say about them."""
     info, video = builder.reader.info(record), record.kind == "video"
-    num_patches, *grid = sample.inputs[f"{record.kind}_grid_thw"][0].tolist()
-    view.grid = height, width = [
-        n // getattr(builder.encode.processor, f"{record.kind}_processor").merge_size for n in grid
-    ]
+    num_patches, height, width = sample.cells.shape
+    view.grid = height, width
     size = f"{info.width} × {info.height} pixels"
     if video:
-        seconds = float(sample.inputs["second_per_grid_ts"][0])
-        spacing = f"in {num_patches} temporal patches, {seconds:.3g} s apart"
+        spacing = f"in {num_patches} temporal patches"
+        if "second_per_grid_ts" in sample.inputs:
+            spacing += f", {float(sample.inputs['second_per_grid_ts'][0]):.3g} s apart"
         size += f", {info.num_frames} frames at {info.fps:g} per second"
         view.facts.insert(0, ("frames taken", f"{len(sample.frames)}", spacing))
     view.facts.insert(0, (record.kind, record.media.name, size))
     per_patch = f"{height} × {width}" + " in each patch" * video
-    view.facts.insert(-1, ("visual tokens", f"{num_patches * height * width:,}", per_patch))
+    view.facts.insert(-1, ("visual tokens", f"{int((sample.inputs['mm_token_type_ids'] != 0).sum()):,}", per_patch))
     view.facts.append(("attention rows", f"{len(sample.rows)}", f"tagged nouns: {len(view.nouns)}"))
 
     masks = defaultdict(dict)  # frame -> tag -> mask
@@ -106,19 +105,19 @@ def _add_media(
             view.notes.append(f"“{view.nouns[tag]}” has no mask in {where}: its attention is not trained")
         for frame in segmentations:
             if mask := read_mask(record, tag, frame, info):
-                masks[frame][tag] = mask.decode()
+                masks[frame][tag] = builder.encode.seen(mask.decode())
     frames, last = [], None
     for frame, pixels in zip(sample.frames, builder.reader.frames(record, sample.frames), strict=True):
         label = f"frame {frame}, {frame / info.fps:.2f} s" + " (repeated)" * (frame == last) if video else ""
-        frames.append(Frame(pixels, label, masks[frame]))
+        frames.append(Frame(builder.encode.seen(pixels), label, masks[frame]))
         last = frame
-    step, first = len(frames) // num_patches, int(sample.inputs["mm_token_type_ids"].argmax())
-    for patch in range(num_patches):
-        begin = first + patch * height * width
+    step = len(frames) // num_patches
+    for patch, cells in enumerate(sample.cells):
+        tokens = cells[cells >= 0]
         view.patches.append(
             Patch(
                 name=f"patch {patch}" if video else "image",
-                tokens=f"{begin} to {begin + height * width - 1}",
+                tokens=f"{int(tokens.min())} to {int(tokens.max())}" if len(tokens) else "none",
                 frames=frames[patch * step : (patch + 1) * step],
                 nouns=sorted(tag for where, tag in supervised if where == patch),
             )

@@ -54,7 +54,7 @@ def draw_attention(config: RunConfig, folders: dict[str, Path], path: Path) -> N
         compute_noun_maps(load_model(folder, options), processor, encoding, config.attention_loss)[0]
         for folder in folders.values()
     ]
-    patch_size, columns = builder.encode.temporal_patch_size, []
+    patch_size, columns = builder.encode.frames_per_patch(record.kind), []
     for pair in sample.pairs[: len(sample.masks)]:  # of the first token
         patch = sample.patch(pair)
         slots = range(patch * patch_size, (patch + 1) * patch_size)

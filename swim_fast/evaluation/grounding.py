@@ -13,12 +13,12 @@ from swim_fast.config import RunConfig
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.sample.builder import Sample
 from swim_fast.evaluation.run import Batch, Ranks, Run, Work
+from swim_fast.families import get_attentions, get_default_layers, get_eligible_layers
 from swim_fast.jobs import Grounding
 from swim_fast.loss.mask_loss import GridPredictions
 from swim_fast.loss.metrics import METRICS, average_metrics, sum_metrics
 from swim_fast.loss.ranking_metrics import sum_ranking_metrics
 from swim_fast.modeling import attach_noun_attention
-from swim_fast.modeling.families import get_attentions, get_default_layers
 from swim_fast.options import RANKING_METRICS, AttentionLoss, NounRows
 
 # Sums of a prediction by the layer's name, or "fused" -> the metrics that they are sums of. Ranking pixels costs a sort
@@ -26,10 +26,10 @@ from swim_fast.options import RANKING_METRICS, AttentionLoss, NounRows
 _SUMS = {"sums": METRICS, "ranking": RANKING_METRICS}
 
 
-def supervised_layers(trained: RunConfig | None, num_layers: int) -> list[int]:
-    """Return the layers that a model was trained on; if that is unknown, every fifth counted back from the last."""
+def supervised_layers(trained: RunConfig | None, num_layers: int, eligible: Sequence[int]) -> list[int]:
+    """Return the layers that a model was trained on; if that is unknown, `get_default_layers` of those eligible."""
     chosen = trained.attention_loss.layers if trained and trained.attention_loss else None
-    return sorted(layer % num_layers for layer in chosen) if chosen else get_default_layers(num_layers)
+    return sorted(layer % num_layers for layer in chosen) if chosen else get_default_layers(eligible)
 
 
 def evaluate_grounding(options: Grounding, ranks: Ranks) -> dict[str, Any] | None:
@@ -86,9 +86,9 @@ def choose_maps(options: Grounding, trained: RunConfig | None) -> dict[str, str]
 
 def attach_chosen_layers(model, options: Grounding, trained: RunConfig | None) -> tuple[list[int], list[int]]:
     """Attach noun attention at the layers of the options; return them, ascending, and those of them that are fused."""
-    count = len(get_attentions(model))
-    supervised = supervised_layers(trained, count)
-    chosen = {"all": list(range(count)), "supervised": supervised}.get(str(options.layers), options.layers)
+    count, eligible = len(get_attentions(model)), get_eligible_layers(model)
+    supervised = supervised_layers(trained, count, eligible)
+    chosen = {"all": eligible, "supervised": supervised}.get(str(options.layers), options.layers)
     attach_noun_attention(model, chosen, options.backend)
     chosen = sorted(layer % count for layer in chosen)
     return chosen, supervised if options.layers == "all" else chosen

@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from swim_fast.data.sample.builder import Sample, SampleBuilder
-from swim_fast.data.sample.media import MediaReader
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.images import IMAGE_SUFFIXES
 from swim_fast.errors import OptionError
@@ -86,7 +85,7 @@ def describe(options: Describe) -> Description:
             files.append(Path(options.video))
             centres = [float(np.mean(frames)) for frames in prompt.patches()]
             count = prompt.info.num_frames
-            frames = tqdm(_all_frames(builder.reader, prompt), "drawing", count, unit="frame", leave=False)
+            frames = tqdm(_all_frames(builder, prompt), "drawing", count, unit="frame", leave=False)
             write_heatmap_video(files[-1], frames, maps, centres, labels, prompt.info.fps)
     return Description(answer, maps, files)
 
@@ -122,9 +121,10 @@ def draw_maps(
     return Path(path)
 
 
-def _all_frames(reader: MediaReader, prompt: Prompt) -> Iterator[np.ndarray]:
-    """Yield every frame of a clip in order, decoded some at a time."""
+def _all_frames(builder: SampleBuilder, prompt: Prompt) -> Iterator[np.ndarray]:
+    """Yield every frame of a clip in order, as far as the model sees it, decoded some at a time."""
     info = prompt.info
     step = max(1, CHUNK_BYTES // (3 * info.height * info.width))
     for first in range(0, info.num_frames, step):
-        yield from reader.frames(prompt.record, range(first, min(first + step, info.num_frames)))
+        chosen = range(first, min(first + step, info.num_frames))
+        yield from builder.encode.seen(builder.reader.frames(prompt.record, chosen))

@@ -99,6 +99,6 @@ def _left_padded_inputs(model, processor, prompts: Sequence[Sample]) -> dict[str
     mask = batch["attention_mask"]  # [B, L]
     length = mask.shape[1]
     source = (torch.arange(length) - (length - mask.sum(1, keepdim=True))) % length
-    for name in ("input_ids", "mm_token_type_ids", "attention_mask"):
+    for name in {"input_ids", "mm_token_type_ids", "token_type_ids", "attention_mask"} & batch.keys():
         batch[name] = batch[name].gather(1, source)
     return model_inputs(batch, model.device, model.dtype)

@@ -47,16 +47,15 @@ def compute_layer_maps(model, processor, encoding: Encoding, loss: AttentionLoss
     earlier = 1 if loss.query_position == "predictor" else 0
     tokens = [encoding.noun_tokens(index) for index in range(len(encoding.nouns))]
     positions = [token - earlier for noun in tokens for token in noun]
-    height, width = encoding.patch_grid
-    visual, cells = encoding.visual(), height * width
-    num_rows, num_patches = len(positions), len(visual) // cells
+    num_patches, height, width = encoding.cells.shape
+    num_rows, cells = len(positions), height * width
     row = torch.arange(num_rows * num_patches)
     start = torch.zeros_like(row)
     if loss.softmax == "frame":
-        key_sets = list(visual.view(-1, cells))
+        key_sets = list(encoding.cells.flatten(1))
         rows = [Row(position, 0, 0, patch) for position in positions for patch in range(num_patches)]
     else:
-        key_sets, row, start = [visual], row // num_patches, row % num_patches * cells
+        key_sets, row, start = [encoding.cells.flatten()], row // num_patches, row % num_patches * cells
         ends = [len(encoding) if loss.softmax == "full" else position + 1 for position in positions]
         rows = [Row(position, 0, end, 0) for position, end in zip(positions, ends, strict=True)]
     batch = Collator(processor, frames=True)(

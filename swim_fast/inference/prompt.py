@@ -34,7 +34,7 @@ class Prompt:
         record: the question as a record.
         encoding: tokens and pixels; `encoding.nouns` are the shown nouns.
         frames: indices of the frames that were taken, padding included.
-        pixels: those frames, uint8 [T, H, W, 3].
+        pixels: those frames as far as the model sees them, uint8 [T, H, W, 3].
         info: number, size and rate of the frames of the clip or image.
         temporal_patch_size: frames of a temporal patch, 1 for an image.
     """
@@ -121,6 +121,8 @@ def encode_question(builder: SampleBuilder, media: Path, kind: str, question: st
     logger.info("%d of the %d frames are shown to the model", len(set(plan.frames)), plan.info.num_frames)
     pixels = builder.reader.frames(record, plan.frames)
     if kind == "image":
-        return Prompt(record, builder.encode.image(conversation, pixels[0]), [0], pixels, plan.info, 1)
+        encoding = builder.encode.image(conversation, pixels[0])
+        return Prompt(record, encoding, [0], builder.encode.seen(pixels), plan.info, 1)
     encoding = builder.encode.video(conversation, pixels, plan.frames, plan.info, plan.max_pixels)
-    return Prompt(record, encoding, list(plan.frames), pixels, plan.info, builder.encode.temporal_patch_size)
+    pixels = builder.encode.seen(pixels)
+    return Prompt(record, encoding, list(plan.frames), pixels, plan.info, builder.encode.frames_per_patch(kind))

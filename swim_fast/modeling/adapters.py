@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from swim_fast.errors import MissingLibraryError, OptionError, nearest
-from swim_fast.modeling.families import FAMILIES, get_family
+from swim_fast.families import FAMILIES, get_family
 from swim_fast.modeling.freezing import get_part_parameters
 
 NAME = "default"  # of the adapter, as peft calls one that nobody named
@@ -42,7 +42,7 @@ def build_quantization_config(quantize: str, compute_dtype: torch.dtype):
         ) from error
     from transformers import BitsAndBytesConfig
 
-    whole = sorted({name for family in FAMILIES.values() for name in (family.visual, family.head)})
+    whole = sorted({name for family in FAMILIES for name in (family.visual, *family.mergers, family.head)})
     if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(

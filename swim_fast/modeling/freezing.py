@@ -1,23 +1,23 @@
 """Freezing of model parts, and their share in every step of a distributed run."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swim_fast.errors import OptionError
-from swim_fast.modeling.families import get_family
+from swim_fast.families import get_family
 from swim_fast.modeling.hooks import add_context, add_keyword_step
 
 PARTS = ("vision_tower", "merger", "language_model")
 
 
 def get_part_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of `vision_tower` (without merger), `merger` and `language_model` (with head)."""
+    """Return the parameters of `vision_tower` (without mergers), `merger` and `language_model` (with head)."""
     family = get_family(model)
-    merger = list(model.get_submodule(family.merger).parameters())
+    merger = [p for path in family.mergers for p in model.get_submodule(path).parameters()]
     inside = {id(p) for p in merger}
     text = (*model.get_submodule(family.language_model).parameters(), *model.get_submodule(family.head).parameters())
     return {
@@ -60,9 +60,10 @@ def keep_visual_in_step(model: nn.Module, sharded: bool = False) -> None:
         sharded: the parameters are gathered for each pass (ZeRO-3), so that the number of passes must be the same on
             all ranks: a batch with both images and videos has two. Costs a reduction of one number per forward.
     """
-    visual = model.get_submodule(get_family(model).visual)
     add_context(model, "visual_in_step", partial(_count_missing_passes, sharded=sharded))
-    add_keyword_step(model, "visual_in_step", partial(_add_missing_passes, visual))
+    add_keyword_step(
+        model, "visual_in_step", partial(_add_missing_passes, partial(get_family(model).minimal_pass, model))
+    )
 
 
 @contextlib.contextmanager
@@ -76,11 +77,8 @@ def _count_missing_passes(model: nn.Module, kwargs: dict, sharded: bool) -> Iter
     yield
 
 
-def _add_missing_passes(visual: nn.Module, language_model: nn.Module, kwargs: dict) -> dict:
-    config, embeds = visual.config, kwargs["inputs_embeds"]
-    merge, width = config.spatial_merge_size, config.in_channels * config.temporal_patch_size * config.patch_size**2
+def _add_missing_passes(minimal_pass: Callable[[], Tensor], language_model: nn.Module, kwargs: dict) -> dict:
+    embeds = kwargs["inputs_embeds"]
     for _ in range(kwargs.pop("missing_passes", 0)):
-        pixels = embeds.new_zeros(merge * merge, width, dtype=visual.dtype)
-        features = visual(pixels, grid_thw=torch.tensor([[1, merge, merge]], device=embeds.device)).pooler_output
-        embeds = embeds + features.to(embeds.dtype).sum() * 0
+        embeds = embeds + minimal_pass().to(embeds.dtype).sum() * 0
     return kwargs | {"inputs_embeds": embeds}

@@ -21,8 +21,6 @@ PROVIDERS = {
     "flash_attention_4": "flash_attn_4",
 }
 _FLASH = tuple(name for name in PROVIDERS if name != "sdpa")
-# arguments that change the softmax, so that its denominator is not that of the maps
-_OTHER_SOFTMAX = ("softcap", "s_aux", "position_bias")
 
 
 def is_right_padded(attention_mask: Tensor | None, attention: str, known: bool | None = None) -> bool | None:
@@ -56,9 +54,6 @@ def choose_options(
         raise Unsupported("the attention has dropout")
     if kwargs.get("is_causal") is False:  # None: as the module says, which a decoder's says
         raise Unsupported("the attention is not causal")
-    changed = [name for name in _OTHER_SOFTMAX if kwargs.get(name) is not None]
-    if changed:
-        raise Unsupported(f"the attention has {changed[0]}")
     options = {"provider": provider if attention == "sdpa" else PROVIDERS[attention]}
     if attention == "sdpa":
         return options | {"mask": attention_mask}  # a window and packed sequences are part of it

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
-from swim_fast.modeling.families import get_family
+from swim_fast.families import get_family
 
 _NOT_FOR_VISUAL = (
     *("noun_queries", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "missing_passes"),

@@ -11,12 +11,13 @@ import importlib.metadata
 import logging
 import types
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from swim_fast.modeling.families import get_attentions, get_family
+from swim_fast.families import get_attentions, get_family
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def apply_liger(model: nn.Module, device: torch.device | str) -> list[str]:
                 continue
             found[f"{part}: {name}"] += 1
     for module in get_attentions(model):
-        forward = _with_rotary(type(module).forward)
+        forward = _with_rotary(type(module).forward) if module is not None else None
         if forward is not None:
             module.forward = types.MethodType(forward, module)
             found["language model: rotary embedding"] += 1
@@ -133,15 +134,29 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
     return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim)
 
 
+@functools.cache
+def _is_plain_rotary(function: Callable | None) -> bool:
+    """Return True for the function that `_rotary` stands in for: others turn a part of the head, or pairs of it."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 3, 8, generator=generator)
+    cos, sin = torch.randn(2, 1, 3, 4, generator=generator).repeat(1, 1, 1, 2)
+    try:
+        found = function(q, k, cos, sin)
+    except Exception:  # of whatever other signature
+        return False
+    wanted = (x * cos + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin for x in (q, k))
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+
+
 def _with_rotary(forward: types.FunctionType) -> types.FunctionType | None:
-    """Return the same function with Liger's rotary embedding, or None if it calls none by that name.
+    """Return the same function with Liger's rotary embedding, or None if it calls no such one by that name.
 
     A forward finds its rotary embedding among the globals of its file. A function with the same code and globals of its
     own finds Liger's there; other models of the process keep theirs.
     """
     if not isinstance(forward, types.FunctionType) or _ROTARY not in forward.__code__.co_names:
         return None
-    if _ROTARY not in forward.__globals__:
+    if not _is_plain_rotary(forward.__globals__.get(_ROTARY)):
         return None
     names = {**forward.__globals__, _ROTARY: _rotary}
     copied = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from swim_fast.errors import OptionError, UserError
+from swim_fast.errors import UserError
+from swim_fast.families import UnsupportedModelError, choose_layers, get_attentions, get_family
 from swim_fast.modeling import fused_attention
-from swim_fast.modeling.families import get_attentions, get_default_layers, get_family
 from swim_fast.modeling.hooks import add_keyword_step, remove_keyword_step
 from swim_kernels import Unsupported, flash_noun_attention, noun_attention
 from swim_kernels.runtime import to_autocast_dtype
@@ -83,6 +83,7 @@ def noun_attention_forward(module, query, key, value, attention_mask, noun_queri
     kwargs.pop("output_attentions", None)  # it asks for the maps here, not for the wrapped attention's weights
     if attached.backend is None:
         return wrapped(**kwargs)[0], None
+    _refuse_other_softmax(module, kwargs)
     if kwargs.get("sliding_window") is not None:
         noun_queries = noun_queries.within_window(kwargs["sliding_window"])
     how = {"scale": kwargs.get("scaling"), "backend": attached.backend}
@@ -104,6 +105,26 @@ def noun_attention_forward(module, query, key, value, attention_mask, noun_queri
     return output, maps
 
 
+_OTHER_SOFTMAX = {  # of transformers' attention functions and modules: argument or attribute
+    "softcap": "a cap on the scores",
+    "s_aux": "sinks",
+    "sinks": "sinks",
+    "position_bias": "a bias by position",
+}
+
+
+def _refuse_other_softmax(module: nn.Module, kwargs: dict) -> None:
+    """Raise UnsupportedModelError if a layer's probabilities are not those of its scores alone (SPEC, families)."""
+    found = [name for name in _OTHER_SOFTMAX if kwargs.get(name) is not None or getattr(module, name, None) is not None]
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        found.append("softcap")
+    if found:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has {_OTHER_SOFTMAX[found[0]]} ({found[0]}), with which its attention is another "
+            "than the noun maps': no maps of this model"
+        )
+
+
 AttentionInterface.register(ATTENTION_NAME, noun_attention_forward)
 
 
@@ -119,7 +140,7 @@ def _ask_for_maps(language_model: nn.Module, kwargs: dict) -> dict:
     if kwargs.get("noun_queries") is None:
         kwargs.pop("noun_queries", None)
         return kwargs
-    if kwargs.get("past_key_values") is not None:
+    if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:  # its name from 5.24 on
         raise ValueError(
             "noun_queries cannot be used while generating (a key/value cache is in use): generate without them, then "
             "call model(**inputs, noun_queries=...) once on the whole sequence"
@@ -161,24 +182,21 @@ def attach_noun_attention(
         in layer order; without, the model behaves as before. Attaching again replaces the choice of layers.
 
     Raises:
-        UnsupportedModelError: no entry for the model's family.
-        OptionError: a layer that is out of range or named twice.
+        UnsupportedModelError: no entry for the model's family, or an attention of another softmax than maps are of.
+        OptionError: a layer that is out of range, named twice, or does not see the whole sequence.
         ValueError: at the forward: reentrant activation checkpointing (`ReentrantCheckpointingError`), or noun queries
             while generating.
     """
-    attentions = get_attentions(model)
-    chosen = get_default_layers(len(attentions)) if layers is None else list(layers)
+    attentions, chosen = get_attentions(model), choose_layers(model, layers)
     for layer in chosen:
-        if not -len(attentions) <= layer < len(attentions):
-            raise OptionError(f"layer {layer} is out of range: the model has layers 0 … {len(attentions) - 1}")
-    chosen = [layer % len(attentions) for layer in chosen]
-    if len(set(chosen)) != len(chosen):
-        raise OptionError(f"layers {sorted(chosen)} name one layer twice")
+        _refuse_other_softmax(attentions[layer], {})
 
     detach_noun_attention(model)
     config = copy.copy(model.get_submodule(get_family(model).language_model).config)
     config._attn_implementation_internal = ATTENTION_NAME
     for index, module in enumerate(attentions):
+        if module is None:
+            continue
         module._noun_attention = _Attached(module.config, backend if index in chosen else None, fused, provider)
         module.config = config
     add_keyword_step(model, "noun_attention", _ask_for_maps)

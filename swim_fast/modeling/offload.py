@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swim_fast.modeling.families import get_family
+from swim_fast.families import get_family
 from swim_fast.modeling.hooks import add_context
 
 SMALLEST = 1 << 20  # bytes of a tensor that is worth a copy

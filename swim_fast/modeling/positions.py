@@ -5,7 +5,7 @@ import types
 
 from torch import nn
 
-from swim_fast.modeling.families import FAMILIES
+from swim_fast.families import FAMILIES, find_family
 from swim_fast.position_ids import compute_rope_index, library_follows
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ def set_position_rule(model: nn.Module, rule: str) -> nn.Module:
     Generation with a key/value cache follows the same rule: transformers continues from what `get_rope_index` returns.
 
     Args:
-        model: a `…ForConditionalGeneration`; one of a family without entry stays as the library has it.
+        model: a `…ForConditionalGeneration`; one of another family than Qwen2-VL's stays as the library has it.
         rule: `pretraining` or `library`, see `swim_fast.options.Weights`.
 
     Returns:
@@ -26,7 +26,7 @@ def set_position_rule(model: nn.Module, rule: str) -> nn.Module:
     restore_position_rule(model)
     module = _numbering(model)
     if module is None:
-        known = ", ".join(sorted(FAMILIES))
+        known = ", ".join(family.name for family in FAMILIES if family.pretraining_rule)
         logger.info("position ids: as transformers numbers them; the rule of pretraining is known for %s only", known)
     elif library_follows(module):
         logger.info("position ids: by the rule of pretraining, which the installed transformers follows by itself")
@@ -46,6 +46,6 @@ def restore_position_rule(model: nn.Module) -> None:
 
 
 def _numbering(model: nn.Module) -> nn.Module | None:
-    """Return the module whose `get_rope_index` numbers the tokens; None for a family without entry."""
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
-    return model.get_submodule(family.numbering) if family else None
+    """Return the module whose `get_rope_index` numbers the tokens; None where the library's rule is the only one."""
+    family = find_family(getattr(model, "config", None))
+    return model.get_submodule(family.numbering) if family is not None and family.pretraining_rule else None

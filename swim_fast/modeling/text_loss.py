@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from swim_fast.families import get_family
 from swim_fast.labels import IGNORED_LABEL, count_labels, find_label_positions, shift_labels
 from swim_fast.modeling import liger
-from swim_fast.modeling.families import get_family
 from swim_fast.modeling.hooks import add_context, add_keyword_step, remove_context, remove_keyword_step
 from swim_fast.modeling.linear_cross_entropy import BLOCK_LOGITS, linear_cross_entropy_sum
 

@@ -97,8 +97,8 @@ def _choose_clips(config: RunConfig, builder: SampleBuilder, count: int, gallery
 
 def _view_clip(title: str, record: Record, builder: SampleBuilder) -> ClipView:
     """Decode the frames that the model sees, and their masks; of many, one of each patch, annotated if there is one."""
-    plan = builder.plan(record)
-    size = builder.encode.temporal_patch_size if record.kind == "video" else 1
+    plan, seen = builder.plan(record), builder.encode.seen
+    size = builder.encode.frames_per_patch(record.kind)
     patch_of = {frame: slot // size for slot, frame in reversed(list(enumerate(plan.frames)))}
     if len(patch_of) > MAX_FRAMES:
         annotated = set().union(*plan.masks)
@@ -112,10 +112,10 @@ def _view_clip(title: str, record: Record, builder: SampleBuilder) -> ClipView:
     return ClipView(
         title=title,
         name=record.name,
-        frames=list(builder.reader.frames(record, frames)),
+        frames=list(seen(builder.reader.frames(record, frames))),
         labels=[f"frame {frame}" + (f" · {frame / plan.info.fps:.1f} s" if plan.info.fps else "") for frame in frames],
         patches=[patch_of[frame] for frame in frames],
-        masks=[[of_tag[at].decode() if at in of_tag else None for at in frames] for of_tag in plan.masks],
+        masks=[[seen(of_tag[at].decode()) if at in of_tag else None for at in frames] for of_tag in plan.masks],
         words=words,
         question=question,
         answer=answer,

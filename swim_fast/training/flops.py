@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from swim_fast.data.batch.counts import BatchCounts
-from swim_fast.modeling.families import get_family, get_head_dim
+from swim_fast.families import get_family, get_head_dim
 
 # Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets (where these give the figure with sparsity,
 # half of it). The first one whose words occur in the device's name is taken.
@@ -68,16 +68,15 @@ class StepFlops:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         family = get_family(model)
         visual, language_model = model.get_submodule(family.visual), model.get_submodule(family.language_model)
-        text, vision = model.config.get_text_config(), model.config.vision_config
-        merger = set(model.get_submodule(family.merger).modules())
+        text, vision = language_model.config, family.vision(model.config)
+        mergers = [module for path in family.mergers for module in model.get_submodule(path).modules()]
 
         # operations per token of each part, in the order of the forward: `trained` if anything so far is
         trained = False
-        tower = [module for module in visual.modules() if module not in merger]
+        tower = [module for module in visual.modules() if module not in mergers]
         self._per_patch, trained = _count_products(tower, trained)
-        heads, head_dim = vision.num_heads, vision.hidden_size // vision.num_heads
-        self._per_vision_pair = (3 if trained else 1) * 4 * heads * head_dim
-        self._per_visual_token, trained = _count_products(list(model.get_submodule(family.merger).modules()), trained)
+        self._per_vision_pair = (3 if trained else 1) * 4 * vision.hidden
+        self._per_visual_token, trained = _count_products(mergers, trained)
         embedding = [module for module in language_model.modules() if isinstance(module, nn.Embedding)]
         trained = trained or any(_is_trained(module) for module in embedding)
         self._per_token, self._per_text_pair = 0, 0
@@ -88,10 +87,10 @@ class StepFlops:
             self._per_text_pair += (3 if trained else 1) * 4 * text.num_attention_heads * head_dim
         self._per_label, _ = _count_products(list(model.get_submodule(family.head).modules()), trained)
 
-        self._merge = vision.spatial_merge_size
+        self._patches_per_token = vision.patches_per_token
         self._depth = vision.depth
-        self._whole_frames = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
-        self._window = getattr(vision, "window_size", vision.patch_size) // vision.patch_size
+        self._whole_frames = vision.depth if vision.full_blocks is None else vision.full_blocks
+        self._window = vision.window
 
     def __call__(self, counts: BatchCounts) -> Flops:
         """Return the operations of one batch's forward and backward, without padding."""
@@ -102,7 +101,7 @@ class StepFlops:
             inside = self._whole_frames * (height * width) ** 2 + (self._depth - self._whole_frames) * windows
             vision_pairs += frames * inside
         weights = self._per_token * counts.tokens + self._per_label * counts.labels + self._per_patch * patches
-        weights += self._per_visual_token * patches / self._merge**2
+        weights += self._per_visual_token * patches / self._patches_per_token
         pairs = sum(length * (length + 1) / 2 for length in counts.lengths)
         return Flops(weights, self._per_text_pair * pairs, self._per_vision_pair * vision_pairs)
 

@@ -122,7 +122,7 @@ def _build_trainer(run: ResolvedRun, callbacks: Sequence = ()):
     train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
     pack = train_dataset is not None and config.data.max_tokens_per_batch is not None
     # packing cannot do without
-    positions = (PositionIds if pack else PositionIds.find)(model.config, config.model.position_ids)
+    positions = PositionIds(model.config, config.model.position_ids)
     packing = {}
     if pack:
         sampler = _build_packing_sampler(config, train_dataset, args)

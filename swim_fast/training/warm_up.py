@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from swim_fast.modeling.families import get_head_dim
+from swim_fast.families import get_head_dim
 from swim_fast.options import AttentionLoss
 from swim_kernels import compile_in_background
 

@@ -42,7 +42,7 @@ def sums_one_by_one(folder, path, fused):
 
 @pytest.mark.parametrize("layers, fused", [("all", [1]), ("0,-1", [0, 1])])
 def test_layers_and_fused(checkpoint, annotated, tmp_path, capsys, layers, fused):
-    assert supervised_layers(trained_as(checkpoint), 2) == [1]
+    assert supervised_layers(trained_as(checkpoint), 2, range(2)) == [1]
     assert main(arguments("grounding", checkpoint, annotated, tmp_path, f"--layers={layers}", "--batch-size", 3)) == 0
     by_layer, together, ranked, ranked_together = sums_one_by_one(checkpoint, annotated, fused)
     found = results(tmp_path)
@@ -93,9 +93,9 @@ def test_a_second_run_looks_at_the_rest(checkpoint, annotated, tmp_path, capsys)
 
 
 def test_layers_of_the_training_configuration(tmp_path):
-    assert supervised_layers(trained_as("Qwen/Qwen2.5-VL-7B-Instruct"), 28) == [2, 7, 12, 17, 22, 27]
+    assert supervised_layers(trained_as("Qwen/Qwen2.5-VL-7B-Instruct"), 28, range(28)) == [2, 7, 12, 17, 22, 27]
     whole = "model: {path: start}\ndata: {train: []}\n"
     (tmp_path / "config.yaml").write_text(f"{whole}attention_loss:\n  layers: [3, -1]\n")
-    assert supervised_layers(trained_as(tmp_path), 28) == [3, 27]
+    assert supervised_layers(trained_as(tmp_path), 28, range(28)) == [3, 27]
     (tmp_path / "config.yaml").write_text(f"{whole}attention_loss: {{layers: null}}\n")
-    assert supervised_layers(trained_as(tmp_path), 28) == [2, 7, 12, 17, 22, 27]
+    assert supervised_layers(trained_as(tmp_path), 28, range(28)) == [2, 7, 12, 17, 22, 27]

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from swim_fast.families import get_attentions, get_default_layers
 from swim_fast.modeling import attach_noun_attention, detach_noun_attention
-from swim_fast.modeling.families import get_attentions, get_default_layers
 from swim_fast.modeling.noun_attention import get_attached_layers
 from swim_kernels import NounQueries
 
@@ -164,8 +164,8 @@ def test_layers_are_checked(model, layers, message):
 
 
 def test_default_layers_are_the_papers():
-    assert get_default_layers(28) == [2, 7, 12, 17, 22, 27]
-    assert get_default_layers(4) == [3]
+    assert get_default_layers(range(28)) == [2, 7, 12, 17, 22, 27]
+    assert get_default_layers(range(4)) == [3]
 
 
 def test_family_without_adapter_is_named():

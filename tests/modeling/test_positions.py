@@ -139,4 +139,4 @@ def test_the_log_says_which_rule_is_in_force(model, monkeypatch, caplog):
         assert "which the installed transformers follows by itself" in said(rule)
     assert "get_rope_index" not in vars(model.model)
     model.config.model_type = "another"
-    assert "known for qwen2_5_vl only" in said()
+    assert "known for Qwen2-VL, Qwen2.5-VL only" in said()

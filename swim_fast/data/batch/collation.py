@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from swim_fast.data.batch.counts import BatchCounts
 from swim_fast.data.batch.positions import PositionIds
 from swim_fast.data.sample.builder import Sample
-from swim_fast.data.sample.pixels import PackedFrames
 from swim_fast.data.source.errors import DataError
+from swim_fast.families import get_layout_class
+from swim_fast.families.patches import PackedFrames
 from swim_fast.labels import IGNORED_LABEL, find_label_positions
 from swim_fast.loss.targets import MaskTargets
 from swim_kernels import NounQueries, PackedMasks
@@ -61,6 +62,7 @@ class Collator:
         self._padding = {"input_ids": pad, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
         self._end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else pad
         self._positions, self._pack, self._frames = positions, pack, frames
+        self._layout = get_layout_class(processor)
 
     def __call__(self, items: Sequence[Sample | DataError]) -> dict[str, Any]:
         """Collate samples; errors among them are listed and left out.
@@ -98,12 +100,15 @@ class Collator:
         else:
             tokens, starts = self._padded(inputs), [(sequence, 0) for sequence in range(len(samples))]
         batch = {**tokens, **self._visual(inputs)}
+        types = batch.pop("mm_token_type_ids")
+        if self._layout.token_types is not None:
+            batch[self._layout.token_types] = types
         queries = _noun_queries(samples, starts)
         queries.key_columns(tokens["input_ids"].shape[1])  # remembered, for the kernels
         return {
             **batch,
             "label_positions": find_label_positions(batch["labels"]),
-            "counts": BatchCounts.from_batch(batch, sum(sample.tags_without_mask for sample in samples)),
+            "counts": BatchCounts.from_batch(batch, samples),
             "noun_queries": queries,
             "mask_targets": _mask_targets(samples),
             "samples": [sample.name for sample in samples],
@@ -122,7 +127,7 @@ class Collator:
         }
         lengths = torch.tensor([len(sample["input_ids"]) for sample in inputs])
         batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-        if self._positions is not None:
+        if self._positions is not None and self._positions.axes > 1:  # a single axis is counted by the model itself
             positions = [self._positions(sample)[1:].T for sample in inputs]
             batch["position_ids"] = pad_sequence(positions, batch_first=True).permute(2, 0, 1).contiguous()
         return batch
@@ -132,26 +137,24 @@ class Collator:
         lengths = [len(sample["input_ids"]) for sample in inputs]
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         batch["labels"][0, ends[:-1].long()] = IGNORED_LABEL
-        batch["position_ids"] = torch.cat([self._positions(sample) for sample in inputs], dim=1)[:, None]
+        positions = torch.cat([self._positions(sample) for sample in inputs], dim=1)
+        batch["position_ids"] = positions[:, None] if self._positions.axes > 1 else positions
         varlen = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         return batch | varlen | dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
 
     def _visual(self, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
         keys = dict.fromkeys(key for sample in inputs for key in sample if key not in self._padding)
-        batch: dict[str, Any] = {key: _join([sample[key] for sample in inputs if key in sample]) for key in keys}
+        batch: dict[str, Any] = {}
+        for key in keys:
+            values = [sample[key] for sample in inputs if key in sample]
+            frames = isinstance(values[0], PackedFrames)
+            batch[key] = PackedFrames.join(values) if frames else self._layout.join(key, values)
         if not self._frames:
             batch = model_inputs(batch)
         if "second_per_grid_ts" in batch:
             # Numbers, not a tensor: DeepSpeed's trainer casts those to bf16, and 1.999 s would become 2 s.
             batch["second_per_grid_ts"] = batch["second_per_grid_ts"].tolist()
         return batch
-
-
-def _join(values: list[Any]) -> Any:
-    """Concatenate tensors or frames; a single one stays as it is, for a long video's are tens of megabytes."""
-    if isinstance(values[0], PackedFrames):
-        return PackedFrames.join(values)
-    return values[0] if len(values) == 1 else torch.cat(values)
 
 
 def _noun_queries(samples: Sequence[Sample], starts: Sequence[tuple[int, int]]) -> NounQueries:
@@ -161,7 +164,7 @@ def _noun_queries(samples: Sequence[Sample], starts: Sequence[tuple[int, int]]) 
         for row in sample.rows:
             tokens = (first + token for token in (row.position, row.key_start, row.key_end))
             rows.append((sequence, *tokens, len(key_sets) + row.key_set))
-        key_sets += [first + keys for keys in sample.key_sets]
+        key_sets += [torch.where(keys < 0, keys, first + keys) for keys in sample.key_sets]
     sequence, position, key_start, key_end, key_set = _columns(rows, 5)
     padded = pad_sequence(key_sets, batch_first=True, padding_value=-1) if key_sets else torch.empty(0, 0).long()
     over = {sample.over for sample in samples if sample.rows}

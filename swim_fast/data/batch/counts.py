@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from swim_fast.data.sample.builder import Sample
 from swim_fast.labels import count_labels
 
 
@@ -28,21 +30,20 @@ class BatchCounts:
     tags_without_mask: int = 0
 
     @classmethod
-    def from_batch(cls, batch: dict, tags_without_mask: int = 0) -> BatchCounts:
-        """Return the sizes of a batch of `Collator`, best on the CPU: the values are read."""
+    def from_batch(cls, batch: dict, samples: Sequence[Sample] = ()) -> BatchCounts:
+        """Return the sizes of a batch of `Collator`, made of these samples; best on the CPU: the values are read."""
         rows, length = batch["input_ids"].shape
         lengths: Tensor | None = None
         if batch.get("cu_seq_lens_q") is not None:
             lengths = batch["cu_seq_lens_q"].diff()
         elif batch.get("attention_mask") is not None and batch["attention_mask"].ndim == 2:
             lengths = batch["attention_mask"].sum(1)
-        grids = [grid for key in ("image_grid_thw", "video_grid_thw") if key in batch for grid in batch[key].tolist()]
         return cls(
             labels=int(count_labels(batch["labels"])),
             lengths=(length,) * rows if lengths is None else tuple(lengths.tolist()),
             token_slots=rows * length,
-            grids=tuple((frames, height, width) for frames, height, width in grids),
-            tags_without_mask=tags_without_mask,
+            grids=tuple(grid for sample in samples for grid in sample.grids),
+            tags_without_mask=sum(sample.tags_without_mask for sample in samples),
         )
 
     @property

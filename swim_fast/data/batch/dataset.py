@@ -13,9 +13,9 @@ from torch.utils.data import Dataset, Sampler
 
 from swim_fast.data.batch.workers import keep_freed_memory
 from swim_fast.data.sample.builder import Sample
-from swim_fast.data.source.errors import DataError, ProcessorError
+from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
-from swim_fast.errors import OptionError
+from swim_fast.errors import OptionError, ProcessorError
 from swim_fast.options import Source
 
 

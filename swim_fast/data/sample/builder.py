@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swim_fast.data.sample.conversation import Conversation, ConversationRenderer
-from swim_fast.data.sample.encoding import Encoder, Encoding, find_noun
+from swim_fast.data.sample.encoding import Encoder, Encoding, clip_of, find_noun
 from swim_fast.data.sample.media import MediaReader, at, read_masks
 from swim_fast.data.sample.sampling import choose_frames, plan_frames, supervised_patches
 from swim_fast.data.source.errors import DataError
@@ -53,9 +52,9 @@ class Sample:
 
     Attributes:
         name: file, record index and the record's own name.
-        inputs: `input_ids`, `labels`, `mm_token_type_ids` [L] int64 and what a text-only record has not:
-            `pixel_values_videos`, a `PackedFrames`, `video_grid_thw` [1, 3] int64, `second_per_grid_ts` [1] fp32; or
-            `pixel_values`, `image_grid_thw`.
+        inputs: `input_ids`, `labels`, `mm_token_type_ids` [L] int64 and, of a video or image, what the family's layout
+            makes of it, such as Qwen2.5-VL's `pixel_values_videos`, a `PackedFrames`, `video_grid_thw` [1, 3] int64 and
+            `second_per_grid_ts` [1] fp32; or `pixel_values` and `image_grid_thw`.
         rows: R rows of attention: one for each token of a noun, or if the softmax runs over one patch, for each such
             token and temporal patch with a mask of the noun.
         key_sets: positions of the readout keys, [N] int64 each: one for all rows, or one a patch. Empty without rows.
@@ -65,6 +64,9 @@ class Sample:
         masks: uint8 [Hm, Wm] each, one per object and supervised temporal patch; all rows of its nouns share them.
         tags: index of the tag that each row belongs to, R integers.
         tags_without_mask: number of tagged nouns without a mask in the frames taken, whose attention is not trained.
+        cells: position of the token of each cell of each temporal patch, int64 [patches, h, w], −1 where a cell has
+            none; None for text.
+        grids: patches of the vision tower: in time, vertically, horizontally.
         frames: frame indices in the source video, padding included.
         notes: remarks for the user, such as on a video that was thinned.
     """
@@ -79,6 +81,8 @@ class Sample:
     masks: list[Tensor] = field(default_factory=list)
     tags: list[int] = field(default_factory=list)
     tags_without_mask: int = 0
+    cells: Tensor | None = None
+    grids: tuple[tuple[int, int, int], ...] = ()
     frames: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -113,7 +117,7 @@ class SampleBuilder:
     """Makes samples of records with a model's own processor; picklable, so that worker processes can use it.
 
     Args:
-        processor: Qwen2.5-VL's processor, or one like it, with a fast tokenizer and a chat template.
+        processor: of a family of `swim_fast.families`, with a fast tokenizer and a chat template.
         sampling: text, frames, pixels and tokens of a sample.
         decoding: how videos are decoded.
         supervision: labels, and rows, masks and readout keys of tagged nouns.
@@ -184,11 +188,10 @@ class SampleBuilder:
         info = self.reader.info(record)
         masks = read_masks(record, info)
         self._check_order(record, conversation, masks)
-        text = length - 1  # the placeholder makes room for the visual tokens
         if record.kind == "video":
-            plan = self._plan_video(conversation, text, info, masks)
+            plan = self._plan_video(conversation, length, info, masks)
         else:
-            length = text + self.encode.image_tokens(info.height, info.width)
+            length = self.encode.count("image", conversation, length, clip_of([0], info))
             self._check_length(length, "lower max_pixels or raise max_tokens")
             plan = Plan(conversation, length, info, [0], masks=masks)
         frames = set(plan.frames)
@@ -214,20 +217,19 @@ class SampleBuilder:
     def _plan_video(
         self, conversation: Conversation, text: int, info: MediaInfo, masks: Sequence[dict[int, Mask]]
     ) -> Plan:
-        """Choose the frames of a video, fewer and fewer until max_tokens is kept, beside `text` other tokens."""
+        """Choose the frames of a video, fewer and fewer until max_tokens is kept, beside a text of `text` tokens."""
         annotated = sorted(set().union(*masks))
-        patch, limit, first = self.encode.temporal_patch_size, self.sampling.max_tokens, None
+        patch, limit, first = self.encode.frames_per_patch("video"), self.sampling.max_tokens, None
         with at("video"):
-            choice = plan_frames(info, annotated, self.encode.frame_limits, self.sampling)
+            choice = plan_frames(info, annotated, self.encode.layout.limits["video"], self.sampling)
         frames = choice.frames
         while True:
-            visual = self.encode.video_tokens(len(frames), info.height, info.width, choice.max_pixels)
-            length = text + visual
+            length = self.encode.count("video", conversation, text, clip_of(frames, info), choice.max_pixels)
             first = first or (len(frames), length)
             if limit is None or length <= limit:
                 break
             # The text stays; what it leaves of max_tokens is shared out among temporal patches of the present size.
-            room = (limit - text) // (visual // (len(frames) // patch))
+            room = (limit - text + 1) // ((length - text + 1) // (len(frames) // patch))
             max_frames = min(patch * room, len(frames) - patch)
             if max_frames < patch:
                 raise DataError(
@@ -248,17 +250,15 @@ class SampleBuilder:
         if record.kind == "image":
             encoding = self.encode.image(plan.conversation, self.reader.frames(record, plan.frames)[0])
         else:
-            info = plan.info
-            size = self.encode.video_size(len(plan.frames), info.height, info.width, plan.max_pixels)
-            resize = functools.partial(self.encode.resize_frame, size=size)
+            resize = self.encode.resizer("video", clip_of(plan.frames, plan.info), plan.max_pixels)
             pixels = self.reader.frames(record, plan.frames, resize)
             encoding = self.encode.video(plan.conversation, pixels, plan.frames, plan.info, plan.max_pixels)
         sample = Sample(name, encoding.inputs, frames=list(plan.frames), notes=list(plan.notes))
-        visual, known = encoding.visual(), {}
+        sample.cells, sample.grids, known = encoding.cells, encoding.grids, {}
         for tag in range(len(record.objects)):
-            self._add_noun(sample, record, tag, plan.masks[tag], encoding, visual, known)
+            self._add_noun(sample, record, tag, plan.masks[tag], encoding, known)
         if sample.rows:
-            self._add_key_sets(sample, encoding)
+            self._add_key_sets(sample, encoding.cells.flatten(1))
         return sample
 
     def _add_noun(
@@ -268,7 +268,6 @@ class SampleBuilder:
         tag: int,
         masks: dict[int, Mask],
         encoding: Encoding,
-        visual: Tensor,
         known: dict[tuple, tuple[list[int], int]],
     ) -> None:
         """Append the rows of one tagged noun, its masks, and the pairs of each row with each mask.
@@ -280,38 +279,39 @@ class SampleBuilder:
         chosen = {frame: masks[frame] for frame in dict.fromkeys(sample.frames) if frame in masks}
         key = tuple((frame, mask.key) for frame, mask in chosen.items())
         if key not in known:
-            pixels = {frame: mask.decode() for frame, mask in chosen.items()}
-            temporal_patch_size = self.encode.temporal_patch_size if record.kind == "video" else 1
+            pixels = {frame: self.encode.seen(mask.decode()) for frame, mask in chosen.items()}
+            temporal_patch_size = self.encode.frames_per_patch(record.kind)
             found = supervised_patches(sample.frames, pixels, temporal_patch_size, self.supervision.supervise)
+            found = {patch: mask for patch, mask in found.items() if mask.any() and (encoding.cells[patch] >= 0).any()}
             known[key] = list(found), len(sample.masks)
             sample.masks += [torch.from_numpy(np.ascontiguousarray(mask)) for mask in found.values()]
         patches, first_mask = known[key]
         if not patches:
             sample.tags_without_mask += 1
             return
-        height, width = encoding.patch_grid
+        _, height, width = encoding.cells.shape
         cells, softmax = height * width, self.supervision.softmax
-        first_visual, last_visual = int(visual[0]), int(visual[-1])
         for token in encoding.noun_tokens(tag):
             position = token - 1 if self.supervision.query_position == "predictor" else token
             key_end = len(encoding) if softmax == "full" else position + 1
             first_row = len(sample.rows)
             if softmax == "frame":
                 begins = [(first_row + index, 0) for index in range(len(patches))]
-                keys = visual.view(-1, cells)[patches].tolist()
-                sample.rows += [Row(position, k[0], k[-1] + 1, patch) for patch, k in zip(patches, keys, strict=True)]
+                sample.rows += [Row(position, *_range(encoding.cells[patch]), patch) for patch in patches]
             else:
                 begins = [(first_row, patch * cells) for patch in patches]
-                span = (first_visual, last_visual + 1) if softmax == "visual" else (0, key_end)
+                span = _range(encoding.cells) if softmax == "visual" else (0, key_end)
                 sample.rows.append(Row(position, *span, 0))
             sample.tags += [tag] * (len(sample.rows) - first_row)
             sample.pairs += [Pair(*begin, height, width, mask) for mask, begin in enumerate(begins, start=first_mask)]
 
-    def _add_key_sets(self, sample: Sample, encoding: Encoding) -> None:
-        """Append the keys of the rows and say which patches they are; rows and pairs so far count all patches."""
-        height, width = encoding.patch_grid
-        cells = height * width
-        by_patch = encoding.visual().view(-1, cells)
+    def _add_key_sets(self, sample: Sample, by_patch: Tensor) -> None:
+        """Append the keys of the rows and say which patches they are; rows and pairs so far count all patches.
+
+        Args:
+            by_patch: position of the token of each cell, [patches, cells].
+        """
+        cells = by_patch.shape[1]
         sample.over = self.supervision.over
         if self.supervision.softmax == "frame":
             sample.patches = sorted({row.key_set for row in sample.rows})
@@ -330,3 +330,9 @@ class SampleBuilder:
         limit = self.sampling.max_tokens
         if limit is not None and length > limit:
             raise DataError(f"too long: {length:,} tokens > max_tokens {limit:,}; {remedy}")
+
+
+def _range(cells: Tensor) -> tuple[int, int]:
+    """Return the half-open range of positions in which the tokens of cells lie."""
+    tokens = cells[cells >= 0]
+    return int(tokens.min()), int(tokens.max()) + 1

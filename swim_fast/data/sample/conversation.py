@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swim_fast.data.source.errors import DataError, ProcessorError
+from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, Turn
 from swim_fast.data.source.tags import strip_tags
-from swim_fast.errors import OptionError
+from swim_fast.errors import OptionError, ProcessorError
 
 Span = tuple[int, int]
 

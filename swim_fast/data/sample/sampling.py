@@ -14,30 +14,8 @@ import numpy as np
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import union
 from swim_fast.data.video.reader import MediaInfo
+from swim_fast.families.sizes import Limits
 from swim_fast.options import Sampling
-
-
-@dataclass(frozen=True)
-class PixelLimits:
-    """Sizes that the model's processor gives to frames: both sides multiples of `factor`, height · width from `lowest`
-    to `highest` as far as the shape of the frame allows."""
-
-    factor: int
-    lowest: int
-    highest: int
-
-    def size(self, height: int, width: int, highest: int | None = None) -> tuple[int, int]:
-        """Return height and width of a frame after resizing, with another limit than `highest` if one is given.
-
-        Raises:
-            DataError: a shape that the processor does not take.
-        """
-        from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
-
-        try:
-            return smart_resize(height, width, self.factor, self.lowest, highest or self.highest)
-        except ValueError as error:
-            raise DataError(f"the model's processor refuses frames of {height} × {width}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -58,7 +36,7 @@ class FrameChoice:
 def plan_frames(
     info: MediaInfo,
     annotated: Sequence[int],
-    limits: PixelLimits,
+    limits: Limits,
     sampling: Sampling,
 ) -> FrameChoice:
     """Choose frames and size of a clip, see `count_frames`, `fit_pixels` and `choose_frames`.
@@ -73,11 +51,14 @@ def plan_frames(
         DataError: an annotated frame that the clip does not have; not even two frames within `total_pixels`.
     """
     frames = choose_frames(info.num_frames, annotated, count_frames(info, len(annotated), sampling))
-    total_pixels, before = sampling.total_pixels, limits.size(info.height, info.width)
-    if total_pixels is None or len(frames) * math.prod(before) <= total_pixels:
+    total_pixels = sampling.total_pixels
+    if total_pixels is None:
+        return FrameChoice(frames)
+    before = _size(limits, len(frames), info.height, info.width)
+    if len(frames) * math.prod(before) <= total_pixels:
         return FrameChoice(frames)
     count, max_pixels = fit_pixels(len(frames), info.height, info.width, limits, total_pixels)
-    after = limits.size(info.height, info.width, max_pixels)
+    after = _size(limits, count, info.height, info.width, max_pixels)
     note = (
         f"{len(frames)} frames of {before[0]} × {before[1]} pixels became {count} of {after[0]} × {after[1]} "
         f"to keep total_pixels {total_pixels:,}"
@@ -98,7 +79,7 @@ def count_frames(info: MediaInfo, num_annotated: int, sampling: Sampling) -> int
     return min(wanted + wanted % 2, sampling.max_frames)
 
 
-def fit_pixels(count: int, height: int, width: int, limits: PixelLimits, total_pixels: int) -> tuple[int, int]:
+def fit_pixels(count: int, height: int, width: int, limits: Limits, total_pixels: int) -> tuple[int, int]:
     """Return how many frames of what size together have at most `total_pixels`.
 
     Args:
@@ -113,15 +94,24 @@ def fit_pixels(count: int, height: int, width: int, limits: PixelLimits, total_p
         DataError: two frames are too many.
     """
     for fewer in range(count, 0, -2):
-        share = max(limits.lowest, min(limits.highest, total_pixels // fewer))
-        for highest in (share, limits.lowest):  # a frame one token wide comes out above the limit that it is given
-            if fewer * math.prod(limits.size(height, width, highest)) <= total_pixels:
+        lowest, most = limits.range(fewer)
+        share = max(lowest, min(most, total_pixels // fewer))
+        for highest in (share, lowest):  # a frame one token wide comes out above the limit that it is given
+            if fewer * math.prod(_size(limits, fewer, height, width, highest)) <= total_pixels:
                 return fewer, highest
-    least = limits.size(height, width, limits.lowest)
+    least = _size(limits, 2, height, width, lowest)
     raise DataError(
-        f"two frames of {least[0]} × {least[1]} pixels, the least that min_pixels {limits.lowest:,} allows of "
+        f"two frames of {least[0]} × {least[1]} pixels, the least that min_pixels {lowest:,} allows of "
         f"{height} × {width}, are more than total_pixels {total_pixels:,}; raise total_pixels or lower min_pixels"
     )
+
+
+def _size(limits: Limits, frames: int, height: int, width: int, highest: int | None = None) -> tuple[int, int]:
+    """Return the size that frames are given; a shape that the processor does not take is the record's fault."""
+    try:
+        return limits.size(frames, height, width, highest)
+    except ValueError as error:
+        raise DataError(f"the model's processor refuses frames of {height} × {width}: {error}") from error
 
 
 def choose_frames(num_frames: int, annotated: Iterable[int], max_frames: int) -> list[int]:

@@ -15,10 +15,6 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
-class ProcessorError(UserError, ValueError):
-    """A model's processor that samples cannot be made with."""
-
-
 class RecordsChangedError(UserError):
     """A file of records that was changed or removed while it was in use: no record of it can be trusted any longer.
 

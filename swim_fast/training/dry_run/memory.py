@@ -35,7 +35,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from swim_fast.modeling.families import get_head_dim
+from swim_fast.families import find_family, get_head_dim
 from swim_fast.modeling.linear_cross_entropy import BLOCK_LOGITS
 
 GIB = 2**30
@@ -70,7 +70,7 @@ class Geometry:
     vision_depth: int
     vision_intermediate: int
     patch_values: int  # pixel values of a patch, from the processor
-    patches_per_token: int
+    patches_per_token: float
     largest_module: int  # parameters that are gathered together
     largest_matrix: int = 0  # among the quantised ones
     adapted_width: int = 0  # input features of a layer's linear modules with adapters, summed
@@ -78,7 +78,7 @@ class Geometry:
     @classmethod
     def from_config(cls, config, **more: int) -> Geometry:
         """Return the geometry of a model's configuration; `more`: the fields that it lacks."""
-        text, vision = config.get_text_config(), config.vision_config
+        text, vision = config.get_text_config(), find_family(config).vision(config)
         return cls(
             hidden=text.hidden_size,
             layers=text.num_hidden_layers,
@@ -87,11 +87,11 @@ class Geometry:
             head_dim=get_head_dim(text),
             intermediate=text.intermediate_size,
             vocabulary=text.vocab_size,
-            vision_hidden=vision.hidden_size,
+            vision_hidden=vision.hidden,
             vision_depth=vision.depth,
-            vision_intermediate=vision.intermediate_size,
-            patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-            patches_per_token=vision.spatial_merge_size**2,
+            vision_intermediate=vision.intermediate,
+            patch_values=vision.patch_values,
+            patches_per_token=vision.patches_per_token,
             **more,
         )
 

@@ -130,7 +130,7 @@ def _get_quantized_bits(model, config: RunConfig) -> dict:
     """Return the bits of each weight that bitsandbytes quantises (linear layers of the decoder), by parameter."""
     from torch import nn
 
-    from swim_fast.modeling.families import get_family
+    from swim_fast.families import get_family
 
     quantize = config.model.lora.quantize if config.model.lora else None
     if quantize is None:
@@ -143,12 +143,12 @@ def _get_quantized_bits(model, config: RunConfig) -> dict:
 
 def _count_parts(model, config: RunConfig) -> list[Part]:
     """Return the model's parts, each parameter in the first part that has it."""
-    from swim_fast.modeling.families import get_family
+    from swim_fast.families import get_family
 
     family, bits = get_family(model), _get_quantized_bits(model, config)
     adapters = {p for name, p in model.named_parameters() if "lora_" in name}
     by_part = {
-        "merger": model.get_submodule(family.merger).parameters(),
+        "merger": [p for path in family.mergers for p in model.get_submodule(path).parameters()],
         "vision tower": model.get_submodule(family.visual).parameters(),
         "language model": model.get_submodule(family.language_model).parameters(),
         "head": model.get_submodule(family.head).parameters(),
@@ -170,7 +170,7 @@ def _count_parts(model, config: RunConfig) -> list[Part]:
 
 
 def _measure_geometry(model, config: RunConfig) -> Geometry:
-    from swim_fast.modeling.families import get_family
+    from swim_fast.families import get_family
 
     layers = model.get_submodule(get_family(model).language_model).layers
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
@@ -184,7 +184,7 @@ def _measure_geometry(model, config: RunConfig) -> Geometry:
 
 
 def _collect_settings(config: RunConfig, arguments, model, gpus: int) -> Settings:
-    from swim_fast.modeling.families import get_family
+    from swim_fast.families import get_family
     from swim_fast.modeling.noun_attention import get_attached_layers
 
     deepspeed = config.deepspeed()

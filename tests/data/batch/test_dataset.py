@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from swim_fast.data.batch.collation import Collator
 from swim_fast.data.batch.dataset import MixtureSampler, SwimDataset
 from swim_fast.data.sample.builder import Sample, SampleBuilder
-from swim_fast.data.source.errors import DataError, ProcessorError, RecordsChangedError
-from swim_fast.errors import OptionError
+from swim_fast.data.source.errors import DataError, RecordsChangedError
+from swim_fast.errors import OptionError, ProcessorError
 from swim_fast.options import Sampling, Source
 from tests.data.conftest import box, rle
 

@@ -192,8 +192,8 @@ def test_placeholder_batch(pack, packable, items):
     assert logits.shape[:2] == batch["input_ids"].shape
 
 
-def test_models_that_number_their_tokens_otherwise():
+def test_models_that_only_count_their_tokens():
     from transformers import LlamaConfig
 
-    with pytest.raises(ValueError, match="LlamaModel has no get_rope_index, so its samples cannot be packed"):
-        PositionIds(LlamaConfig())
+    inputs = {"input_ids": torch.zeros(3).long(), "mm_token_type_ids": torch.zeros(3).long()}
+    assert PositionIds(LlamaConfig())(inputs).tolist() == [[0, 1, 2]]

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from swim_fast.data.sample.builder import Sample, SampleBuilder
-from swim_fast.data.sample.encoding import label_spans, seconds_per_patch
+from swim_fast.data.sample.encoding import label_spans
 from swim_fast.data.source.errors import DataError
+from swim_fast.families import Clip
+from swim_fast.families.patched import seconds_per_patch
 from swim_fast.options import Sampling
 from tests.data.conftest import box, builder_of, rle
 from tests.helpers.clips import read_number
@@ -295,8 +297,11 @@ def test_system_prompt_reaches_the_tokens(build, video, tokenizer):
 
 
 def test_seconds_per_patch_formula():
-    assert seconds_per_patch([0, 1, 2, 10, 10], fps=5, temporal_patch_size=2) == pytest.approx(2 * 10 / 3 / 5)
-    assert seconds_per_patch([7, 7], fps=5, temporal_patch_size=2) == pytest.approx(2 / 5)
+    def seconds(*frames):
+        return seconds_per_patch(Clip(frames, 5, 20, 8, 8), 2)
+
+    assert seconds(0, 1, 2, 10, 10) == pytest.approx(2 * 10 / 3 / 5)
+    assert seconds(7, 7) == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize(("seconds", "step"), [("measured", 8), ("one", 2)])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from swim_fast.data.sample.conversation import ConversationRenderer
-from swim_fast.data.source.errors import DataError, ProcessorError
-from swim_fast.errors import OptionError
+from swim_fast.data.source.errors import DataError
+from swim_fast.errors import OptionError, ProcessorError
 
 VIDEO = {"kind": "video", "media": Path("clip.mp4")}
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

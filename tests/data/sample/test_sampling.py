@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from swim_fast.data.sample.sampling import (
-    PixelLimits,
     choose_frames,
     count_frames,
     fit_pixels,
@@ -11,6 +10,7 @@ from swim_fast.data.sample.sampling import (
 )
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.reader import MediaInfo
+from swim_fast.families.sizes import PixelLimits
 from swim_fast.options import Sampling
 
 
@@ -158,11 +158,11 @@ def test_total_pixels_hold_and_take_from_the_pixels_first(seed):
     height, width = (int(v) for v in rng.integers(60, 1500, 2))
     total = int(rng.integers(20, 3000)) * 28 * 28
     fewer, highest = fit_pixels(count, height, width, LIMITS, total)
-    assert fewer * np.prod(LIMITS.size(height, width, highest)) <= total
+    assert fewer * np.prod(LIMITS.size(fewer, height, width, highest)) <= total
     assert 2 <= fewer <= count and fewer % 2 == 0 and LIMITS.lowest <= highest <= LIMITS.highest
     if fewer < count:  # two more would not fit at any size
-        assert (fewer + 2) * np.prod(LIMITS.size(height, width, LIMITS.lowest)) > total
-    elif highest < LIMITS.highest and min(LIMITS.size(height, width, total // count)) > 28:
+        assert (fewer + 2) * np.prod(LIMITS.size(fewer, height, width, LIMITS.lowest)) > total
+    elif highest < LIMITS.highest and min(LIMITS.size(fewer, height, width, total // count)) > 28:
         assert highest == max(total // count, LIMITS.lowest)  # no frame is smaller than need be
 
 

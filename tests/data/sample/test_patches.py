@@ -10,14 +10,25 @@ from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.sample.builder import Sample
 from swim_fast.data.sample.conversation import Conversation
 from swim_fast.data.sample.encoding import Encoder
-from swim_fast.data.sample.pixels import PackedFrames, PatchLayout
-from swim_fast.data.source.errors import DataError, ProcessorError
+from swim_fast.data.source.errors import DataError
 from swim_fast.data.video.reader import MediaInfo
+from swim_fast.errors import ProcessorError
+from swim_fast.families.layout import Clip
+from swim_fast.families.patches import PackedFrames, PatchLayout
+from swim_fast.families.sizes import PixelLimits
 from swim_fast.options import Sampling
 
 LIMITS = {"min_pixels": 20 * 28 * 28, "max_pixels": 40 * 28 * 28}
 OTHER = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # as Qwen3-VL's
 TEXT = "<|im_start|>user\n<|vision_start|><|{}_pad|><|vision_end|>Where is the dog?<|im_end|>\n<|im_start|>assistant\n"
+
+
+IMAGE = Clip([0], 1.0, 1, 91, 130)
+
+
+def conversation_about(kind):
+    text, token = TEXT.format(kind), f"<|{kind}_pad|>"
+    return Conversation(text, (), (), (), (text.index(token), text.index(token) + len(token)))
 
 
 def random_frames(count, height, width):
@@ -41,7 +52,7 @@ def test_patches_are_those_of_the_processor(shape, options):
     else:
         wanted = processor([planes(frames)[0]], **about)
         wanted, grid = wanted["pixel_values"], wanted["image_grid_thw"]
-    size = layout.choose_size(*shape[1:], *LIMITS.values())
+    size = PixelLimits(layout.factor, *LIMITS.values()).size(*shape)
     packed = PackedFrames.of(np.stack([layout.resize(frame, size) for frame in frames]), layout)
     assert grid.tolist() == [list(layout.grid(*packed.sizes[0]))]
     assert torch.equal(packed.patches(), wanted)
@@ -75,7 +86,7 @@ def test_encoding_is_that_of_the_processor(processor, sampling, cap, monkeypatch
     monkeypatch.setattr(processor.video_processor, "max_video_tokens", 60, raising=False)
     frames, fps = random_frames(6, 150, 220), 24.0
     indices, info = [0, 12, 24, 36, 48, 60], MediaInfo(72, fps, 150, 220)
-    conversation = Conversation(TEXT.format("video"), (), (), (), None)
+    conversation = conversation_about("video")
     encode = Encoder(processor, sampling)
     found = encode.video(conversation, frames, indices, info)
     limits = {} if sampling.max_pixels is None else {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 30}
@@ -96,35 +107,37 @@ def test_encoding_is_that_of_the_processor(processor, sampling, cap, monkeypatch
     assert found.inputs["second_per_grid_ts"].tolist() == pytest.approx(
         [float(seconds) for seconds in wanted["second_per_grid_ts"]]
     )
-    assert len(found.visual()) == encode.video_tokens(6, 150, 220)
-    size = encode.video_size(6, 150, 220)
-    resized = np.stack([encode.resize_frame(frame, size) for frame in frames])
+    clip = Clip(indices, fps, 72, 150, 220)
+    text = len(encode.text_offsets(conversation))
+    assert len(found) == encode.count("video", conversation, text, clip)
+    assert found.cells.flatten().tolist() == found.visual().tolist()
+    resized = np.stack([encode.resizer("video", clip)(frame) for frame in frames])
     again = encode.video(conversation, resized, indices, info)
     assert torch.equal(again.inputs["pixel_values_videos"].data, found.inputs["pixel_values_videos"].data)
 
 
 def test_encoding_of_an_image_is_that_of_the_processor(processor):
-    pixels, conversation = random_frames(1, 91, 130)[0], Conversation(TEXT.format("image"), (), (), (), None)
+    pixels, conversation = random_frames(1, 91, 130)[0], conversation_about("image")
     encode = Encoder(processor, Sampling())
     found = encode.image(conversation, pixels)
     wanted = processor(text=[conversation.text], images=[planes(pixels[None])[0]], return_tensors="pt")
     assert torch.equal(found.inputs["input_ids"], wanted["input_ids"][0])
     assert torch.equal(found.inputs["image_grid_thw"], wanted["image_grid_thw"])
     assert torch.equal(found.inputs["pixel_values"].patches(), wanted["pixel_values"])
-    assert len(found.visual()) == encode.image_tokens(91, 130)
+    assert len(found) == encode.count("image", conversation, len(encode.text_offsets(conversation)), IMAGE)
 
 
 def test_an_extreme_shape_is_the_records_fault(processor):
     encode = Encoder(processor, Sampling())
     with pytest.raises(DataError, match="the model's processor refuses the record: absolute aspect ratio"):
-        encode.video_tokens(2, 4, 1000)
+        encode.count("video", conversation_about("video"), 1, Clip([0, 1], 1.0, 2, 4, 1000))
     with pytest.raises(DataError, match="absolute aspect ratio"):
-        encode.image_tokens(1000, 4)
+        encode.count("image", conversation_about("image"), 1, Clip([0], 1.0, 1, 1000, 4))
 
 
 def test_frames_of_a_batch_become_patches_where_the_model_is(processor):
     """Of several sizes, through a pickle, in the model's dtype; without `frames` the batch holds them already."""
-    encode, conversation = Encoder(processor, Sampling()), Conversation(TEXT.format("video"), (), (), (), None)
+    encode, conversation = Encoder(processor, Sampling()), conversation_about("video")
     samples = []
     for count, height, width in ((2, 60, 90), (4, 150, 100)):
         info = MediaInfo(count, 2.0, height, width)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swim_fast.data.source.errors import ProcessorError
+from swim_fast.errors import ProcessorError
+from swim_fast.families.sizes import Size
 
-Size = tuple[int, int]  # height, width
 SIZES = ("patch_size", "merge_size", "temporal_patch_size")
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 
@@ -68,16 +68,6 @@ class PatchLayout:
         """Pixels of a token's side, of which those of a resized frame are multiples."""
         return self.patch_size * self.merge_size
 
-    def choose_size(self, height: int, width: int, lowest: int, highest: int) -> Size:
-        """Return the size that a frame or image is given: close to its own, with `lowest` to `highest` pixels.
-
-        Raises:
-            ValueError: an extreme aspect ratio.
-        """
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-        return smart_resize(height, width, self.factor, lowest, highest)
-
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return the patches of resized frames: in time, vertically, horizontally."""
         return -(-frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
@@ -126,8 +116,8 @@ class PatchLayout:
         else:
             wanted = processor([planes], **about)
             values, grid, count = wanted["pixel_values"], wanted["image_grid_thw"], 1
-        resized = self.resize(picture, self.choose_size(*size, *limits.values()))
-        found = PackedFrames.of(np.stack([resized] * count), self)
+        rows, columns = (int(n) * self.patch_size for n in grid[0][1:])
+        found = PackedFrames.of(np.stack([self.resize(picture, (rows, columns))] * count), self)
         same = grid.tolist() == [list(self.grid(*found.sizes[0]))] and values.shape == (len(found), values.shape[-1])
         if not same or not torch.allclose(found.patches(), values, rtol=0, atol=1e-6):
             raise ProcessorError(

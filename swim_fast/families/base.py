@@ -1,0 +1,82 @@
+"""Families of models: where the parts of a model lie, and which layers have an attention that maps are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from swim_fast.errors import UserError
+from swim_fast.families.layout import VisualLayout
+
+
+class UnsupportedModelError(UserError, ValueError):
+    """A model or processor of no family, one without its language-model head, or an attention of another softmax."""
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Sizes of a vision tower, for estimates of memory and operations.
+
+    Attributes:
+        hidden, depth, heads, intermediate: width, blocks, heads of a block and width of its MLP.
+        patch_values: pixel values of a patch.
+        patches_per_token: patches that become one token of the language model.
+        full_blocks: blocks whose attention sees a whole frame; None: all.
+        window: side of the windows of the others, in patches.
+    """
+
+    hidden: int
+    depth: int
+    heads: int
+    intermediate: int
+    patch_values: int
+    patches_per_token: float
+    full_blocks: int | None = None
+    window: int = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models of transformers; paths are dotted ones below its `…ForConditionalGeneration`.
+
+    Attributes:
+        name: as it is known, for tables.
+        model_types: `config.model_type` of its models.
+        processors: classes of its processors.
+        layout: what its processor makes of frames.
+        language_model: decoder stack: has `.layers`, collects `outputs.attentions`.
+        visual: vision tower, whose forward takes the pixels.
+        mergers: what brings visual features to the language model's width, inside of `visual` or not.
+        minimal_pass: (model) → features of the smallest input, on the model's device, for a batch without pixels.
+        vision: (model's configuration) → sizes of the vision tower.
+        attention: self-attention inside one decoder layer.
+        head: language-model head.
+        numbering: has `get_rope_index`, which numbers the tokens; None: they are counted.
+        pretraining_rule: numbers follow the rule of `swim_fast.position_ids`.
+        packable: several samples can be one sequence.
+        cacheless: the forward takes no noun queries unless `use_cache=False` is given from the start.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    processors: tuple[str, ...]
+    layout: type[VisualLayout]
+    language_model: str
+    visual: str
+    mergers: tuple[str, ...]
+    minimal_pass: Callable[[nn.Module], Tensor]
+    vision: Callable[[Any], Vision]
+    attention: str = "self_attn"
+    head: str = "lm_head"
+    numbering: str | None = None
+    pretraining_rule: bool = False
+    packable: bool = True
+    cacheless: bool = False
+
+
+def get_head_dim(text_config: Any) -> int:
+    """Return the head size of a text configuration, which may leave it to follow from the width."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
