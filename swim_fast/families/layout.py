@@ -85,19 +85,26 @@ class VisualLayout:
         Raises:
             ProcessorError: as for the class.
         """
-        processor = self.visual_processor(kind)
+        processor, size = self.visual_processor(kind), self.setting(kind, "size")
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None:
                 raise ProcessorError(
                     f"{name} is {value}, but {type(processor).__name__} gives every {kind} the same size; remove it"
                 )
-        size = processor.size
         side = size.get("shortest_edge")
         return FixedSize(*((side, side) if side else (size["height"], size["width"])))
 
     def visual_processor(self, kind: str) -> Any:
         """Return the image or video processor."""
         return getattr(self.processor, f"{kind}_processor")
+
+    def options(self, kind: str) -> dict[str, Any]:
+        """Return what the processor tells its image or video processor, beside its own settings."""
+        return dict(type(self.processor).valid_processor_kwargs._defaults.get(f"{kind}s_kwargs", {}))
+
+    def setting(self, kind: str, name: str) -> Any:
+        """Return a setting of the image or video processor; None if it has none of this name."""
+        return self.options(kind).get(name, getattr(self.visual_processor(kind), name, None))
 
     def view(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the part of a frame of this size that the model sees: top, bottom, left, right, in pixels."""
@@ -131,7 +138,7 @@ class VisualLayout:
             max_pixels: most pixels of a frame of this clip, below the processor's.
         """
         planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-        about = {"input_data_format": "channels_first", "return_tensors": "pt"}
+        about = {**self.options(kind), "input_data_format": "channels_first", "return_tensors": "pt"}
         if kind == "image":
             return dict(self.visual_processor(kind)([planes[0]], **about))
         about |= {"do_sample_frames": False, "return_metadata": True, "video_metadata": [clip.metadata()]}
@@ -165,9 +172,9 @@ class VisualLayout:
         """
         return visual.view(self.grid(kind, inputs))
 
-    def tower_grids(self, kind: str, inputs: dict[str, Any]) -> list[tuple[int, int, int]]:
-        """Return the patches of the vision tower of each clip or image: in time, vertically, horizontally."""
-        return []
+    def tower_grids(self, kind: str, inputs: dict[str, Any], cells: Tensor) -> list[tuple[int, int, int]]:
+        """Return what the vision tower sees, in tokens: pictures that it takes apart, their rows and columns."""
+        return [tuple(cells.shape)]
 
     @classmethod
     def join(cls, name: str, values: list[Tensor]) -> Tensor:

@@ -32,8 +32,8 @@ class PatchedLayout(VisualLayout):
 
     def find_limits(self, kind: str, min_pixels: int | None, max_pixels: int | None) -> Limits:
         """Return the limits of a frame. Errors as for the class."""
-        processor = self.visual_processor(kind)
-        lowest, highest = min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"]
+        processor, size = self.visual_processor(kind), self.setting(kind, "size")
+        lowest, highest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
         _check_limits(processor, lowest, highest)
         factor, shared = processor.patch_size * processor.merge_size, None
         if getattr(processor, "cap_pixels_per_frame", False):  # 0.9 is the processor's
@@ -71,10 +71,6 @@ class PatchedLayout(VisualLayout):
         merge = self.patches[kind].merge_size
         return time, height // merge, width // merge
 
-    def tower_grids(self, kind: str, inputs: dict[str, Any]) -> list[tuple[int, int, int]]:
-        """Return the grids before merging."""
-        return [tuple(grid) for grid in inputs[f"{kind}_grid_thw"].tolist()]
-
 
 class ClipLimitedLayout(PatchedLayout):
     """The same with limits on the pixels of a whole clip, as in Qwen3-VL's processor.
@@ -90,7 +86,7 @@ class ClipLimitedLayout(PatchedLayout):
         """Return the limits of a clip; `min_pixels` and `max_pixels` are of a frame in any case."""
         if kind not in self.clip_kinds:
             return super().find_limits(kind, min_pixels, max_pixels)
-        processor = self.visual_processor(kind)
+        processor, size = self.visual_processor(kind), self.setting(kind, "size")
         factor = processor.patch_size * processor.merge_size
         if min_pixels is not None and max_pixels is not None:
             _check_limits(processor, min_pixels, max_pixels)
@@ -98,8 +94,8 @@ class ClipLimitedLayout(PatchedLayout):
         return ClipLimits(
             factor=factor,
             temporal_factor=processor.temporal_patch_size,
-            lowest=processor.size["shortest_edge"],
-            highest=processor.size["longest_edge"],
+            lowest=size["shortest_edge"],
+            highest=size["longest_edge"],
             frame_lowest=min_pixels,
             frame_highest=max_pixels,
             capped=capped,

@@ -104,9 +104,9 @@ class PatchLayout:
         """Raise ProcessorError unless a picture becomes the processor's patches."""
         size = (2 * self.factor + 5, 3 * self.factor - 3)
         picture = (np.arange(size[0] * size[1] * 3, dtype=np.int64) * 7919 % 251).astype(np.uint8).reshape(*size, 3)
-        limits = {"min_pixels": 4 * self.factor**2, "max_pixels": 5 * self.factor**2}
+        limits = {"shortest_edge": 4 * self.factor**2, "longest_edge": 10 * self.factor**2}
         planes = torch.from_numpy(picture).permute(2, 0, 1)
-        about = {**limits, "input_data_format": "channels_first", "return_tensors": "pt"}
+        about = {"size": limits, "input_data_format": "channels_first", "return_tensors": "pt"}
         if "video" in type(processor).__name__.lower():
             about |= {"do_sample_frames": False}
             if hasattr(processor, "cap_pixels_per_frame"):

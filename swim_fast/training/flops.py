@@ -95,7 +95,9 @@ class StepFlops:
     def __call__(self, counts: BatchCounts) -> Flops:
         """Return the operations of one batch's forward and backward, without padding."""
         patches = vision_pairs = 0
-        for frames, height, width in counts.grids:
+        side = round(self._patches_per_token**0.5)
+        for frames, rows, columns in counts.grids:
+            height, width = rows * side, columns * side
             patches += frames * height * width
             windows = self._sum_squares(height) * self._sum_squares(width)
             inside = self._whole_frames * (height * width) ** 2 + (self._depth - self._whole_frames) * windows

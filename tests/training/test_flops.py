@@ -31,7 +31,7 @@ def batch_of(model, frames=2, height=6, width=20, text=30, labels=12) -> dict:
 
 
 def counts_of(batch):
-    grids = tuple(tuple(grid) for grid in batch["video_grid_thw"].tolist())
+    grids = tuple((frames, height // 2, width // 2) for frames, height, width in batch["video_grid_thw"].tolist())
     return dataclasses.replace(BatchCounts.from_batch(batch), grids=grids)
 
 

@@ -20,7 +20,7 @@ class BatchCounts:
         lengths: tokens of each sample, without padding.
         token_slots: tokens and padding.
         tags_without_mask: number of tagged nouns without a mask in the frames taken.
-        grids: (temporal patches, height, width) of each image and video, in patches before merging.
+        grids: (pictures, rows, columns) of each image and video, in tokens: the vision tower takes pictures apart.
     """
 
     labels: int

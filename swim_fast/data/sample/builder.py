@@ -66,7 +66,7 @@ class Sample:
         tags_without_mask: number of tagged nouns without a mask in the frames taken, whose attention is not trained.
         cells: position of the token of each cell of each temporal patch, int64 [patches, h, w], −1 where a cell has
             none; None for text.
-        grids: patches of the vision tower: in time, vertically, horizontally.
+        grids: what the vision tower sees, see `VisualLayout.tower_grids`.
         frames: frame indices in the source video, padding included.
         notes: remarks for the user, such as on a video that was thinned.
     """

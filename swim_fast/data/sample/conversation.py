@@ -78,7 +78,7 @@ class ConversationRenderer:
         self.processor = processor
         self._system_prompt, self._left_out, self._header = system_prompt, "", ""
         special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-        special |= {processor.image_token, processor.video_token}
+        special |= {getattr(processor, name) for name in ("image_token", "video_token") if hasattr(processor, name)}
         self.special_tokens = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
         if special := self.special_tokens.search(system_prompt or ""):
             raise OptionError(f"system_prompt holds {special.group()!r}, a special token of this model; remove it")
@@ -152,7 +152,8 @@ class ConversationRenderer:
 
     def _parts(self, turn: Turn, has_media: bool) -> list[_Part]:
         text, nouns = strip_tags(turn.text)
-        if special := self.special_tokens.search(text):
+        # some families' own tokens are written as the placeholder is
+        if special := self.special_tokens.search(PLACEHOLDER.sub("", text) if turn.role == "user" else text):
             raise DataError(
                 f"the text holds {special.group()!r}, a special token of this model, which would break the "
                 "conversation apart; remove or rewrite it"
@@ -244,7 +245,9 @@ class ConversationRenderer:
     def _media_span(self, text: str, kind: str) -> Span | None:
         if kind == "text":
             return None
-        token = self.processor.video_token if kind == "video" else self.processor.image_token
+        token = getattr(self.processor, f"{kind}_token", None)
+        if token is None:
+            raise DataError(f"this model takes no {kind}", key=kind)
         if text.count(token) != 1:
             raise DataError(f"the chat template renders one {kind} as {text.count(token)} × {token!r} instead of one")
         start = text.index(token)

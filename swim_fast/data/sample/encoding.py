@@ -34,7 +34,7 @@ class Encoding:
         nouns: character range of each tagged noun in that text, in the order of the tags.
         cells: position of the token of each cell of each temporal patch, int64 [patches, h, w], −1 where a cell has
             none; None for text.
-        grids: patches of the vision tower: in time, vertically, horizontally.
+        grids: what the vision tower sees, see `VisualLayout.tower_grids`.
     """
 
     inputs: dict[str, Any]
@@ -201,7 +201,7 @@ class Encoder:
         inputs["mm_token_type_ids"] = visual.long() * (1 if kind == "image" else 2)  # as transformers numbers them
         cells = self.layout.cells(kind, prepared, torch.nonzero(visual).flatten())
         inputs |= self.layout.keep(kind, prepared)
-        return Encoding(inputs, offsets, nouns, cells, tuple(self.layout.tower_grids(kind, prepared)))
+        return Encoding(inputs, offsets, nouns, cells, tuple(self.layout.tower_grids(kind, prepared, cells)))
 
     def _tokenize(self, text: str) -> tuple[Tensor, Tensor]:
         """Return tokens [L] and the character range of each [L, 2], int64; the text has its special tokens already."""

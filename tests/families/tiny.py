@@ -1,0 +1,156 @@
+"""Tiny models and processors of the supported families: stock classes, random weights, a tokenizer of a few words."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from swim_fast.demo.tiny_model import CHAT_TEMPLATE, train_tokenizer
+
+TEXTS = (
+    "What is the dog on the left doing? The brown dog runs after the ball.",
+    "Describe the red ball. The red ball rolls to the right and stops at the wall.",
+    "system\nYou are a helpful assistant. user\n assistant\n <0.5 seconds> Frame1: Time 1.5s: 00:01",
+)
+TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "max_position_embeddings": 4096}
+# The chat templates of most families differ in what they write for a picture alone.
+TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' }}
+    {%- for part in message.content %}
+        {%- if part.type in pictures %}{{- pictures[part.type] }}{% else %}{{- part.text }}{% endif %}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+class Tiny(NamedTuple):
+    """A family's processor and a function that builds its model, the same weights every time."""
+
+    processor: Any
+    build: Callable[[], Any]
+
+
+def template(image: str, video: str | None = None) -> str:
+    """Return a chat template that writes these texts for an image and a video."""
+    pictures = {"image": image} | ({"video": video} if video else {})
+    return f"{{%- set pictures = {pictures!r} -%}}\n{TEMPLATE}"
+
+
+def tokenizer_with(tokens: dict[str, str], more: tuple[str, ...] = ()) -> Any:
+    """Return the tokenizer with further special tokens: by attribute, such as `image_token`, and without one."""
+    tokenizer = train_tokenizer(TEXTS * 2, 400)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tokens.values(), *more]}, False)
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    return tokenizer
+
+
+def model_of(model_class: type, config: Any) -> Callable[[], Any]:
+    """Return a function that builds a model in fp32, with the same weights every time."""
+
+    def build():
+        torch.manual_seed(0)
+        return model_class._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+
+    return build
+
+
+def text_config(tokenizer: Any, **more: Any) -> dict[str, Any]:
+    """Return the configuration of a tiny decoder."""
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in (("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))
+    }
+    return {**TEXT, "vocab_size": len(tokenizer), "eos_token_id": eos, "pad_token_id": pad, **more}
+
+
+def _qwen(family: str) -> Tiny:
+    import transformers
+
+    tokenizer = train_tokenizer(TEXTS * 2, 400)
+    names = "image_pad", "video_pad", "vision_start", "vision_end"
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
+    third = family.startswith("Qwen3VL")
+    patch = 16 if third else 14
+    layout = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+    factor = 2 * patch
+    size = {"shortest_edge": 4 * factor**2, "longest_edge": 24 * factor**2}
+    video = transformers.Qwen3VLVideoProcessor if third else transformers.Qwen2VLVideoProcessor
+    processor = getattr(transformers, f"{'Qwen3VL' if third else family}Processor")(
+        image_processor=transformers.Qwen2VLImageProcessor(size=dict(size), **layout),
+        tokenizer=tokenizer,
+        video_processor=video(size={k: v * (4 if third else 1) for k, v in size.items()}, **layout),
+        chat_template=CHAT_TEMPLATE,
+    )
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": patch, "spatial_merge_size": 2}
+    vision |= {"temporal_patch_size": 2, "in_channels": 3, "initializer_range": 0.1}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = text_config(tokenizer, rope_parameters=rope)
+    if family == "Qwen2VL":
+        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    else:
+        vision |= {"intermediate_size": 32, "out_hidden_size": 64}
+    if family == "Qwen2_5_VL":
+        vision |= {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+    if third:
+        vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+        rope["mrope_interleaved"] = True
+    if family == "Qwen3VLMoe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=False,
+    )
+    return Tiny(processor, model_of(getattr(transformers, f"{family}ForConditionalGeneration"), config))
+
+
+def _internvl() -> Tiny:
+    import transformers
+
+    tokens = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    tokenizer = tokenizer_with(tokens | {"video_token": "<video>"})
+    size, mean = {"height": 56, "width": 56}, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = transformers.InternVLProcessor(
+        image_processor=transformers.GotOcr2ImageProcessor(size=dict(size), max_patches=6, **mean),
+        tokenizer=tokenizer,
+        video_processor=transformers.InternVLVideoProcessor(size=dict(size), **mean),
+        image_seq_length=4,
+        chat_template=template("<IMG_CONTEXT>\n", "<video>\n"),
+    )
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.InternVLConfig(
+        text_config={"model_type": "qwen2", **text_config(tokenizer)},
+        vision_config={**vision, "image_size": 56, "patch_size": 14},
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    return Tiny(processor, model_of(transformers.InternVLForConditionalGeneration, config))
+
+
+MAKERS: dict[str, Callable[[], Tiny]] = {
+    "Qwen2-VL": functools.partial(_qwen, "Qwen2VL"),
+    "Qwen2.5-VL": functools.partial(_qwen, "Qwen2_5_VL"),
+    "Qwen3-VL": functools.partial(_qwen, "Qwen3VL"),
+    "Qwen3-VL MoE": functools.partial(_qwen, "Qwen3VLMoe"),
+    "InternVL": _internvl,
+}
+
+
+@functools.cache
+def tiny(name: str) -> Tiny:
+    """Return the tiny processor and model of a family."""
+    return MAKERS[name]()
