@@ -65,10 +65,7 @@ def model_of(model_class: type, config: Any) -> Callable[[], Any]:
 
 def text_config(tokenizer: Any, **more: Any) -> dict[str, Any]:
     """Return the configuration of a tiny decoder."""
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(token)
-        for name, token in (("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))
-    }
+    eos, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     return {**TEXT, "vocab_size": len(tokenizer), "eos_token_id": eos, "pad_token_id": pad, **more}
 
 
