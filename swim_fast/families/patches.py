@@ -102,12 +102,14 @@ class PatchLayout:
 
     def _compare(self, processor: Any) -> None:
         """Raise ProcessorError unless a picture becomes the processor's patches."""
+        from transformers.video_processing_utils import BaseVideoProcessor
+
         size = (2 * self.factor + 5, 3 * self.factor - 3)
         picture = (np.arange(size[0] * size[1] * 3, dtype=np.int64) * 7919 % 251).astype(np.uint8).reshape(*size, 3)
         limits = {"shortest_edge": 4 * self.factor**2, "longest_edge": 10 * self.factor**2}
         planes = torch.from_numpy(picture).permute(2, 0, 1)
         about = {"size": limits, "input_data_format": "channels_first", "return_tensors": "pt"}
-        if "video" in type(processor).__name__.lower():
+        if isinstance(processor, BaseVideoProcessor):
             about |= {"do_sample_frames": False}
             if hasattr(processor, "cap_pixels_per_frame"):
                 about["cap_pixels_per_frame"] = False

@@ -138,12 +138,79 @@ def _internvl() -> Tiny:
     return Tiny(processor, model_of(transformers.InternVLForConditionalGeneration, config))
 
 
+def _glm(family: str) -> Tiny:
+    import transformers
+
+    tokens = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    around = [f"<|{side}_of_{kind}|>" for kind in ("image", "video") for side in ("begin", "end")]
+    tokenizer = tokenizer_with(tokens, tuple(around))
+    ids = tokenizer.convert_tokens_to_ids(around)
+    kind = "Glm46V" if family == "Glm46V" else "Glm4v"
+    layout = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"shortest_edge": 8 * 28**2, "longest_edge": 48 * 28**2}
+    processor = getattr(transformers, f"{kind}Processor")(
+        image_processor=getattr(transformers, f"{kind}ImageProcessor")(size=dict(size), **layout),
+        tokenizer=tokenizer,
+        video_processor=getattr(transformers, f"{kind}VideoProcessor")(
+            size=size | {"longest_edge": 100 * 28**2}, **layout
+        ),
+        chat_template=template(
+            "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
+        ),
+    )
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 32}
+    vision |= {"image_size": 56, "patch_size": 14, "initializer_range": 0.1}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+    text = text_config(tokenizer, rope_parameters=rope)
+    if family == "Glm4vMoe":
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
+        text |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        image_start_token_id=ids[0],
+        image_end_token_id=ids[1],
+        video_start_token_id=ids[2],
+        video_end_token_id=ids[3],
+        tie_word_embeddings=False,
+    )
+    return Tiny(processor, model_of(getattr(transformers, f"{family}ForConditionalGeneration"), config))
+
+
+def _video_llama3() -> Tiny:
+    import transformers
+
+    tokenizer = tokenizer_with({"image_token": "<image>", "video_token": "<video>"})
+    size = {"shortest_edge": 4 * 28**2, "longest_edge": 24 * 28**2}
+    processor = transformers.VideoLlama3Processor(
+        image_processor=transformers.VideoLlama3ImageProcessor(size=dict(size)),
+        tokenizer=tokenizer,
+        video_processor=transformers.VideoLlama3VideoProcessor(size=size | {"longest_edge": 80 * 28**2}),
+        chat_template=template("<image>\n", "<video>\n"),
+    )
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.VideoLlama3Config(
+        text_config={"model_type": "qwen2", **text_config(tokenizer)},
+        vision_config={**vision, "patch_size": 14, "initializer_range": 0.1},
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        tie_word_embeddings=False,
+    )
+    return Tiny(processor, model_of(transformers.VideoLlama3ForConditionalGeneration, config))
+
+
 MAKERS: dict[str, Callable[[], Tiny]] = {
     "Qwen2-VL": functools.partial(_qwen, "Qwen2VL"),
     "Qwen2.5-VL": functools.partial(_qwen, "Qwen2_5_VL"),
     "Qwen3-VL": functools.partial(_qwen, "Qwen3VL"),
     "Qwen3-VL MoE": functools.partial(_qwen, "Qwen3VLMoe"),
     "InternVL": _internvl,
+    "GLM-4.1V": functools.partial(_glm, "Glm4v"),
+    "GLM-4.5V": functools.partial(_glm, "Glm4vMoe"),
+    "GLM-4.6V": functools.partial(_glm, "Glm46V"),
+    "VideoLLaMA3": _video_llama3,
 }
 
 

@@ -29,9 +29,9 @@ class NounQueries:
         key_start: [R] first key of the row's softmax. Above 0 for left padding, packed neighbours, sliding windows.
         key_end: [R] end (exclusive) of the row's softmax; `position + 1` is the causal softmax of the model.
         key_set: [R] the row of `key_sets` that this row is read out on, in [0, G).
-        key_sets: [G, N] key positions in [0, L), padded at the end with −1. A key may be named more than once: every
-            column is a read-out of its own, and their gradients add up. Keys outside [key_start, key_end) of a row
-            have probability 0 there, and no gradient.
+        key_sets: [G, N] key positions in [0, L), −1 where there is none: padding, or a cell without a token. A key may
+            be named more than once: every column is a read-out of its own, and their gradients add up. Keys outside
+            [key_start, key_end) of a row have probability 0 there, and no gradient.
         over: keys of a row's softmax: "range", [key_start, key_end), or "set", its key set, each key once, however
             often it is named; key_start and key_end do not matter then.
 
@@ -246,14 +246,8 @@ class NounQueries:
         if bad.any():
             g, n = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"NounQueries.key_sets[{g}, {n}] = {keys[g, n].item()} is neither in [0, {length}) nor the padding -1"
-            )
-        late = (keys[:, :-1] < 0) & (keys[:, 1:] >= 0)
-        if late.any():
-            g, n = late.nonzero()[0].tolist()
-            raise ValueError(
-                f"NounQueries.key_sets[{g}, {n}] is the padding -1 but the key {keys[g, n + 1].item()} follows: "
-                "pad at the end only"
+                f"NounQueries.key_sets[{g}, {n}] = {keys[g, n].item()} is neither in [0, {length}) nor -1, "
+                "which is no key"
             )
 
     def _check_rows(self, name: str, bad: Tensor, problem: str) -> None:
