@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from swim_fast.errors import OptionError, ProcessorError
-from swim_fast.families import glm_v, internvl, qwen_vl, video_llama3
+from swim_fast.families import glm_v, internvl, qwen_omni, qwen_vl, video_llama3
 from swim_fast.families.base import Family, UnsupportedModelError, Vision, get_head_dim
 from swim_fast.families.layout import Clip, VisualLayout
 
@@ -34,7 +34,13 @@ __all__ = [
     "register_family",
 ]
 
-FAMILIES: list[Family] = [*qwen_vl.FAMILIES, *internvl.FAMILIES, *glm_v.FAMILIES, *video_llama3.FAMILIES]
+FAMILIES: list[Family] = [
+    *qwen_vl.FAMILIES,
+    *qwen_omni.FAMILIES,
+    *internvl.FAMILIES,
+    *glm_v.FAMILIES,
+    *video_llama3.FAMILIES,
+]
 
 
 def register_family(family: Family) -> None:

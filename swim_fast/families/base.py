@@ -56,6 +56,7 @@ class Family:
         head: language-model head.
         numbering: has `get_rope_index`, which numbers the tokens; None: they are counted.
         pretraining_rule: numbers follow the rule of `swim_fast.position_ids`.
+        unused: modules that no input of this project reaches; they are frozen.
         packable: several samples can be one sequence.
         cacheless: the forward takes no noun queries unless `use_cache=False` is given from the start.
     """
@@ -73,6 +74,7 @@ class Family:
     head: str = "lm_head"
     numbering: str | None = None
     pretraining_rule: bool = False
+    unused: tuple[str, ...] = ()
     packable: bool = True
     cacheless: bool = False
 

@@ -116,7 +116,7 @@ class VisualLayout:
 
     def visual_token(self, kind: str) -> int:
         """Return the id of the token that features of a video or image replace."""
-        return getattr(self.processor, f"{kind}_token_id")
+        return self.processor.tokenizer.convert_tokens_to_ids(self.placeholder(kind))
 
     def resizer(
         self, kind: str, clip: Clip, max_pixels: int | None = None

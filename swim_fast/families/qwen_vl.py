@@ -40,7 +40,8 @@ def _minimal_pass(model: nn.Module) -> Tensor:
     return minimal_patches(model, model.model.visual)
 
 
-def _vision(config: Any) -> Vision:
+def vision_of(config: Any) -> Vision:
+    """Return the sizes of a tower of Qwen2-VL's kind."""
     vision = config.vision_config
     width = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the language model's
     full = getattr(vision, "fullatt_block_indexes", None)
@@ -61,7 +62,7 @@ _PARTS: dict[str, Any] = {
     "visual": "model.visual",
     "numbering": "model",
     "minimal_pass": _minimal_pass,
-    "vision": _vision,
+    "vision": vision_of,
 }
 
 FAMILIES = [

@@ -106,11 +106,13 @@ def add_adapters(model: nn.Module, options, frozen: list[str], seed: int) -> Non
         import peft
     except ImportError as error:
         raise MissingLibraryError("model.lora needs peft: pip install 'swim-fast[lora]'") from error
+    pattern = build_target_pattern(model, options.targets)
     config = peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        target_modules=build_target_pattern(model, options.targets),
+        target_modules=pattern,
+        exclude_modules=f"(?!(?:{pattern})$).*",  # of mixtures of experts peft keeps only the names at its ends
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

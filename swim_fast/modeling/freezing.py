@@ -36,8 +36,10 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
     Raises:
         OptionError: an unknown part, or nothing left to train.
     """
-    visual = model.get_submodule(get_family(model).visual)
-    by_part = get_part_parameters(model)
+    family = get_family(model)
+    visual, by_part = model.get_submodule(family.visual), get_part_parameters(model)
+    for path in family.unused:
+        model.get_submodule(path).requires_grad_(False)
     for part in parts:
         if part not in by_part:
             raise OptionError(f"cannot freeze {part!r}: the parts are {', '.join(PARTS)}")

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from swim_fast.errors import OptionError
+from swim_fast.families import get_family
 from swim_fast.modeling.hooks import add_keyword_step
 
 
@@ -11,7 +13,12 @@ def accept_packed_batches(model: nn.Module) -> None:
     transformers sees from the position ids which tokens belong together, but only without a key/value cache, which is
     therefore left out. The lengths of the samples, which flash attention wants to be told, reach the language model
     alone: the vision tower has lengths of its own.
+
+    Raises:
+        OptionError: a family of models whose samples cannot be packed.
     """
+    if not get_family(model).packable:
+        raise OptionError(f"samples of {get_family(model).name} cannot be packed: leave out data.max_tokens_per_batch")
     add_keyword_step(model, "packed", _leave_out_cache)
 
 

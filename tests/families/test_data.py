@@ -9,6 +9,7 @@ from transformers.video_utils import VideoMetadata
 
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.sample.builder import Sample, SampleBuilder
+from swim_fast.data.sample.encoding import SECONDS
 from swim_fast.data.source.records import Record, Turn
 from swim_fast.data.video.reader import MediaInfo
 from swim_fast.families import FAMILIES, Clip, find_family, get_layout
@@ -69,8 +70,8 @@ def test_inputs_are_those_of_the_processor(name, kind):
     assert inputs["input_ids"].tolist() == wanted["input_ids"].tolist()
     own = {"input_ids", "attention_mask", "labels", "position_ids"}
     assert inputs.keys() - own <= wanted.keys() | {"mm_token_type_ids"}
-    assert wanted.keys() - own - {"mm_token_type_ids", "second_per_grid_ts"} <= inputs.keys()
-    for key in inputs.keys() & wanted.keys() - own - {"second_per_grid_ts"}:
+    assert wanted.keys() - own - {"mm_token_type_ids", *SECONDS} <= inputs.keys()
+    for key in inputs.keys() & wanted.keys() - own - SECONDS:
         assert torch.equal(inputs[key], wanted[key]), key
 
 

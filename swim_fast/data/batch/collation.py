@@ -84,7 +84,7 @@ class Collator:
             - `cu_seq_lens_q`, `cu_seq_lens_k` int32 [B + 1] and `max_length_q`, `max_length_k`, numbers, for flash
               attention of the language model, see `swim_fast.modeling.packed`.
 
-            The visual tensors that occur in the batch, concatenated (`second_per_grid_ts` as a list of numbers); and
+            The visual tensors that occur in the batch, joined (`second_per_grid_ts` as a list of numbers); and
             beside it
 
             - `label_positions` [n] int64, see `find_label_positions`, and `counts`: `BatchCounts`;

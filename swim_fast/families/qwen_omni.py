@@ -1,0 +1,67 @@
+"""Qwen2.5-Omni (arXiv 2503.20215) and Qwen3-Omni (arXiv 2509.17765): their thinkers, which see, hear and write.
+
+Sound is not trained on: no record has any, and the audio tower is frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swim_fast.families.base import Family
+from swim_fast.families.layout import Clip
+from swim_fast.families.patched import PatchedLayout, minimal_patches, seconds_per_patch
+from swim_fast.families.qwen_vl import vision_of
+
+
+class ThinkerLayout(PatchedLayout):
+    """Qwen2-VL's patches; the model is told how far temporal patches are apart, in seconds."""
+
+    token_types = None
+
+    def sketch(self, kind: str, clip: Clip, max_pixels: int | None = None) -> dict[str, Any]:
+        """Return the grid of patches and their distance in time."""
+        inputs = super().sketch(kind, clip, max_pixels)
+        if kind == "video":
+            seconds = seconds_per_patch(clip, self.frames_per_patch)
+            inputs["video_second_per_grid"] = torch.tensor([seconds], dtype=torch.float32)
+        return inputs
+
+    def expand(self, kind: str, inputs: dict[str, Any]) -> str:
+        """Return as many visual tokens as there are cells: the processor has no such function."""
+        time, height, width = self.grid(kind, inputs)
+        return self.placeholder(kind) * (time * height * width)
+
+
+def _minimal_pass(model: nn.Module) -> Tensor:
+    return minimal_patches(model, model.visual)
+
+
+_PARTS: dict[str, Any] = {
+    "layout": ThinkerLayout,
+    "language_model": "model",
+    "visual": "visual",
+    "unused": ("audio_tower",),
+    "minimal_pass": _minimal_pass,
+    "vision": vision_of,
+    "packable": False,  # its positions depend on sound, too, and are made in the model
+}
+
+FAMILIES = [
+    Family(
+        name="Qwen2.5-Omni",
+        model_types=("qwen2_5_omni_thinker",),
+        processors=("Qwen2_5OmniProcessor",),
+        mergers=("visual.merger",),
+        **_PARTS,
+    ),
+    Family(
+        name="Qwen3-Omni",
+        model_types=("qwen3_omni_moe_thinker",),
+        processors=("Qwen3OmniMoeProcessor",),
+        mergers=("visual.merger", "visual.merger_list"),
+        **_PARTS,
+    ),
+]
