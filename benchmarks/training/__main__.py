@@ -1,7 +1,7 @@
 """What the attention loss and the input cost in training: `python -m benchmarks.training`.
 
-The parts are in `steps.py` and `input.py`, their clips and models in `material.py`, tables and targets in `report.py`.
-Every figure is written when it is there: a run that is killed loses nothing.
+The parts are in `steps.py`, `input.py` and `profile.py`, their clips and models in `material.py`, tables and targets in
+`report.py`. Every figure is written when it is there: a run that is killed loses nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.training import input as training_input
+from benchmarks.training import profile as training_profile
 from benchmarks.training import report
 from benchmarks.training import steps as training_steps
 
-PARTS = ("steps", "padding", "loading", "collation")
+PARTS = ("steps", "padding", "loading", "profile", "collation")
 ROUNDS = {"tiny": 12, "0.1 B": 3}  # steps of each kind
 
 
@@ -29,6 +30,9 @@ def measure(parts: list[str], folder: Path, output: Path) -> None:
     if "loading" in parts:
         for name, clips in training_input.LOADED.items():
             put(*report.loading_records(training_input.measure_loading(folder, name, clips)))
+    if "profile" in parts:
+        for name, clips in training_input.LOADED.items():
+            put(*report.profile_records(training_profile.measure_profile(folder, name, clips)))
     if "steps" in parts:
         for size, rounds in ROUNDS.items():
             for ranks in (1, 2):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from swim_fast.data.batch.dataset import MixtureSampler, SwimDataset
 from swim_fast.data.batch.lengths import sample_lengths
 from swim_fast.data.batch.packing import PackingSampler
 from swim_fast.data.batch.positions import PositionIds
+from swim_fast.data.batch.workers import keep_freed_memory
 from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.options import Sampling, Source
 
@@ -51,6 +53,17 @@ def processor_of(checkpoint: Path):
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(checkpoint)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread in the block, as in a loader's worker."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measure_padding(folder: Path, clips: Sequence[Clip] = MIXTURE, pack_tokens: int = PACK_TOKENS) -> Padding:
@@ -104,6 +117,7 @@ class _Frames(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> int:
+        keep_freed_memory()  # as the dataset itself
         source, number = self.dataset.locate(index)
         reader = self.dataset.builder.reader
         return len(reader.frames(self.dataset.files[source][number], self.numbers[index]))
@@ -160,6 +174,7 @@ class Loading:
     everything: list[float]
     decoding: list[float]
     common: list[float]
+    load: float  # average number of processes that wanted to run in the minute before
 
     def share(self) -> float:
         """Return the share of the speed of decoding alone."""
@@ -174,6 +189,7 @@ def measure_loading(
 
     Workers and decoders have started and have seen each clip before the first pass that counts.
     """
+    load = os.getloadavg()[0]
     checkpoint = write_checkpoint(folder / "tiny", SIZES["tiny"])
     each = max(1, records // len(clips))
     path = write_records(folder / f"{name}.jsonl", clips, answers=[1] * each)
@@ -203,7 +219,7 @@ def measure_loading(
             if number:
                 seconds[what].append(passed)
     frames = sum(map(len, numbers))
-    return Loading(name, len(dataset), frames, **seconds)
+    return Loading(name, len(dataset), frames, **seconds, load=load)
 
 
 def _pass(loader: DataLoader) -> tuple[list, float]:
@@ -219,7 +235,7 @@ def _without_pixels(batch):
 
 @dataclasses.dataclass(frozen=True)
 class Collation:
-    """Seconds of collating one long sample, and of making it; one of every round."""
+    """Seconds of collating one long sample, five of every round, and of making it, one of every round."""
 
     tokens: int
     pairs: int
@@ -230,7 +246,7 @@ class Collation:
 
 
 def measure_collation(folder: Path, clip: Clip = LONG, rounds: int = 5) -> Collation:
-    """The sample is made anew by every round of `building`."""
+    """The sample is made anew by every round of `building`. All is done by one thread, as in a worker."""
     from transformers import AutoConfig
 
     checkpoint = write_checkpoint(folder / "tiny", SIZES["tiny"])
@@ -253,9 +269,10 @@ def measure_collation(folder: Path, clip: Clip = LONG, rounds: int = 5) -> Colla
         assert batch["pixel_values_videos"] is sample.inputs["pixel_values_videos"]
         assert batch["input_ids"].shape == (1, len(sample.inputs["input_ids"]))
         assert len(batch["mask_targets"]) == len(sample.pairs) > 0
-    times = {name: _times(lambda c=collator: c([sample]), rounds) for name, collator in collators.items()}
-    encoding = _times(lambda: builder.encode.video(plan.conversation, pixels, plan.frames, plan.info), rounds)
-    building = _times(lambda: builder(record), rounds)
+    with one_thread():
+        times = {name: _times(lambda c=collator: c([sample]), 5 * rounds) for name, collator in collators.items()}
+        encoding = _times(lambda: builder.encode.video(plan.conversation, pixels, plan.frames, plan.info), rounds)
+        building = _times(lambda: builder(record), rounds)
     builder.reader.close()
     return Collation(len(sample.inputs["input_ids"]), len(sample.pairs), encoding, building, **times)
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from benchmarks.core import RecordFile, Target, describe_machine, markdown_table, targets_table
 from benchmarks.training.input import BATCH, PACK_TOKENS, RANKS, WORKERS, Collation, Loading, Padding
+from benchmarks.training.profile import PARTS, Profile
 from benchmarks.training.steps import DTYPES, Steps
 
 HERE = Path(__file__).parent
 CSV, REPORT = "training.csv", "training.md"
+UNAVOIDABLE = ("resizing", "text", "handing over")  # parts: the processor's pixels and tokens, in the trainer's process
 OVERHEAD, ROOM, SHARE, FASTER, COLLATION = 0.03, 1.05, 0.85, 4.0, 0.010  # the targets
 
 
@@ -20,7 +22,7 @@ OVERHEAD, ROOM, SHARE, FASTER, COLLATION = 0.03, 1.05, 0.85, 4.0, 0.010  # the t
 class Record:
     """A row of the CSV: one figure. `value` is the median of the rounds, `lowest` and `highest` their extremes."""
 
-    part: str  # step, padding, loading, collation
+    part: str  # step, padding, loading, profile, collation
     case: str
     measure: str
     value: float
@@ -73,10 +75,15 @@ def padding_records(padding: Padding) -> list[Record]:
 
 
 def loading_records(loading: Loading) -> list[Record]:
-    about = f"{loading.samples} samples, {loading.frames} frames, {WORKERS} workers"
+    about = f"{loading.samples} samples, {loading.frames} frames, {WORKERS} workers; load average {loading.load:.1f}"
     all_three = {"everything": loading.everything, "decoding alone": loading.decoding, "common path": loading.common}
     rates = {name: [loading.samples / value for value in seconds] for name, seconds in all_three.items()}
     return [record("loading", loading.name, name, values, "samples/s", about) for name, values in rates.items()]
+
+
+def profile_records(profile: Profile) -> list[Record]:
+    about = f"{profile.samples} samples, {profile.decoded / 1e6:.0f} MB of decoded frames each"
+    return [record("profile", profile.name, part, values, "s", about, 1) for part, values in profile.parts.items()]
 
 
 def collation_records(collation: Collation) -> list[Record]:
@@ -84,7 +91,7 @@ def collation_records(collation: Collation) -> list[Record]:
     measures = {"padded": "collation, padded", "packed": "collation, packed", "processor": "the processor"}
     measures["building"] = "decoding, processor, nouns and masks"
     values = asdict(collation)
-    return [record("collation", "one sample", text, values[key], "s", about) for key, text in measures.items()]
+    return [record("collation", "one sample", text, values[key], "s", about, 1) for key, text in measures.items()]
 
 
 def draw(folder: Path) -> str:
@@ -153,9 +160,13 @@ Written by `make bench-train`, on a CPU; no figure here is one of a GPU.
 - **Loading**: samples per second of the loader with {WORKERS} workers, collated, against a loader that decodes the same
   frames of the same clips by the same library and does nothing else, and against the common path: qwen-vl-utils and the
   processor, as many frames of the same size, without labels and masks. Passes alternate; the first does not count.
-- **Collation**: of one long sample, beside the time that it takes to be made.
+  On a machine with other load the common path, which decodes in its workers, has fewer processes that compete for it.
+- **Profile of loading**: the same samples in one process with one thread, which does what a worker does; time of a
+  sample by part, in the round that other processes disturbed least. A part within another counts for itself alone.
+  Pinning is not among them: the trainer's process does it, where there is a GPU.
+- **Collation**: of one long sample with one thread, as in a worker, beside the time that it takes to be made.
 
-Figures are medians; the CSV has the extremes."""
+Other figures are medians; the CSV has the extremes."""
 
 
 def draw_text(records: Iterable[Record]) -> str:
@@ -166,8 +177,10 @@ def draw_text(records: Iterable[Record]) -> str:
     lines += ["", "## Targets of this project", "", *targets_table(compute_targets(figures))]
     if figures.cases("step"):
         lines += ["", "## Step", "", *_steps(figures)]
-    for part, title in (("padding", "Padding"), ("loading", "Loading"), ("collation", "Collation")):
-        if figures.cases(part):
+    for part, title in (("padding", "Padding"), ("loading", "Loading"), ("profile", ""), ("collation", "Collation")):
+        if part == "profile":
+            lines += _profile(figures)
+        elif figures.cases(part):
             rows = [(r.case, r.measure, _value(r), r.about) for r in figures.all(part)]
             lines += ["", f"## {title}", "", *markdown_table([""] * 4, "llrl", rows)]
     return "\n".join([*lines, ""])
@@ -182,6 +195,38 @@ def _steps(figures: Figures) -> list[str]:
         rows.append((case, *values, *spans, a.threads, f"{a.about}; {a.rounds} rounds"))
     header = ("model", "with", "without", "more", "lowest to highest with", "without", "threads", "")
     return markdown_table(header, "lrrrrrrl", rows)
+
+
+def _profile(figures: Figures) -> list[str]:
+    """Return the table of parts, and what follows from it for the targets of loading."""
+    cases = figures.cases("profile")
+    if not cases:
+        return []
+    seconds = {case: {part: figures.get("profile", case, part).lowest for part in PARTS} for case in cases}
+    totals = {case: sum(parts.values()) for case, parts in seconds.items()}
+    rows = []
+    for part, about in PARTS.items():
+        cells = ((f"{1e3 * seconds[c][part]:.1f} ms", f"{seconds[c][part] / totals[c]:.1%}") for c in cases)
+        rows.append((part, *(cell for pair in cells for cell in pair), about))
+    rows.append(("all", *(cell for c in cases for cell in (f"{1e3 * totals[c]:.1f} ms", "")), ""))
+    header = ("part", *(cell for case in cases for cell in (case, "")), "")
+    table = markdown_table(header, "l" + "rr" * len(cases) + "l", rows)
+    lines = ["", "## Profile of loading", "", *table, "", *(_bound(figures, case, seconds[case]) for case in cases)]
+    return lines
+
+
+def _bound(figures: Figures, case: str, seconds: dict[str, float]) -> str:
+    """Return a line on the most that the targets of loading could be, were every part free that a loader can avoid."""
+    decoding = seconds["decoding"] + seconds["moving frames"]
+    most = decoding / (decoding + sum(seconds[part] for part in UNAVOIDABLE))
+    text = (
+        f"- {case}: a loader that did nothing but decode, and {', '.join(UNAVOIDABLE)}, would reach {most:.2f} of "
+        f"decoding alone (wanted: {SHARE})"
+    )
+    if case in figures.cases("loading"):
+        alone, common = (figures.get("loading", case, name).value for name in ("decoding alone", "common path"))
+        text += f"; decoding alone is {alone / common:.2f} times as fast as the common path (wanted: {FASTER})"
+    return f"{text}."
 
 
 def _value(found: Record) -> str:

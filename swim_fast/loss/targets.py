@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -273,10 +274,35 @@ def average_mask(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype = torc
         [..., h, w] in [0, 1].
     """
     height, width = masks.shape[-2:]
-    rows = _integer_overlaps(height, grid[0], masks.device).to(dtype)  # [h, Hm]
     columns = _integer_overlaps(width, grid[1], masks.device).to(dtype)  # [w, Wm]
     with no_autocast(masks.device.type):  # 16 bits do not hold the integers
-        return rows @ masks.to(dtype) @ columns.T / (height * width)
+        if masks.device.type == "cpu":
+            sums = _sum_rows(masks, grid[0], dtype)
+        else:
+            sums = _integer_overlaps(height, grid[0], masks.device).to(dtype) @ masks.to(dtype)
+        return sums @ columns.T / (height * width)
+
+
+def _sum_rows(masks: Tensor, cells: int, dtype: torch.dtype) -> Tensor:
+    """Return Σ_i overlap[c, i] · masks[..., i, :] as [..., cells, Wm], on the CPU, with `_integer_overlaps`.
+
+    Pixels are added up as bytes: a product of matrices would first make each of them a floating-point number.
+    """
+    pixels = masks.numpy().view(numpy.uint8)
+    height = pixels.shape[-2]
+    sums = torch.empty(*masks.shape[:-2], cells, masks.shape[-1], dtype=dtype)
+    out = sums.numpy()
+    for cell in range(cells):
+        first, last = cell * height // cells, ((cell + 1) * height - 1) // cells  # pixels that the cell touches
+        kind = numpy.uint16 if last - first < 2**16 - 1 else numpy.uint32
+        out[..., cell, :] = cells * numpy.add.reduce(pixels[..., first : last + 1, :], -2, kind).astype(out.dtype)
+        for pixel, outside in (
+            (first, cell * height - first * cells),
+            (last, (last + 1) * cells - (cell + 1) * height),
+        ):
+            if outside:
+                out[..., cell, :] -= outside * pixels[..., pixel, :].astype(out.dtype)
+    return sums
 
 
 def _integer_overlaps(pixels: int, cells: int, device: torch.device) -> Tensor:

@@ -1,12 +1,14 @@
 """The benchmark of training on small clips: what it refuses to time, what it measures, what it writes."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
 
 from benchmarks.training import __main__ as training
 from benchmarks.training import input as training_input
+from benchmarks.training import profile as training_profile
 from benchmarks.training import report as training_report
 from benchmarks.training import steps as training_steps
 from benchmarks.training.material import Clip, write_records
@@ -102,10 +104,38 @@ def test_loading(folder):
     assert found.share() == pytest.approx(found.decoding[0] / found.everything[0])
 
 
+def test_profile_adds_up(folder, monkeypatch):
+    """The parts are disjoint and make up the whole; nothing stays watched."""
+    from swim_fast.data.source.masks import Mask
+
+    decode = Mask.decode
+    began = time.perf_counter()
+    found = training_profile.measure_profile(folder, "profiled", [Clip(8, 112, 112), Clip(16, 112, 112)], 4, rounds=2)
+    passed = time.perf_counter() - began
+    assert found.samples == 4 and found.decoded == 12 * 3 * 112 * 112
+    assert list(found.parts) == list(training_profile.PARTS)
+    assert all(len(values) == 2 and min(values) > 0 for values in found.parts.values())
+    assert found.samples * sum(map(sum, found.parts.values())) < passed
+    assert Mask.decode is decode
+
+
+def test_a_part_within_another_counts_for_itself_alone(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 7.0, 7.0, 8.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    watch = training_profile.Stopwatch()
+    with watch.part("outer"):
+        with watch.part("inner"):
+            pass
+    with watch.part("inner"):
+        pass
+    assert watch.seconds == {"outer": 5.0, "inner": 3.0}
+
+
 def test_collation(folder):
     found = training_input.measure_collation(folder, Clip(8, 112, 140, 4), rounds=2)
     assert found.tokens > 4 * 20 and found.pairs >= 2 * 3  # three nouns, two annotated patches
-    assert all(len(getattr(found, name)) == 2 for name in ("processor", "building", "padded", "packed"))
+    assert all(len(getattr(found, name)) == 2 for name in ("processor", "building"))
+    assert all(len(getattr(found, name)) == 10 for name in ("padded", "packed"))
 
 
 def test_collation_does_not_copy_a_single_sample(folder):
@@ -131,13 +161,16 @@ def test_report(tmp_path):
     slow = dataclasses.replace(STEPS, with_loss=[1.01, 1.01, 1.02])
     file.put(*training_report.step_records("tiny", slow))  # in their place
     padding = training_input.Padding(10, 40, 400, 1.9, 1.0, 1.06, 4, 3)
-    loading = training_input.Loading("720p", 12, 384, [4.0], [3.0], [9.0])
+    loading = training_input.Loading("720p", 12, 384, [4.0], [3.0], [9.0], 0.3)
     collation = training_input.Collation(17_960, 16, [1.9], [2.2], [0.0008], [0.02])
     file.put(*training_report.padding_records(padding), *training_report.loading_records(loading))
     file.put(*training_report.collation_records(collation))
+    parts = {part: [0.1] for part in training_profile.PARTS}
+    profile = training_profile.Profile("720p", 12, 88_000_000, parts)
+    file.put(*training_report.profile_records(profile))
     training_report.draw(tmp_path)
     records = training_report.open_records(tmp_path).records.values()
-    assert len(records) == 2 + 3 + 3 + 4
+    assert len(records) == 2 + 3 + 3 + 4 + len(training_profile.PARTS)
     found = {
         target.name.split(":")[0]: (round(target.value, 3), target.met)
         for target in training_report.compute_targets(Figures(records))
@@ -153,6 +186,8 @@ def test_report(tmp_path):
     text = (tmp_path / "training.md").read_text()
     assert "| tiny, 2 ranks | 1.010 s | 1.000 s | 1.0% |" in text and text.count("**not met**") == 4
     assert "0.9 M parameters, float32, 4,136 tokens" in text
+    assert f"| resizing | 100.0 ms | {1 / len(parts):.1%} |" in text
+    assert "would reach 0.40 of decoding alone (wanted: 0.85); decoding alone is 3.00 times" in text  # 2 of 2 + 3 parts
 
 
 def test_median_and_extremes():

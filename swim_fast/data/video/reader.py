@@ -170,6 +170,9 @@ class _Child:
             # One decoder thread a worker: parallelism comes from the number of workers.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
+            # glibc keeps what a clip's frames took for the next one's, as `keep_freed_memory` has it do in workers.
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "swim_fast.data.video.decode_child", reader],
