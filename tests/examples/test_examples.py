@@ -43,3 +43,10 @@ def test_kernel_alone_in_triton():
     command = [sys.executable, "examples/kernel_alone.py", "triton"]
     out = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
     assert all(float(line.split()[-1]) < 1e-5 for line in out.splitlines() if "error" in line) and "maps" in out
+
+
+def test_new_family():
+    """As a command, since it registers the family in its process."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    out = subprocess.check_output([sys.executable, "examples/new_family.py"], cwd=ROOT, env=environment, text=True)
+    assert "tokens of the noun: [" in out and 0 < float(out.split()[-1]) < 10

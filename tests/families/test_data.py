@@ -1,6 +1,7 @@
 """The data side of every family: inputs as its processor makes them, counts without decoding, tokens of each patch."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,3 +165,15 @@ def test_layouts_are_pickled_and_refuse_what_they_cannot_do(name):
         limited = SampleBuilder(tiny(name).processor, Sampling(min_pixels=low, max_pixels=high)).encode.layout
         sizes = [limited.limits[kind].size(n, 90, 140) for n in (2, 6)]
         assert sizes[0] == sizes[1] and sizes[0][0] * sizes[0][1] <= high
+
+
+def test_the_readmes_table_is_true():
+    """One row for each model that is tried here: what it takes, frames that share tokens, packing."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").partition("## Models")[2]
+    table = [line.strip("| ").split(" | ") for line in text.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    wanted = []
+    for name in MAKERS:
+        layout, family = get_layout(tiny(name).processor), find_family(tiny(name).build().config)
+        takes, packed = ", ".join(sorted(layout.kinds, reverse=True)), "yes" if family.packable else "no"
+        wanted.append([name, takes, str(layout.frames_per_patch) if "video" in layout.kinds else "–", packed])
+    assert table[1:] == wanted and len(wanted) >= 11
