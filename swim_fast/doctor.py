@@ -164,7 +164,8 @@ def list_checks() -> dict[str, Check]:
         "kernels": Check(_check_kernels, "torch", required=True),
         "flash attention": Check(_check_flash_attention, "torch", required=True),
         "Liger": Check(_check_liger, "liger-kernel"),
-        **{name: Check(partial(_import, name), name) for name in ("deepspeed", "peft", "bitsandbytes")},
+        **{name: Check(partial(_import, name), name) for name in ("deepspeed", "bitsandbytes")},
+        "peft": Check(_check_peft, "peft"),
         **{
             f"reader {reader}": Check(partial(_check_reader, reader), required=reader == Decoding().reader)
             for reader in get_args(Decoding.model_fields["reader"].annotation)
@@ -294,6 +295,15 @@ def _check_liger() -> Iterator[Finding]:
     if refusal is None:
         importlib.import_module("liger_kernel.ops")
     yield Finding("Liger", "broken" if refusal else "ok", refusal or "this version is accepted; it is used on CUDA")
+
+
+def _check_peft() -> Iterator[Finding]:
+    from swim_fast.modeling.adapters import get_peft_refusal
+
+    refusal = get_peft_refusal()
+    if refusal is None:
+        importlib.import_module("peft")
+    yield Finding("peft", "broken" if refusal else "ok", refusal or "this version is accepted")
 
 
 def _check_reader(reader: str) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ so that text after a long clip gets positions that the model never saw there: af
 token stands at 38 instead of 226, in the midst of the video.
 
 Seconds per patch are cut to whole seconds before they become positions, as transformers 4.57 to 5.17 do it, whatever
-the installed release does.
+the installed release does: from 5.18 on, positions are cut instead.
 """
 
 import itertools

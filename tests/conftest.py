@@ -55,3 +55,8 @@ def pytest_runtest_setup(item):
     for name in (name for marker in item.iter_markers("needs") for name in marker.args):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
+        if name == "peft":
+            from swim_fast.modeling.adapters import get_peft_refusal
+
+            if refusal := get_peft_refusal():
+                pytest.skip(refusal)

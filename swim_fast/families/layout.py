@@ -100,7 +100,9 @@ class VisualLayout:
 
     def options(self, kind: str) -> dict[str, Any]:
         """Return what the processor tells its image or video processor, beside its own settings."""
-        return dict(type(self.processor).valid_processor_kwargs._defaults.get(f"{kind}s_kwargs", {}))
+        name = f"{kind}s_kwargs"
+        defaults = getattr(type(self.processor).valid_processor_kwargs, "_defaults", {})
+        return {**getattr(self.processor, name, {}), **defaults.get(name, {})}  # from transformers 5.23 on, and before
 
     def setting(self, kind: str, name: str) -> Any:
         """Return a setting of the image or video processor; None if it has none of this name."""

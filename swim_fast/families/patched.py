@@ -119,7 +119,7 @@ def seconds_per_patch(clip: Clip, frames_per_patch: int) -> float:
     frames take no time. A single frame lasts 1 / fps.
 
     It is handed over exactly. `swim_fast.position_ids`, as transformers 5.17 itself, then cuts it to whole seconds, so
-    that patches less than a second apart share one temporal position. Later releases of transformers do not
+    that patches less than a second apart share one temporal position. transformers from 5.18 on cuts positions instead
     (https://github.com/huggingface/transformers/pull/48669).
     """
     distinct = sorted(set(clip.frames))

@@ -9,11 +9,13 @@ With `quantize`, bitsandbytes keeps the frozen linear layers of the decoder in 4
 Adapters cannot be merged into such a base: `merge_adapters` always loads the base from disk without quantisation.
 """
 
+import importlib.metadata
 import re
 from os import PathLike
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from swim_fast.errors import MissingLibraryError, OptionError, nearest
@@ -21,7 +23,21 @@ from swim_fast.families import FAMILIES, get_family
 from swim_fast.modeling.freezing import get_part_parameters
 
 NAME = "default"  # of the adapter, as peft calls one that nobody named
+LAST_WITH_PEFT_0_21 = "<5.24"  # releases of transformers; later ones need peft 0.22
 PREFIX = "base_model.model."  # of the names in an adapter's file: those below peft's wrapper
+
+
+def get_peft_refusal() -> str | None:
+    """Return the reason why the installed transformers refuses the installed peft, None if it takes it."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION as LEAST
+
+    transformers, peft = (importlib.metadata.version(name) for name in ("transformers", "peft"))
+    if Version(peft) >= Version(LEAST):
+        return None
+    return (
+        f"transformers {transformers} needs peft {LEAST} or later, and {peft} is installed: pip install "
+        f"'peft>={LEAST}', or an earlier transformers, such as pip install 'transformers{LAST_WITH_PEFT_0_21}'"
+    )
 
 
 def build_quantization_config(quantize: str, compute_dtype: torch.dtype):
@@ -100,12 +116,14 @@ def add_adapters(model: nn.Module, options, frozen: list[str], seed: int) -> Non
 
     Raises:
         OptionError: unknown targets, or targets in a part that is to be frozen.
-        MissingLibraryError: peft is not installed.
+        MissingLibraryError: peft is not installed, or too old for the installed transformers.
     """
     try:
         import peft
     except ImportError as error:
         raise MissingLibraryError("model.lora needs peft: pip install 'swim-fast[lora]'") from error
+    if refusal := get_peft_refusal():
+        raise MissingLibraryError(f"model.lora cannot be used: {refusal}")
     pattern = build_target_pattern(model, options.targets)
     config = peft.LoraConfig(
         r=options.rank,

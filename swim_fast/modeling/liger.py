@@ -8,6 +8,7 @@ its submodules as before, so that adapters work. The state, and what is saved, s
 
 import functools
 import importlib.metadata
+import inspect
 import logging
 import types
 from collections import Counter
@@ -154,6 +155,7 @@ def _with_rotary(forward: types.FunctionType) -> types.FunctionType | None:
     A forward finds its rotary embedding among the globals of its file. A function with the same code and globals of its
     own finds Liger's there; other models of the process keep theirs.
     """
+    forward = inspect.unwrap(forward)  # transformers from 5.24 on wraps it, to rename an argument
     if not isinstance(forward, types.FunctionType) or _ROTARY not in forward.__code__.co_names:
         return None
     if not _is_plain_rotary(forward.__globals__.get(_ROTARY)):

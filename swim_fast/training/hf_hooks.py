@@ -1,4 +1,4 @@
-"""All that this project overrides of `transformers.Trainer` (5.17).
+"""All that this project overrides of `transformers.Trainer` (5.17 to 5.24).
 
 | method | why | test |
 |---|---|---|

@@ -30,6 +30,8 @@ def sums_one_by_one(folder, path, fused):
     by_layer, together, ranked, ranked_together = 0, 0, 0, 0
     for number in range(CLIPS):
         batch = collate([builder(records[number])])
+        if "second_per_grid_ts" in batch:  # cut as by the rule of pretraining
+            batch["second_per_grid_ts"] = [int(seconds) for seconds in batch["second_per_grid_ts"]]
         about = ("labels", "mask_targets", "samples", "problems", "notes")
         with torch.no_grad():
             maps = model(**{key: value for key, value in batch.items() if key not in about}).attentions

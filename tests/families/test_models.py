@@ -169,6 +169,7 @@ def test_parts_are_frozen(name, model):
             assert any(p.grad is not None for p in parameters) == (part not in frozen), (frozen, part)
 
 
+@pytest.mark.needs("peft")
 @FAMILY
 def test_adapters_lie_in_the_decoder_alone(name, model):
     pytest.importorskip("peft")

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from swim_fast.errors import OptionError
+from swim_fast.errors import MissingLibraryError, OptionError
 from swim_fast.modeling import liger
+from swim_fast.modeling.adapters import get_peft_refusal
 from swim_fast.modeling.prepare import prepare_model, restore_model
 from swim_fast.options import Lora
 from swim_kernels import NounQueries
@@ -96,3 +97,16 @@ def test_a_refused_option_leaves_the_model_as_it_was(model, options, message):
     with pytest.raises(OptionError, match=message):
         prepare_model(model, **EVERYTHING | options)
     assert describe(model) == before
+
+
+@pytest.mark.parametrize("release", ["0.21.0", "99.1"])
+def test_a_peft_that_transformers_refuses(model, monkeypatch, release):
+    pytest.importorskip("peft")
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", release)
+    refused = release == "99.1"
+    assert bool(get_peft_refusal()) == refused
+    if refused:
+        before = describe(model)
+        with pytest.raises(MissingLibraryError, match="needs peft 99.1 or later.*'peft>=99.1'.*transformers<5.24"):
+            prepare_model(model, lora=Lora())
+        assert describe(model) == before

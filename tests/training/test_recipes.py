@@ -41,7 +41,11 @@ def test_every_recipe_is_here():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*GPUS, "demo"}
 
 
-@pytest.mark.parametrize("name", GPUS)
+def with_marks(name, *values):
+    return pytest.param(name, *values, marks=[pytest.mark.needs("peft")] if name == "lora_24gb" else [])
+
+
+@pytest.mark.parametrize("name", [with_marks(name) for name in GPUS])
 def test_recipe_fits_its_gpus(name, folder, data, monkeypatch, tmp_path):
     monkeypatch.chdir(CONFIGS.parent)  # recipes name DeepSpeed's files from there
     monkeypatch.setenv("SWIM_FAST_CACHE", str(tmp_path))
@@ -81,7 +85,7 @@ def test_number_of_parameters_of_the_parts(folder, data, tmp_path, monkeypatch):
         ("long_video", "training.gradient_checkpointing=false"),
         ("qwen2_5_vl_7b_8xh100", "training.deepspeed=null"),
         ("qwen2_5_vl_7b_8xa100", "training.gradient_checkpointing=false"),
-        ("lora_24gb", "model.lora={rank: 16}"),
+        with_marks("lora_24gb", "model.lora={rank: 16}"),
     ],
 )
 def test_recipe_without_what_it_states_does_not_fit(name, override, folder, data, monkeypatch, tmp_path):

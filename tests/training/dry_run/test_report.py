@@ -131,6 +131,7 @@ def test_verdict_and_what_to_change(write_config, tmp_path, capsys):
     assert ratio == pytest.approx(4)
 
 
+@pytest.mark.needs("peft")
 def test_adapters(write_config, checkpoint):
     model = {"path": str(checkpoint), "freeze": ["vision_tower"], "lora": {"rank": 4}}
     text = str(report_of(write_config(model=model)))
