@@ -5,9 +5,11 @@ Sound is not trained on: no record has any, and the audio tower is frozen.
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from swim_fast.families.base import Family
@@ -35,15 +37,21 @@ class ThinkerLayout(PatchedLayout):
         return self.placeholder(kind) * (time * height * width)
 
 
+# transformers from 5.21 on holds towers and decoder in one module, as it does of other families
+_NESTED = Version(importlib.metadata.version("transformers")) >= Version("5.21")
+_BASE = "model." if _NESTED else ""
+_VISUAL = f"{_BASE}visual"
+
+
 def _minimal_pass(model: nn.Module) -> Tensor:
-    return minimal_patches(model, model.visual)
+    return minimal_patches(model, model.get_submodule(_VISUAL))
 
 
 _PARTS: dict[str, Any] = {
     "layout": ThinkerLayout,
-    "language_model": "model",
-    "visual": "visual",
-    "unused": ("audio_tower",),
+    "language_model": "model.language_model" if _NESTED else "model",
+    "visual": _VISUAL,
+    "unused": (f"{_BASE}audio_tower",),
     "minimal_pass": _minimal_pass,
     "vision": vision_of,
     "packable": False,  # its positions depend on sound, too, and are made in the model
@@ -54,14 +62,14 @@ FAMILIES = [
         name="Qwen2.5-Omni",
         model_types=("qwen2_5_omni_thinker",),
         processors=("Qwen2_5OmniProcessor",),
-        mergers=("visual.merger",),
+        mergers=(f"{_VISUAL}.merger",),
         **_PARTS,
     ),
     Family(
         name="Qwen3-Omni",
         model_types=("qwen3_omni_moe_thinker",),
         processors=("Qwen3OmniMoeProcessor",),
-        mergers=("visual.merger", "visual.merger_list"),
+        mergers=(f"{_VISUAL}.merger", f"{_VISUAL}.merger_list"),
         **_PARTS,
     ),
 ]
