@@ -9,8 +9,8 @@
 | `_get_train_sampler`, `get_train_dataloader` | mixtures, packed batches, workers that outlive signals | test_packing |
 | `get_eval_dataloader`, `evaluation_loop` | each sample once; losses and metrics summed over ranks | test_equivalence |
 | `get_batch_samples` | a loader that has died or hangs is told with its remedy | test_loader |
-| `_prepare_inputs` | moves queries and targets too | test_run |
-| `log`, `_init_training_state` | averages and speed since the last log | test_run |
+| `_prepare_inputs`, `log` (mixin.py) | moves queries and targets too; adds `summarize` | test_run |
+| `summarize`, `_init_training_state` | averages and speed since the last log | test_run |
 | `_load_from_checkpoint`, `_load_best_model` | weights under published names, adapters | test_equivalence |
 | `_init_training_state` (checkpoints.py) | a finished run that is resumed trains no further step | test_survival |
 | `_load_optimizer_and_scheduler` (checkpoints.py) | several ranks on the CPU | test_survival |
@@ -24,7 +24,6 @@ import math
 import time
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers.trainer_utils import EvalLoopOutput
@@ -37,13 +36,15 @@ from swim_fast.training.arguments import get_data_seed
 from swim_fast.training.callbacks import EpochOfSampler
 from swim_fast.training.checkpoints import CheckpointingTrainer
 from swim_fast.training.loader import explain_loader
+from swim_fast.training.mixin import AttentionLossMixin
 from swim_fast.training.parameter_groups import split_groups
+from swim_fast.training.step import compute_losses, count_items, weigh_losses
 from swim_fast.training.sums import Sums
 
 logger = logging.getLogger(__name__)
 
 
-class HookedTrainer(CheckpointingTrainer):
+class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
     """Overrides of transformers around the step, which `SwimTrainer` defines."""
 
     # optimizer
@@ -84,24 +85,13 @@ class HookedTrainer(CheckpointingTrainer):
         A single rank's stay on the CPU: dividing by them does not wait for the device. The samples of the step, and
         those left out, travel along.
         """
-        counts = [
-            (
-                batch["counts"].labels,
-                len(batch["mask_targets"]),
-                len(batch["samples"]) + len(batch["problems"]),
-                len(batch["problems"]),
-            )
-            for batch in batch_samples
-        ]
-        total = torch.tensor(counts).sum(0)
+        counts = [(len(batch["samples"]) + len(batch["problems"]), len(batch["problems"])) for batch in batch_samples]
+        total = torch.cat([count_items(batch_samples), torch.tensor(counts).sum(0)])
         if self.args.world_size > 1:
             total = total.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else total
             total = self._reduce(total)
         items, self._samples_of_step = total.split(2)
         return items
-
-    def _reduce(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums
 
     # checkpoints
 
@@ -182,10 +172,6 @@ class HookedTrainer(CheckpointingTrainer):
             timeout=self.batch_timeout if self.args.dataloader_num_workers else 0,
         )
 
-    def _prepare_inputs(self, inputs):
-        # transformers moves tensors only, and leaves the rest to accelerate's loaders
-        return super()._prepare_inputs(send_to_device(inputs, self.args.device, non_blocking=True))
-
     # evaluation and logging
 
     def evaluation_loop(
@@ -206,16 +192,12 @@ class HookedTrainer(CheckpointingTrainer):
             batch = self._prepare_inputs(batch or self.data_collator([]))
             self.report.write(self.state.global_step, batch["problems"], batch["notes"])
             with torch.no_grad(), self.compute_loss_context_manager():
-                sums += self._forward(model, batch)[2]
+                sums += compute_losses(model, batch, self.attention_loss).sums
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = self._total(sums).average()
-        metrics["loss"] = self._weigh(metrics["text_loss"], metrics.get("mask_loss", 0.0))
+        metrics["loss"] = weigh_losses(metrics["text_loss"], metrics.get("mask_loss", 0.0), self.attention_loss)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
-
-    def _total(self, sums: Sums) -> Sums:
-        """Add up the sums of all ranks, as numbers."""
-        return Sums.from_tensor(self._reduce(sums.to_tensor(self.args.device)))
 
     def _init_training_state(self, *args) -> tuple[int, int]:
         begun = super()._init_training_state(*args)
@@ -238,18 +220,15 @@ class HookedTrainer(CheckpointingTrainer):
         self.sums = Sums()
         self._since = time.perf_counter(), self.state.global_step
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add averages and speed since the last training log."""
-        if "loss" in logs and "learning_rate" in logs:
-            since, step = self._since
-            total = self._total(self.sums)
-            averages = total.average()
-            averages["pairs_per_step"] = averages.pop("pairs") / max(self.state.global_step - step, 1)
-            seconds = time.perf_counter() - since
-            logs |= self._part_rates
-            logs |= averages | {"tokens_per_second": round(total.tokens / seconds, 1)}
-            logs["padding_share"] = round(1 - total.tokens / max(total.token_slots, 1), 4)
-            if self.peak_flops:
-                logs["mfu"] = round(total.flops / seconds / (self.args.world_size * self.peak_flops), 4)
-            self.start_interval()
-        super().log(logs, start_time)
+    def summarize(self, total: Sums) -> dict[str, float]:
+        """Return averages, rates and speed since the last training log."""
+        since, step = self._since
+        averages = total.average()
+        averages["pairs_per_step"] = averages.pop("pairs") / max(self.state.global_step - step, 1)
+        seconds = time.perf_counter() - since
+        logs = self._part_rates | averages | {"tokens_per_second": round(total.tokens / seconds, 1)}
+        logs["padding_share"] = round(1 - total.tokens / max(total.token_slots, 1), 4)
+        if self.peak_flops:
+            logs["mfu"] = round(total.flops / seconds / (self.args.world_size * self.peak_flops), 4)
+        self.start_interval()
+        return logs

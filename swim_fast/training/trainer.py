@@ -2,13 +2,10 @@
 
 from signal import Signals
 
-from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback
 
-from swim_fast.data.batch.collation import Collator, model_inputs
+from swim_fast.data.batch.collation import Collator
 from swim_fast.data.batch.packing import PackingSampler
-from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, compute_pair_losses
-from swim_fast.loss.metrics import METRICS, sum_metrics
 from swim_fast.options import AttentionLoss
 from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, StopOnSignal, StopOnSkipped
 from swim_fast.training.flops import StepFlops, get_peak_flops
@@ -16,7 +13,7 @@ from swim_fast.training.hf_hooks import HookedTrainer
 from swim_fast.training.nonfinite import FiniteGuard
 from swim_fast.training.progress import ProgressLines
 from swim_fast.training.skipped import SampleReport, SkipLimit
-from swim_fast.training.sums import Sums
+from swim_fast.training.step import compute_losses, weigh_losses
 
 
 class SwimTrainer(HookedTrainer):
@@ -54,13 +51,12 @@ class SwimTrainer(HookedTrainer):
         super().__init__(**kwargs)
         self.batch_sampler, self.train_collator = batch_sampler, train_collator
         self.batch_timeout = batch_timeout
-        self.loss_options = loss
+        self.attention_loss = loss
         self.learning_rates = learning_rates or {}
         self.guard = FiniteGuard(self.accelerator, self.args.output_dir, on_nan)
         self.report = SampleReport(self.args.output_dir, self.args.process_index)
         self.peak_flops = get_peak_flops(self.args.device)
         self._count_flops = StepFlops(self.model)
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of the global step itself
         self.skip_limit = SkipLimit(max_skipped)
         self._signals = StopOnSignal(self.accelerator)
         self.add_callback(self._signals)
@@ -88,58 +84,22 @@ class SwimTrainer(HookedTrainer):
         step, samples = self.state.global_step + 1, inputs["samples"]
         self.report.write(step - 1, inputs["problems"], inputs["notes"])
         self.skip_limit.note(inputs["problems"])
-        text, mask, sums, outputs = self._forward(model, inputs)
-        labels, pairs = num_items_in_batch.clamp(min=1).to(text.dtype)
-        loss = self.args.world_size * self._weigh(text / labels, mask / pairs)
-        reason = self.guard.check_loss(loss, text / labels, mask / pairs, step, samples)
+        losses = compute_losses(model, inputs, self.attention_loss)
+        text, mask = losses.divide(num_items_in_batch)
+        loss = self.args.world_size * weigh_losses(text, mask, self.attention_loss)
+        reason = self.guard.check_loss(loss, text, mask, step, samples)
         if reason is not None:
             self._skip(samples, reason)
             # an empty batch in its place: forward and backward are collective
             inputs = self._prepare_inputs(self.data_collator([]))
-            text, mask, sums, outputs = self._forward(model, inputs)
-            loss = self._weigh(text, mask)
+            losses = compute_losses(model, inputs, self.attention_loss)
+            loss = losses.weigh(num_items_in_batch, self.attention_loss)
         if self._steps_in_backward and self.accelerator.sync_gradients:  # the step's last micro-batch
             self.guard.check_step(None, step)
         if self.peak_flops:
-            sums.flops = sum(self._count_flops(inputs["counts"]))
-        self.sums += sums
-        return (loss, outputs) if return_outputs else loss
-
-    def _forward(self, model, batch) -> tuple[Tensor, Tensor, Sums, object]:
-        """Return text loss and mask loss of a batch, summed, with graph; all its sums; and the model's outputs."""
-        text_inputs = {"labels": batch["labels"], "label_positions": batch["label_positions"], "num_items_in_batch": 1}
-        queries = {} if self.loss_options is None else {"noun_queries": batch["noun_queries"], "right_padded": True}
-        inputs = {**model_inputs(batch, dtype=self.model.dtype), **queries, **text_inputs}
-        outputs = model(**inputs, use_cache=False)
-        if outputs.logits.ndim:
-            raise RuntimeError("the model answered all logits: call attach_text_loss(model) before training")
-        text = outputs.loss  # the sum over the labels, divided by the number of items
-        mask, metrics = self._compare_maps(outputs.attentions or (), batch["mask_targets"], text)
-        return text, mask, Sums.from_batch(batch, text, mask, metrics), outputs
-
-    def _compare_maps(self, maps, targets: MaskTargets, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed mask loss, and the sums of the metrics [4]; zeros without maps."""
-        loss = self.loss_options
-        if not maps:
-            if loss is not None and len(targets) and loss.mask_weight > 0:
-                raise RuntimeError(
-                    f"the mask loss is on (mask_weight {loss.mask_weight}) and this batch has {len(targets)} targets, "
-                    "but the model answered no map: call attach_noun_attention(model) before training"
-                )
-            return like.new_zeros(()), like.new_zeros(len(METRICS) + 1)
-        if loss.mask_weight == 0:
-            maps = [layer.detach() for layer in maps]
-        choices = {"fusion": loss.fusion, "prediction": loss.prediction, "backend": loss.backend}
-        predictions = GridPredictions.from_maps(maps, targets, **choices)
-        metrics = sum_metrics(predictions)
-        if loss.fusion == "none":  # of each layer, as the loss is
-            metrics = metrics.mean(0)
-        return compute_pair_losses(predictions, loss.criterion, loss.resolution).sum(), metrics
-
-    def _weigh(self, text, mask):
-        if self.loss_options is None:
-            return text
-        return self.loss_options.text_weight * text + self.loss_options.mask_weight * mask
+            losses.sums.flops = sum(self._count_flops(inputs["counts"]))
+        self.sums += losses.sums
+        return (loss, losses.outputs) if return_outputs else loss
 
     def _skip(self, samples: list[str], reason: str) -> None:
         self.sums.skipped += len(samples)

@@ -13,6 +13,7 @@ from swim_fast.config import load_config
 from swim_fast.modeling.adapters import add_adapters, build_target_pattern, has_adapters, load_adapters, merge_adapters
 from swim_fast.options import Lora
 from swim_fast.training.run import build_trainer
+from swim_fast.training.step import compute_losses
 from tests.training.conftest import history, run, run_here, weights
 
 pytestmark = pytest.mark.needs("peft")
@@ -40,7 +41,8 @@ def adapted(model):
 def losses(trainer, batch, backward=True):
     """Both losses, the maps, and the gradient of every trained parameter."""
     trainer.model.zero_grad()
-    text, mask, _, outputs = trainer._forward(trainer.model, batch)
+    found = compute_losses(trainer.model, batch, trainer.attention_loss)
+    text, mask, outputs = found.text, found.mask, found.outputs
     if backward:
         (text + mask).backward()
     grads = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}

@@ -1,0 +1,113 @@
+"""SWIM's step for any training loop: one forward, two losses, both normalised over the global step.
+
+    items = count_items(batches)                                    # of this rank; add up those of all ranks
+    for batch in batches:                                           # micro-batches of one optimizer step
+        losses = compute_losses(model, batch, options)
+        (ranks * losses.weigh(items, options)).backward()           # ranks: where gradients are averaged over them
+
+The sum over micro-batches, averaged over ranks, is
+`text_weight · Σ token losses / labels + mask_weight · Σ pair losses / pairs`, however the samples are dealt out.
+`SwimTrainer`, `AttentionLossMixin` and the examples use these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swim_fast.data.batch.collation import model_inputs
+from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, compute_pair_losses
+from swim_fast.loss.metrics import METRICS, sum_metrics
+from swim_fast.options import AttentionLoss
+from swim_fast.training.sums import Sums
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLosses:
+    """Losses of one micro-batch, summed, with their graphs.
+
+    Attributes:
+        text: scalar, the sum over the labels.
+        mask: scalar, the sum over the pairs; 0 without maps.
+        sums: both losses, the sums of the metrics, and what the batch holds, without graph; they add up.
+        outputs: of the model.
+    """
+
+    text: Tensor
+    mask: Tensor
+    sums: Sums
+    outputs: Any
+
+    def divide(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this batch's part of the global step's text loss per label and mask loss per pair.
+
+        Args:
+            items: labels and pairs of the global step [2], see `count_items`.
+        """
+        labels, pairs = items.clamp(min=1).to(self.text.dtype)
+        return self.text / labels, self.mask / pairs
+
+    def weigh(self, items: Tensor, loss: AttentionLoss | None) -> Tensor:
+        """Return this batch's part of the global step's loss, a scalar. Arguments as for `divide`, `weigh_losses`."""
+        return weigh_losses(*self.divide(items), loss)
+
+
+def count_items(batches: Iterable[dict[str, Any]]) -> Tensor:
+    """Return the labels and pairs `[2]` of a rank's batches of one step, int64 on the CPU.
+
+    Adding those of all ranks is left to the caller: `accelerator.reduce(count_items(batches).to(device), "sum")`.
+    """
+    counts = [(batch["counts"].labels, len(batch["mask_targets"])) for batch in batches]
+    return torch.tensor(counts, dtype=torch.int64).reshape(-1, 2).sum(0)
+
+
+def weigh_losses(text: Any, mask: Any, loss: AttentionLoss | None) -> Any:
+    """Return `text_weight · text + mask_weight · mask`, of numbers or tensors; None: the text loss alone."""
+    return text if loss is None else loss.text_weight * text + loss.mask_weight * mask
+
+
+def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss | None) -> BatchLosses:
+    """Run a prepared model on a batch and return both losses, summed.
+
+    Args:
+        model: after `swim_fast.modeling.prepare.prepare_model`, bare or wrapped (DDP, DeepSpeed, PEFT).
+        batch: of `Collator`, on the model's device.
+        loss: weights and choices of the mask loss; None: no maps are asked for.
+
+    Raises:
+        RuntimeError: the model was not prepared: it answers all logits, or no map for targets that are trained on.
+    """
+    text_inputs = {"labels": batch["labels"], "label_positions": batch["label_positions"], "num_items_in_batch": 1}
+    queries = {} if loss is None else {"noun_queries": batch["noun_queries"], "right_padded": True}
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())  # a wrapper has no `dtype`
+    outputs = model(**model_inputs(batch, dtype=dtype), **queries, **text_inputs, use_cache=False)
+    if outputs.logits.ndim:
+        raise RuntimeError("the model answered all logits: call attach_text_loss(model) before training")
+    text = outputs.loss  # the sum over the labels, divided by the number of items
+    mask, metrics = _compare_maps(outputs.attentions or (), batch["mask_targets"], loss, text)
+    return BatchLosses(text, mask, Sums.from_batch(batch, text, mask, metrics), outputs)
+
+
+def _compare_maps(
+    maps: Sequence[Tensor], targets: MaskTargets, loss: AttentionLoss | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the summed mask loss, and the sums of the metrics [4]; zeros without maps."""
+    if not maps:
+        if loss is not None and len(targets) and loss.mask_weight > 0:
+            raise RuntimeError(
+                f"the mask loss is on (mask_weight {loss.mask_weight}) and this batch has {len(targets)} targets, "
+                "but the model answered no map: call attach_noun_attention(model) before training"
+            )
+        return like.new_zeros(()), like.new_zeros(len(METRICS) + 1)
+    if loss.mask_weight == 0:
+        maps = [layer.detach() for layer in maps]
+    choices = {"fusion": loss.fusion, "prediction": loss.prediction, "backend": loss.backend}
+    predictions = GridPredictions.from_maps(maps, targets, **choices)
+    metrics = sum_metrics(predictions)
+    if loss.fusion == "none":  # of each layer, as the loss is
+        metrics = metrics.mean(0)
+    return compute_pair_losses(predictions, loss.criterion, loss.resolution).sum(), metrics
