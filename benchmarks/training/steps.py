@@ -84,7 +84,7 @@ class _Alternate(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.loss_options = self.losses[steps_of(state.global_step)]
+        self.trainer.attention_loss = self.losses[steps_of(state.global_step)]
         self._since = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -100,7 +100,7 @@ def measure(config: RunConfig, rounds: int) -> Steps:
     assert not batch["problems"], batch["problems"]
     parameters = sum(p.numel() for p in trainer.model.parameters())
     assert_same_losses(trainer, batch)
-    alternate = _Alternate(trainer.loss_options)
+    alternate = _Alternate(trainer.attention_loss)
     alternate.trainer = trainer
     trainer.add_callback(alternate)
     trainer.train()
@@ -126,26 +126,24 @@ def assert_same_losses(trainer, batch) -> None:
         AssertionError: naming the loss.
     """
     from swim_fast.modeling import attach_noun_attention
+    from swim_fast.training.step import compute_losses
 
-    model, loss = trainer.model, trainer.loss_options
+    model, loss = trainer.model, trainer.attention_loss
     narrow = next(model.parameters()).dtype != torch.float32
     tolerance = 2e-2 if narrow else 1e-4
     model.eval()
     try:
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            text, mask = trainer._forward(model, batch)[:2]
-            trainer.loss_options = None
-            text_alone = trainer._forward(model, batch)[0]
-            trainer.loss_options = loss.replace(backend="eager")
+            losses = compute_losses(model, batch, loss)
+            alone = compute_losses(model, batch, None)
             attach_noun_attention(model, loss.layers, "eager", fused=False)
-            mask_of_reference = trainer._forward(model, batch)[1]
+            reference = compute_losses(model, batch, loss.replace(backend="eager"))
     finally:
         attach_noun_attention(model, loss.layers, loss.backend, loss.fused)
-        trainer.loss_options = loss
         model.train()
-    assert mask > 0, "the sample has no mask to look at"
-    torch.testing.assert_close(text, text_alone, rtol=tolerance, atol=0, msg=lambda m: f"text loss: {m}")
-    torch.testing.assert_close(mask, mask_of_reference, rtol=tolerance, atol=0, msg=lambda m: f"mask loss: {m}")
+    assert losses.mask > 0, "the sample has no mask to look at"
+    torch.testing.assert_close(losses.text, alone.text, rtol=tolerance, atol=0, msg=lambda m: f"text loss: {m}")
+    torch.testing.assert_close(losses.mask, reference.mask, rtol=tolerance, atol=0, msg=lambda m: f"mask loss: {m}")
 
 
 def run(folder: Path, size: str, ranks: int, rounds: int, frames: int = FRAMES, side: int = SIDE) -> Steps:

@@ -47,29 +47,27 @@ def test_steps_alternate_and_know_what_they_worked_on(folder):
 
 def test_a_step_without_the_attention_loss_is_one_of_a_stock_model(folder, monkeypatch):
     """Every second pair of steps sends no noun queries, and makes no pairs."""
-    from swim_fast.training.trainer import SwimTrainer
+    from swim_fast.training import trainer as module
 
-    seen, forward = [], SwimTrainer._forward
+    seen, compute = [], module.compute_losses
 
-    def watched(self, model, batch):
-        result = forward(self, model, batch)
-        if model.training:
-            seen.append((self.loss_options is not None, result[3].attentions is not None))
-        return result
+    def watched(model, batch, loss):
+        losses = compute(model, batch, loss)
+        seen.append((loss is not None, losses.outputs.attentions is not None))
+        return losses
 
-    monkeypatch.setattr(SwimTrainer, "_forward", watched)
+    monkeypatch.setattr(module, "compute_losses", watched)
     config = load_config(training_steps.prepare(folder, "tiny", *SMALL))
     training_steps.measure(config, rounds=2)
     assert seen == [(kind, kind) for kind in (True, False, False, True, True, False)]
 
 
 def test_nothing_is_timed_unless_the_losses_agree(trainer, monkeypatch):
-    from swim_fast.training import trainer as module
+    from swim_fast.training import step as module
 
     right = module.compute_pair_losses
     trainer, batch = trainer
     training_steps.assert_same_losses(trainer, batch)
-    loss = trainer.loss_options
 
     def wrong(predictions, *choices):
         return right(predictions, *choices) * (1.01 if predictions.backend != "eager" else 1)
@@ -77,7 +75,7 @@ def test_nothing_is_timed_unless_the_losses_agree(trainer, monkeypatch):
     monkeypatch.setattr(module, "compute_pair_losses", wrong)
     with pytest.raises(AssertionError, match="mask loss"):
         training_steps.assert_same_losses(trainer, batch)
-    assert trainer.loss_options is loss  # as it was, also after an error
+    assert trainer.model.training  # as it was, also after an error
 
 
 def test_steps_stay_on_the_cpu_of_a_machine_with_gpus(folder, monkeypatch):
