@@ -265,8 +265,9 @@ class AttentionLoss(Maps):
     prediction: Literal["probability", "min_max", "released"] = "probability"
     """What is compared with the mask: the attention probability itself, the map scaled to 0 … 1 in each temporal patch
     (`min_max`), or the same with the released code's two epsilons (`released`)."""
-    criterion: Literal["bce", "focal", "iou", "dice", "kl", "mass"] = "bce"
-    """What compares a map with its mask."""
+    criterion: Literal["bce", "focal", "iou", "dice", "kl", "mass", "klal"] = "bce"
+    """What compares a map with its mask; `klal` is the KL attention loss (arXiv 2511.12738), over all patches of a row
+    at once."""
     resolution: Literal["mask", "grid"] = "mask"
     """Maps are enlarged to the mask (`mask`), or the mask is averaged down to the grid of visual tokens (`grid`)."""
     fused: bool = True
@@ -288,6 +289,13 @@ class AttentionLoss(Maps):
         if self.prediction == "released" and self.softmax == "frame":
             text = "released normalises over the whole video, which {softmax} frame does not see: choose visual, causal"
             raise mistake("prediction", f"{text} or full")
+        if self.criterion == "klal":
+            if self.fusion not in ("none", "mean"):
+                raise mistake("fusion", "must be none, as published, or mean with {criterion} klal")
+            if self.prediction != "probability":
+                raise mistake("prediction", "must be probability with {criterion} klal")
+            if self.softmax not in ("visual", "frame"):
+                raise mistake("softmax", "must be visual, as published, or frame with {criterion} klal")
         if self.layers == []:
             remedy = "name layers, leave it out for every fifth, or write `attention_loss: null` to train on text alone"
             raise mistake("layers", f"is empty: {remedy}")

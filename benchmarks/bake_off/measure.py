@@ -35,7 +35,8 @@ class Choice(NamedTuple):
 
 
 def sensible_choices() -> list[Choice]:
-    """Return the paper's choice, all that differ from it in one respect, and the released code's and its limit."""
+    """Return the paper's choice, all that differ from it in one respect, the released code's and its limit, and
+    the KL attention loss (arXiv 2511.12738)."""
     paper = Choice("frame", "mean", "probability", "bce")
     criteria = [paper._replace(criterion=name) for name in ("focal", "iou", "dice", "kl", "mass")]
     fusions = [paper._replace(fusion=name) for name in ("add", "product", "none")]
@@ -43,7 +44,8 @@ def sensible_choices() -> list[Choice]:
     scaled = [paper._replace(prediction="min_max", fusion=name) for name in ("mean", "product", "none")]
     causal = [Choice("causal", "product", "min_max", name) for name in ("bce", "kl")]
     released = Choice("full", "product", "released", "bce", "predictor")
-    return [paper, *criteria, *fusions, *softmaxes, *scaled, *causal, released]
+    others = [Choice("visual", "none", "probability", "klal")]
+    return [paper, *criteria, *fusions, *softmaxes, *scaled, *causal, *others, released]
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,15 @@ from torch.utils.checkpoint import checkpoint
 
 from swim_fast.errors import OptionError
 from swim_fast.loss import released
+from swim_fast.loss.klal import compute_row_divergences
 from swim_fast.loss.targets import MaskTargets, PairGroup
 from swim_kernels import grid_prediction, mask_bce
 from swim_kernels.grid_prediction import FUSIONS, floor_of, log_fused
 from swim_kernels.mask_bce import MARGIN
 from swim_kernels.runtime import exact_product, interpolation, no_autocast
 
-CRITERIA = ("bce", "focal", "iou", "dice", "kl", "mass")
+CRITERIA = ("bce", "focal", "iou", "dice", "kl", "mass")  # each of one patch
+OF_ROWS = ("klal",)
 PREDICTIONS = ("probability", "min_max", "released")
 RESOLUTIONS = ("mask", "grid")
 FOCUS = 2  # γ of the focal loss
@@ -67,6 +69,7 @@ def mask_alignment_loss(
                 area. It compares distributions over *cells*, at either resolution. "released": the same on the
                 released f, its zeros at the floor of `grid_prediction` (the normaliser over the video cancels).
             "mass": -log (sum m f / sum f), over cells as "kl".
+            "klal": see `swim_fast/loss/klal.py`; over all patches of a row, with "probability" alone.
         prediction: "probability", "min_max" or "released", see the module's docstring. With "probability" and fusion
             "add", p ends at 1.
         resolution: "mask": p is upsampled to Hm x Wm (bilinear, half-pixel centres, `align_corners=False`);
@@ -157,12 +160,16 @@ class GridPredictions:
 
 def compute_pair_losses(predictions: GridPredictions, criterion: str = "bce", resolution: str = "mask") -> Tensor:
     """Return the terms of `mask_alignment_loss` before the mean: [P], in the order of the pairs."""
-    _check_choice("criterion", criterion, CRITERIA)
+    _check_choice("criterion", criterion, CRITERIA + OF_ROWS)
     _check_choice("resolution", resolution, RESOLUTIONS)
     targets, as_released = predictions.targets, predictions.prediction == "released"
     if len(targets) == 0:
         return torch.cat([layer[:0].flatten() for layer in predictions.maps])
     with no_autocast(targets.device.type):  # on CUDA it refuses `binary_cross_entropy`
+        if criterion == "klal":
+            if predictions.prediction != "probability":
+                raise OptionError(f"criterion klal compares probabilities, not prediction={predictions.prediction!r}")
+            return compute_row_divergences(predictions.maps, targets, predictions.fusion)
         if criterion in ("kl", "mass"):
             return _compare(targets, predictions.log_f, _cross_entropy if criterion == "kl" else _mass_loss)
         if criterion in ("iou", "dice"):

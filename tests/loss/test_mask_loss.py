@@ -768,7 +768,7 @@ def test_pinned_targets_reach_the_gpu_without_a_synchronisation(generator):
         (
             {"criterion": "mse"},
             ValueError,
-            r"criterion='mse' is unknown; choose one of bce, focal, iou, dice, kl, mass",
+            r"criterion='mse' is unknown; choose one of bce, focal, iou, dice, kl, mass, klal",
         ),
         ({"prediction": "fast"}, ValueError, r"prediction='fast' is unknown; choose one of probability, min_max, rel"),
         ({"resolution": "full"}, ValueError, r"resolution='full' is unknown; choose one of mask, grid"),

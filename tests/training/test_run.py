@@ -256,6 +256,7 @@ def test_a_run_without_any_map_trains_a_stock_model(write_config, tmp_path):
         {"softmax": "full", "fusion": "product", "prediction": "released", "query_position": "predictor"},
         {"softmax": "causal", "fusion": "product", "prediction": "min_max"},
         {"softmax": "visual", "fusion": "add", "criterion": "mass"},
+        {"softmax": "visual", "fusion": "none", "criterion": "klal"},
     ],
 )
 def test_every_kind_of_mask_loss_trains_and_is_logged(write_config, tmp_path, choice):
