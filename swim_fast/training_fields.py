@@ -15,6 +15,7 @@ _EVALUATION = "evaluation sums losses and metrics over the ranks and gathers no 
 _PRECISION = "evaluation runs in the precision of training; set training.bf16 or training.fp16, or remove it"
 _JOBS = "`swim-fast train` trains, and evaluates as training.eval_strategy says; remove it"
 _SAMPLER = "the order of the samples is a shuffle, or packing by length (data.max_tokens_per_batch); remove it"
+_CHECKPOINTING = "write gradient_checkpointing, its name in every release that is supported"
 _LIGER = "Liger's kernels are chosen by model.liger; remove it"
 NO_EFFECT: dict[str, tuple[Any, str]] = {  # field -> default, and what is said of any other value
     "label_smoothing_factor": (0.0, "the text loss has no smoothing; remove it"),
@@ -34,12 +35,15 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {  # field -> default, and what is said 
     "bf16_full_eval": (False, _PRECISION),
     "fp16_full_eval": (False, _PRECISION),
     "enable_jit_checkpoint": (False, "SIGTERM and Ctrl-C always save a checkpoint; remove it"),
+    "activation_checkpointing": (None, _CHECKPOINTING),
+    "activation_checkpointing_kwargs": (None, _CHECKPOINTING),
     "parallelism_config": (None, "every rank has whole samples; divide the model by training.deepspeed, or remove it"),
     "do_train": (False, _JOBS),
     "do_eval": (False, _JOBS),
     "do_predict": (False, _JOBS),
     "local_rank": (-1, "the launcher says it; remove it"),
 }
+NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # than the oldest release that is supported
 HONOURED = frozenset(
     """
     output_dir per_device_train_batch_size per_device_eval_batch_size num_train_epochs max_steps

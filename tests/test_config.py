@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from swim_fast.config import ConfigError, DataConfig, ModelConfig, RunConfig, load_config, reference
 from swim_fast.options import AttentionLoss
 from swim_fast.training.arguments import build_arguments
-from swim_fast.training_fields import FIXED, HONOURED, NO_EFFECT, training_fields
+from swim_fast.training_fields import FIXED, HONOURED, NEWER, NO_EFFECT, training_fields
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": [{"path": "train.jsonl"}]}}
 
@@ -317,11 +317,13 @@ def test_training_fields_are_those_of_transformers():
 
 
 def test_every_training_field_is_honoured_or_refused_by_name(write):
-    known = [*FIXED, *NO_EFFECT, *HONOURED]
-    assert sorted(known) == sorted(training_fields())  # each is in one list
+    known, installed = [*FIXED, *NO_EFFECT, *HONOURED], training_fields().keys()
+    assert sorted(name for name in known if name not in NEWER - installed) == sorted(installed)  # each is in one list
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     others = {bool: lambda value: not value, float: lambda value: value + 0.1, int: lambda value: value + 1}
     for name, (default, remedy) in NO_EFFECT.items():
+        if name not in installed:
+            continue
         if name != "include_for_metrics":  # made by a factory
             assert default == defaults[name], name
         load_config(write(training={name: default}))
