@@ -258,7 +258,7 @@ class Benchmark:
             sum_metrics(GridPredictions.from_maps(maps, step.patch_targets))
 
         def plan():
-            from swim_kernels.noun_attention.triton.plan import plan_of
+            from swim_kernels.attention_rows.triton.plan import plan_of
 
             plan_of(step.fresh().patch_queries, 1, step.length, 8)
 

@@ -83,7 +83,7 @@ def build_ahead(log: CheckLog) -> None:
     """Build two kernels for sm_90, as anywhere."""
     from benchmarks.kernels.configurations import Configuration
     from benchmarks.kernels.records import build_one
-    from swim_kernels.noun_attention.triton.tiles import choose_tile
+    from swim_kernels.attention_rows.triton.tiles import choose_tile
 
     for kernel in ("maps", "key_gradients"):
         tile = choose_tile(kernel, 8, 8, 128, "bf16", 90)

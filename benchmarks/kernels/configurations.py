@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from benchmarks.kernels.builds import aligned_pointers, make_source
+from swim_kernels.attention_rows.triton.tiles import ADDING, KERNELS, OVER_SET, Tile, choose_tile, tile_constexprs
 from swim_kernels.noun_attention.triton import kernels
-from swim_kernels.noun_attention.triton.tiles import ADDING, KERNELS, OVER_SET, Tile, choose_tile, tile_constexprs
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bf16", "fp16", "fp32")

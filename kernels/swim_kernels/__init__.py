@@ -5,6 +5,7 @@ from swim_kernels.flash_noun_attention import Unsupported, flash_noun_attention
 from swim_kernels.grid_prediction import grid_metrics, grid_prediction
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.noun_attention import NounQueries, noun_attention
+from swim_kernels.noun_mass import noun_mass
 from swim_kernels.structs.grid_pairs import GridPairs
 from swim_kernels.structs.packed_masks import PackedMasks
 
@@ -19,4 +20,5 @@ __all__ = [
     "grid_prediction",
     "mask_bce",
     "noun_attention",
+    "noun_mass",
 ]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from swim_kernels.attention_rows import row_groups
 from tests.kernels import device as device_of_kernels
 from tests.kernels.noun_attention_cases import torch_backend
 
@@ -16,16 +17,15 @@ def device_of_triton(device):
 def grouping(request, monkeypatch):
     """The way of accelerators, where the metadata may not be looked at, is run on the CPU as well."""
     if request.param == "by sequence":
-        monkeypatch.setattr(torch_backend, "_can_look", lambda queries: False)
-        monkeypatch.setattr(
-            torch_backend, "add_at", lambda out, i, values: out.index_put_((i,), values, accumulate=True)
-        )
+        monkeypatch.setattr(row_groups, "can_look", lambda queries: False)
+        for module in (row_groups, torch_backend):
+            monkeypatch.setattr(module, "add_at", lambda out, i, values: out.index_put_((i,), values, accumulate=True))
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 128 keys, whatever the number of rows and heads."""
-    monkeypatch.setattr(torch_backend, "_CHUNK_SCORES_CPU", 1)
+    monkeypatch.setattr(row_groups, "_CHUNK_SCORES_CPU", 1)
 
 
 @pytest.fixture

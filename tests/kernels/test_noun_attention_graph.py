@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from swim_kernels import noun_attention
+from swim_kernels.attention_rows import row_groups
 from tests.kernels.noun_attention_cases import (
     BACKENDS,
     CASES,
@@ -16,7 +17,6 @@ from tests.kernels.noun_attention_cases import (
     make_inputs,
     make_queries,
     run,
-    torch_backend,
 )
 
 
@@ -83,14 +83,14 @@ def test_scores_exist_in_chunks_only():
             maps = noun_attention(query, key, queries, backend=backend)
             maps.sum().backward()
         largest[backend] = mode.numel
-    assert largest["torch"] <= max(query.numel(), torch_backend._CHUNK_SCORES_CPU) < num_heads * num_rows * length / 2
+    assert largest["torch"] <= max(query.numel(), row_groups._CHUNK_SCORES_CPU) < num_heads * num_rows * length / 2
     assert largest["eager"] >= num_heads * num_rows * length
 
 
 def test_rows_are_computed_on_their_own_keys_only():
     """Packed neighbours are groups of their own: R rows × L keys would mostly be masked scores."""
     *_, length, _, queries = CASES["packed neighbours, rows in any order"]
-    groups = torch_backend._group_rows(queries, 1, length)
+    groups = row_groups.group_rows(queries, 1, length)
     assert [(sorted(group.index.tolist()), group.range, group.read) for group in groups] == [
         ([1, 3], (0, 20), (2, 15)),
         ([2], (20, 37), (21, 30)),
@@ -102,9 +102,9 @@ def test_every_pass_sees_the_same_chunks(small_chunks):
     """A score must have the same bits in lse and in p; chunks without a key that is read out are left out."""
     key = torch.randn(1, 1, 700, 4)
     queries = make_queries([(0, 699, 13, 690, 0)], [range(200, 300)])
-    (rows,) = torch_backend._group_rows(queries, 1, 700)
+    (rows,) = row_groups.group_rows(queries, 1, 700)
     spans = {
-        name: [chunk[:2] for chunk in torch_backend._key_chunks(key, rows, 2, span, torch.float32)]
+        name: [chunk[:2] for chunk in row_groups.key_chunks(key, rows, 2, span, torch.float32)]
         for name, span in (("range", rows.range), ("read", rows.read), ("nothing", (0, 0)))
     }
     assert spans["range"] == [(13, 141), (141, 269), (269, 397), (397, 525), (525, 653), (653, 690)]

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from swim_fast.loss.mask_loss import MaskTargets
-from swim_kernels.noun_attention.triton import plan as plans
+from swim_kernels.attention_rows.triton import plan as plans
 from swim_kernels.runtime import move_together, pin_together
 from tests.helpers.pretend_gpu import record
 from tests.helpers.pretend_gpu.values import CpuValues

@@ -7,11 +7,12 @@ import importlib
 import torch
 from torch import Tensor
 
+from swim_kernels.attention_rows.arguments import check_arguments, op_properties
 from swim_kernels.flash_noun_attention.node import FlashNounAttention
 from swim_kernels.flash_noun_attention.providers.base import Call, Provider, Unsupported
 from swim_kernels.flash_noun_attention.providers.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
 from swim_kernels.flash_noun_attention.providers.torch import TorchCpu, TorchCuda, TorchCudnn
-from swim_kernels.noun_attention.api import OP, check_arguments, op_properties
+from swim_kernels.noun_attention.api import OP
 from swim_kernels.runtime.numerics import no_autocast, to_autocast_dtype
 from swim_kernels.structs.noun_queries import NounQueries
 

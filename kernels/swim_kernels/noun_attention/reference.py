@@ -1,20 +1,15 @@
 """Noun attention, eager: the specification. Plain operations, everything materialised, differentiated by autograd.
 
-For row r (sequence b, position t), query head h, key j of the row's softmax, g = Hq / Hkv; the keys of the softmax are
-[key_start, key_end), or with over="set" those of the row's key set, each once:
+Of the probabilities p [R, Hq, L] of `attention_rows/reference.py`, for row r and column n of its key set
 
-    s[r,h,j] = scale · q[b,h,t] · k[b,h//g,j]
-    lse[r,h] = log Σ_j exp s[r,h,j]
-    p[r,h,j] = exp(s[r,h,j] − lse[r,h])                     0 for all other keys
-    a[r,n]   = (1/Hq) Σ_h p[r,h,key_sets[key_set[r],n]]     0 where key_sets is −1
+    a[r,n] = (1/Hq) Σ_h p[r,h,key_sets[key_set[r],n]]     0 where key_sets is −1
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from swim_kernels.runtime.numerics import compute_dtype
+from swim_kernels.attention_rows.reference import probabilities_eager
 from swim_kernels.structs.noun_queries import NounQueries
 
 
@@ -26,31 +21,6 @@ def noun_attention_eager(
     Computed and returned in float64 for float64 inputs, in float32 for all others. Takes memory for R × Hkv × L × D
     keys and several times R × Hq × L scores. A row without a key in its softmax gives zeros.
     """
-    dtype = compute_dtype(query.dtype)
-    num_heads, length = query.shape[1:3]
-    num_key_heads = key.shape[1]
-
-    # index_select and not query[sequence, :, position], whose gradient is summed in no fixed order on several threads.
-    tokens = query.transpose(1, 2).flatten(0, 1)  # [B·L, Hq, D]
-    q = tokens.index_select(0, queries.sequence.long() * length + queries.position).to(dtype)  # [R, Hq, D]
-    q = q.unflatten(1, (num_key_heads, num_heads // num_key_heads))  # [R, Hkv, g, D]
-    k = key.index_select(0, queries.sequence).to(dtype)  # [R, Hkv, L, D]
-
-    if queries.over == "set":
-        inside = queries.members(length)  # [R, L]
-    else:
-        positions = torch.arange(length, device=query.device)
-        inside = (positions >= queries.key_start[:, None]) & (positions < queries.key_end[:, None])
-    outside = ~inside[:, None]  # [R, 1, L]
-    s = scale * torch.einsum("rkgd,rkjd->rkgj", q, k).flatten(1, 2)  # [R, Hq, L]
-    s = s.masked_fill(outside, float("-inf"))
-
-    if lse is None:
-        lse = torch.logsumexp(s, dim=-1)  # [R, Hq]
-    else:  # a constant, to which the gradient of logsumexp is given: ∂lse/∂s = p
-        p = torch.exp(s - lse[..., None]).masked_fill(outside, 0.0).detach()
-        lse = lse.detach() + (p * (s - s.detach()).masked_fill(outside, 0.0)).sum(dim=-1)
-    p = torch.exp(s - lse[..., None]).masked_fill(outside, 0.0)
-
+    p = probabilities_eager(query, key, queries, scale, lse)
     keys = queries.key_sets.index_select(0, queries.key_set).long()  # [R, N]
     return p.mean(dim=1).gather(1, keys.clamp(min=0)).masked_fill(keys < 0, 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swim_kernels.runtime.transfer import move_together, pin_together
-from swim_kernels.structs.key_columns import KeyColumns, find_key_columns
+from swim_kernels.structs.key_columns import KeyColumns, find_key_columns, find_members
 
 OVER = ("range", "set")
 _INTEGERS = (torch.int32, torch.int64)
@@ -179,9 +179,7 @@ class NounQueries:
 
     def members(self, length: int) -> Tensor:
         """Return True for those of `length` keys that are in the key set of a row: bool [R, L]."""
-        keys = self.key_sets.index_select(0, self.key_set).long()
-        found = torch.zeros(len(self), length + 1, dtype=torch.bool, device=self.device)
-        return found.scatter_(1, torch.where(keys < 0, length, keys), True)[:, :length]
+        return find_members(self.key_sets.index_select(0, self.key_set), length)
 
     @cached_property
     def has_gaps(self) -> bool:

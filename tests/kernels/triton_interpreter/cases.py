@@ -10,7 +10,7 @@ from swim_kernels import NounQueries
 from tests.kernels.noun_attention_cases import make_queries
 
 backend = importlib.import_module("swim_kernels.noun_attention.triton.launch")
-plans = importlib.import_module("swim_kernels.noun_attention.triton.plan")
+plans = importlib.import_module("swim_kernels.attention_rows.triton.plan")
 
 
 def random_queries(num_rows, batch, length, num_sets, num_columns, seed=0) -> NounQueries:

@@ -20,15 +20,15 @@ import torch
 import triton
 from torch import Tensor
 
-from swim_kernels.noun_attention.triton import kernels
-from swim_kernels.noun_attention.triton.plan import Plan, plan_of
-from swim_kernels.noun_attention.triton.tiles import (
+from swim_kernels.attention_rows.triton.plan import Plan, plan_of
+from swim_kernels.attention_rows.triton.tiles import (
     Tile,
     choose_tile,
     columns_for,
     pad_group,
     tile_constexprs,
 )
+from swim_kernels.noun_attention.triton import kernels
 from swim_kernels.runtime.launch import (
     DTYPES,
     choose_splits,
