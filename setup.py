@@ -10,10 +10,13 @@ from setuptools import find_packages, setup
 LIGER = "liger-kernel>=0.8.5,<0.9"
 # transformers from 5.18 on needs peft 0.20, from 5.24 on 0.22; no bound of one package can say so, an error does.
 LORA = ["peft>=0.21", "bitsandbytes>=0.50"]
+# Below 1.15 its trainer gives the model another forward, whose loss is not ours; 2 is to drop arguments.
+TRL = ["trl>=1.15,<2"]
 NL_REFER = ["openai>=1.40,<4", "HanTa>=1.1,<2"]
 TEST = [
     *LORA,
     *NL_REFER,
+    *TRL,
     LIGER,
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -80,6 +83,7 @@ setup(
         "torchcodec": ["torchcodec>=0.10"],
         "demo": ["av>=14"],  # writes the demo's H.264 clips
         "nl-refer": NL_REFER,
+        "trl": TRL,
         "test": TEST,
         "dev": [*TEST, "playwright>=1.50", "qwen-vl-utils>=0.0.14", "ruff>=0.12", "mypy>=1.18,<3"],
     },

@@ -79,12 +79,18 @@ def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss 
         loss: weights and choices of the mask loss; None: no maps are asked for.
 
     Raises:
-        RuntimeError: the model was not prepared: it answers all logits, or no map for targets that are trained on.
+        RuntimeError: the model was not prepared: it answers all logits, or no map for targets that are trained on; or
+            a trainer has replaced its forward since.
     """
     text_inputs = {"labels": batch["labels"], "label_positions": batch["label_positions"], "num_items_in_batch": 1}
     queries = {} if loss is None else {"noun_queries": batch["noun_queries"], "right_padded": True}
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())  # a wrapper has no `dtype`
     outputs = model(**model_inputs(batch, dtype=dtype), **queries, **text_inputs, use_cache=False)
+    if outputs.logits is None:
+        raise RuntimeError(
+            "the model's forward was replaced by one that computes the text loss itself: leave such an option of the "
+            "trainer out (TRL before 1.15: loss_type='chunked_nll', its default)"
+        )
     if outputs.logits.ndim:
         raise RuntimeError("the model answered all logits: call attach_text_loss(model) before training")
     text = outputs.loss  # the sum over the labels, divided by the number of items

@@ -18,19 +18,6 @@ def load(name):
     return module
 
 
-def test_own_training_loop(tmp_path):
-    """As a command, since it starts processes that import it."""
-    from transformers import AutoModelForImageTextToText
-
-    command = [sys.executable, "examples/own_training_loop.py", "--folder", str(tmp_path), "--steps", "30"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    out = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
-    lines = [line.split() for line in out.splitlines() if line.startswith("step")]
-    mask_losses = [float(line[-1]) for line in lines]
-    assert len(lines) == 30 and mask_losses[-1] < mask_losses[0] - 0.2
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "trained")
-
-
 @pytest.mark.parametrize("backend", ["auto", "eager", "torch"])
 def test_kernel_alone(backend, capsys):
     errors = load("kernel_alone").main(backend)

@@ -120,7 +120,7 @@ class MixtureSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         yield from self.items(self.epoch).tolist()
 
-    def generator(self, epoch: int) -> torch.Generator:
+    def make_generator(self, epoch: int) -> torch.Generator:
         """Return the source of an epoch's random numbers."""
         # The two numbers are mixed by the generator of the first draw: seed + epoch would make epoch 1 of seed 0 the
         # same as epoch 0 of seed 1.
@@ -129,7 +129,7 @@ class MixtureSampler(Sampler[int]):
 
     def items(self, epoch: int) -> Tensor:
         """Return the items of an epoch in their order, int64 [items]."""
-        generator = self.generator(epoch)
+        generator = self.make_generator(epoch)
         items = []
         for first, length, count in self._sources:
             passes, rest = divmod(count, length) if length else (0, 0)

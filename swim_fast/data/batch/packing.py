@@ -123,7 +123,7 @@ class PackingSampler(Sampler[list[int]]):
 
     def _packed_anew(self, epoch: int) -> list[list[int]]:
         items = self.order.items(epoch).numpy()
-        shuffle = self.order.generator(epoch)
+        shuffle = self.order.make_generator(epoch)
         shuffle.manual_seed(int(torch.randint(2**62, (1,), generator=shuffle)))  # not the numbers of the order
         batches: list[list[int]] = []
         left = items[:0]
