@@ -11,8 +11,8 @@ from swim_fast.options import METRICS, Source
 def check_model(path: str, name: str) -> None:
     """Refuse a model path that can only be local and is not there, which the hub would be asked for.
 
-    A name on the hub is `owner/model`, or a single word. What begins as a path does, has more parts, or lies in a
-    folder that exists, is local.
+    A name on the hub is `owner/model`: the few single words there are models of text. What begins as a path does, has
+    fewer or more parts, or lies in a folder that exists, is local.
 
     Args:
         name: of the option, for the message.
@@ -20,8 +20,8 @@ def check_model(path: str, name: str) -> None:
     Raises:
         OptionError: it is not there.
     """
-    local = path.startswith(("/", "./", "../", "~", ".\\")) or path.rstrip("/").count("/") > 1 or path.endswith("/")
-    if Path(path).exists() or not (local or ("/" in path and Path(path).parent.is_dir())):
+    local = path.rstrip("/").count("/") != 1 or path.startswith(("/", "./", "../", "~", ".\\")) or path.endswith("/")
+    if Path(path).exists() or not (local or Path(path).parent.is_dir()):
         return
     what = f"{name} {path!r} is no checkpoint that can be loaded: there is no such folder"
     raise OptionError(f"{what}{' (~ is not expanded here)' * path.startswith('~')}; correct the path")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from swim_fast.data.batch.collation import Collator, model_inputs
@@ -149,6 +150,19 @@ def test_a_bright_square_lights_its_cell(name, kind, place):
     cells = with_square.cells
     values = torch.where(cells >= 0, changed[cells.clamp(min=0)], 0.0)
     assert np.unravel_index(int(values.argmax()), cells.shape) == (patch, row, column)
+
+
+@FAMILY
+def test_a_saved_processor_encodes_alike(name, tmp_path):
+    tiny(name).processor.save_pretrained(tmp_path)
+    kind = kinds_of(name)[-1]
+    record = Record("", 0, "", QUESTION, kind, "a", ({},))
+    found = []
+    for processor in (tiny(name).processor, AutoProcessor.from_pretrained(tmp_path)):
+        builder = SampleBuilder(processor)
+        clip = Clip(FRAMES if kind == "video" else [0], FPS, 24, 90, 140)
+        found.append((builder.render(record), builder.encode.layout.count(kind, clip)))
+    assert found[0] == found[1]
 
 
 @FAMILY

@@ -47,9 +47,7 @@ def tokenizer_with(tokens: dict[str, str], more: tuple[str, ...] = ()) -> Any:
     """Return the tokenizer with further special tokens: by attribute, such as `image_token`, and without one."""
     tokenizer = train_tokenizer(TEXTS * 2, 400)
     tokenizer.add_special_tokens({"additional_special_tokens": [*tokens.values(), *more]}, False)
-    for name, token in tokens.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    tokenizer._set_model_specific_special_tokens(tokens)  # which a file names, too
     return tokenizer
 
 
