@@ -34,7 +34,7 @@ class SquareLayout(VisualLayout):
 
     kinds = ("image",)
 
-    def view(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def view(self, kind: str, height: int, width: int) -> tuple[int, int, int, int]:
         """The processor resizes the shorter side and cuts off the ends of the longer one."""
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2

@@ -106,11 +106,11 @@ def _add_media(
             view.notes.append(f"“{view.nouns[tag]}” has no mask in {where}: its attention is not trained")
         for frame in segmentations:
             if mask := read_mask(record, tag, frame, info):
-                masks[frame][tag] = builder.encode.seen(mask.decode())
+                masks[frame][tag] = builder.encode.seen(record.kind, mask.decode())
     frames, last = [], None
     for frame, pixels in zip(sample.frames, builder.reader.frames(record, sample.frames), strict=True):
         label = f"frame {frame}, {frame / info.fps:.2f} s" + " (repeated)" * (frame == last) if video else ""
-        frames.append(Frame(builder.encode.seen(pixels), label, masks[frame]))
+        frames.append(Frame(builder.encode.seen(record.kind, pixels), label, masks[frame]))
         last = frame
     step = len(frames) // num_patches
     for patch, cells in enumerate(sample.cells):

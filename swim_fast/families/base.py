@@ -23,7 +23,9 @@ class Vision:
     Attributes:
         hidden, depth, heads, intermediate: width, blocks, heads of a block and width of its MLP.
         patch_values: pixel values of a patch.
-        patches_per_token: patches that become one token of the language model.
+        patches_per_token: patches that become one token of the language model, on average.
+        patches_per_cell: patches of a cell of `VisualLayout.tower_grids`, which is a row of the mergers' input; None:
+            as many as of a token.
         full_blocks: blocks whose attention sees a whole frame; None: all.
         window: side of the windows of the others, in patches.
     """
@@ -36,6 +38,7 @@ class Vision:
     patches_per_token: float
     full_blocks: int | None = None
     window: int = 1
+    patches_per_cell: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Family:
         head: language-model head.
         numbering: has `get_rope_index`, which numbers the tokens; None: they are counted.
         pretraining_rule: numbers follow the rule of `swim_fast.position_ids`.
-        unused: modules that no input of this project reaches; they are frozen.
+        merger_parameters: paths of parameters that belong to the mergers and lie in none of these modules.
+        unused: (model) → modules that no input of this project reaches, or that no output depends on; they are frozen.
         packable: several samples can be one sequence.
         cacheless: the forward takes no noun queries unless `use_cache=False` is given from the start.
     """
@@ -74,7 +78,8 @@ class Family:
     head: str = "lm_head"
     numbering: str | None = None
     pretraining_rule: bool = False
-    unused: tuple[str, ...] = ()
+    merger_parameters: tuple[str, ...] = ()
+    unused: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
     packable: bool = True
     cacheless: bool = False
 

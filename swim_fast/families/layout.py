@@ -89,7 +89,8 @@ class VisualLayout:
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None:
                 raise ProcessorError(
-                    f"{name} is {value}, but {type(processor).__name__} gives every {kind} the same size; remove it"
+                    f"{name} is {value}, but {type(processor).__name__} takes no limit on the size of {kind}s; "
+                    "remove it"
                 )
         side = size.get("shortest_edge")
         return FixedSize(*((side, side) if side else (size["height"], size["width"])))
@@ -108,7 +109,7 @@ class VisualLayout:
         """Return a setting of the image or video processor; None if it has none of this name."""
         return self.options(kind).get(name, getattr(self.visual_processor(kind), name, None))
 
-    def view(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def view(self, kind: str, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the part of a frame of this size that the model sees: top, bottom, left, right, in pixels."""
         return 0, height, 0, width
 
@@ -175,7 +176,10 @@ class VisualLayout:
         return visual.view(self.grid(kind, inputs))
 
     def tower_grids(self, kind: str, inputs: dict[str, Any], cells: Tensor) -> list[tuple[int, int, int]]:
-        """Return what the vision tower sees, in tokens: pictures that it takes apart, their rows and columns."""
+        """Return what the vision tower sees: pictures that it takes apart, and the rows and columns of their cells.
+
+        A cell is as many patches as `Vision.patches_per_cell` says.
+        """
         return [tuple(cells.shape)]
 
     @classmethod
@@ -194,7 +198,8 @@ class VisualLayout:
             shapes = " and ".join(str(list(value.shape[1:])) for value in values)
             raise BatchError(
                 f"the samples of a batch have {name} of {shapes}, and this model takes only equal ones together: set "
-                "training.per_device_train_batch_size to 1, or data.fps to null so that every clip gives max_frames"
+                "training.per_device_train_batch_size to 1 and leave out data.max_tokens_per_batch; or, if every clip "
+                "is long enough, set data.fps to null, so that each gives max_frames"
             )
         return torch.cat(values)
 

@@ -51,7 +51,7 @@ _PARTS: dict[str, Any] = {
     "layout": ThinkerLayout,
     "language_model": "model.language_model" if _NESTED else "model",
     "visual": _VISUAL,
-    "unused": (f"{_BASE}audio_tower",),
+    "unused": lambda model: (f"{_BASE}audio_tower",),
     "minimal_pass": _minimal_pass,
     "vision": vision_of,
     "packable": False,  # its positions depend on sound, too, and are made in the model

@@ -127,4 +127,4 @@ def _all_frames(builder: SampleBuilder, prompt: Prompt) -> Iterator[np.ndarray]:
     step = max(1, CHUNK_BYTES // (3 * info.height * info.width))
     for first in range(0, info.num_frames, step):
         chosen = range(first, min(first + step, info.num_frames))
-        yield from builder.encode.seen(builder.reader.frames(prompt.record, chosen))
+        yield from builder.encode.seen(prompt.record.kind, builder.reader.frames(prompt.record, chosen))

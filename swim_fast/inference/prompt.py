@@ -122,7 +122,7 @@ def encode_question(builder: SampleBuilder, media: Path, kind: str, question: st
     pixels = builder.reader.frames(record, plan.frames)
     if kind == "image":
         encoding = builder.encode.image(conversation, pixels[0])
-        return Prompt(record, encoding, [0], builder.encode.seen(pixels), plan.info, 1)
+        return Prompt(record, encoding, [0], builder.encode.seen(kind, pixels), plan.info, 1)
     encoding = builder.encode.video(conversation, pixels, plan.frames, plan.info, plan.max_pixels)
-    pixels = builder.encode.seen(pixels)
+    pixels = builder.encode.seen(kind, pixels)
     return Prompt(record, encoding, list(plan.frames), pixels, plan.info, builder.encode.frames_per_patch(kind))

@@ -18,6 +18,7 @@ def get_part_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of `vision_tower` (without mergers), `merger` and `language_model` (with head)."""
     family = get_family(model)
     merger = [p for path in family.mergers for p in model.get_submodule(path).parameters()]
+    merger += [model.get_parameter(path) for path in family.merger_parameters]
     inside = {id(p) for p in merger}
     text = (*model.get_submodule(family.language_model).parameters(), *model.get_submodule(family.head).parameters())
     return {
@@ -38,7 +39,7 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
     """
     family = get_family(model)
     visual, by_part = model.get_submodule(family.visual), get_part_parameters(model)
-    for path in family.unused:
+    for path in family.unused(model):
         model.get_submodule(path).requires_grad_(False)
     for part in parts:
         if part not in by_part:
@@ -63,9 +64,9 @@ def keep_visual_in_step(model: nn.Module, sharded: bool = False) -> None:
             all ranks: a batch with both images and videos has two. Costs a reduction of one number per forward.
     """
     add_context(model, "visual_in_step", partial(_count_missing_passes, sharded=sharded))
-    add_keyword_step(
-        model, "visual_in_step", partial(_add_missing_passes, partial(get_family(model).minimal_pass, model))
-    )
+    family = get_family(model)
+    alone = [model.get_parameter(path) for path in family.merger_parameters]
+    add_keyword_step(model, "visual_in_step", partial(_add_missing_passes, partial(family.minimal_pass, model), alone))
 
 
 @contextlib.contextmanager
@@ -79,8 +80,12 @@ def _count_missing_passes(model: nn.Module, kwargs: dict, sharded: bool) -> Iter
     yield
 
 
-def _add_missing_passes(minimal_pass: Callable[[], Tensor], language_model: nn.Module, kwargs: dict) -> dict:
+def _add_missing_passes(
+    minimal_pass: Callable[[], Tensor], alone: list[Tensor], language_model: nn.Module, kwargs: dict
+) -> dict:
     embeds = kwargs["inputs_embeds"]
     for _ in range(kwargs.pop("missing_passes", 0)):
         embeds = embeds + minimal_pass().to(embeds.dtype).sum() * 0
+    for parameter in alone:  # such as the newline between the rows of an image, which no video has
+        embeds = embeds + parameter.to(embeds.dtype).sum() * 0
     return kwargs | {"inputs_embeds": embeds}

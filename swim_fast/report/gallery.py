@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def _choose_clips(config: RunConfig, builder: SampleBuilder, count: int, gallery
 
 def _view_clip(title: str, record: Record, builder: SampleBuilder) -> ClipView:
     """Decode the frames that the model sees, and their masks; of many, one of each patch, annotated if there is one."""
-    plan, seen = builder.plan(record), builder.encode.seen
+    plan, seen = builder.plan(record), partial(builder.encode.seen, record.kind)
     size = builder.encode.frames_per_patch(record.kind)
     patch_of = {frame: slot // size for slot, frame in reversed(list(enumerate(plan.frames)))}
     if len(patch_of) > MAX_FRAMES:

@@ -87,7 +87,7 @@ class StepFlops:
             self._per_text_pair += (3 if trained else 1) * 4 * text.num_attention_heads * head_dim
         self._per_label, _ = _count_products(list(model.get_submodule(family.head).modules()), trained)
 
-        self._patches_per_token = vision.patches_per_token
+        self._patches_per_cell = vision.patches_per_cell or vision.patches_per_token
         self._depth = vision.depth
         self._whole_frames = vision.depth if vision.full_blocks is None else vision.full_blocks
         self._window = vision.window
@@ -95,7 +95,7 @@ class StepFlops:
     def __call__(self, counts: BatchCounts) -> Flops:
         """Return the operations of one batch's forward and backward, without padding."""
         patches = vision_pairs = 0
-        side = round(self._patches_per_token**0.5)
+        side = round(self._patches_per_cell**0.5)
         for frames, rows, columns in counts.grids:
             height, width = rows * side, columns * side
             patches += frames * height * width
@@ -103,7 +103,7 @@ class StepFlops:
             inside = self._whole_frames * (height * width) ** 2 + (self._depth - self._whole_frames) * windows
             vision_pairs += frames * inside
         weights = self._per_token * counts.tokens + self._per_label * counts.labels + self._per_patch * patches
-        weights += self._per_visual_token * patches / self._patches_per_token
+        weights += self._per_visual_token * patches / self._patches_per_cell
         pairs = sum(length * (length + 1) / 2 for length in counts.lengths)
         return Flops(weights, self._per_text_pair * pairs, self._per_vision_pair * vision_pairs)
 
@@ -124,7 +124,7 @@ def _count_products(modules: list[nn.Module], trained: bool) -> tuple[int, bool]
         size = 0  # from the geometry: ZeRO-3 and quantisation leave other shapes in the weights themselves
         if isinstance(module, nn.Linear):
             size = module.in_features * module.out_features
-        elif isinstance(module, nn.Conv3d):
+        elif isinstance(module, nn.Conv2d | nn.Conv3d):
             size = module.in_channels * module.out_channels * math.prod(module.kernel_size)
         if size:
             total += 2 * size * (1 + trained + module.weight.requires_grad)

@@ -242,6 +242,61 @@ def _omni(family: str) -> Tiny:
     return Tiny(processor, model_of(getattr(transformers, f"{family}ThinkerForConditionalGeneration"), config))
 
 
+def _llava_onevision() -> Tiny:
+    import transformers
+
+    tokenizer = tokenizer_with({"image_token": "<image>", "video_token": "<video>"})
+    size, tiles = {"height": 70, "width": 70}, [[70 * rows, 70 * columns] for rows in (1, 2) for columns in (1, 2, 3)]
+    processor = transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(size=dict(size), image_grid_pinpoints=tiles),
+        tokenizer=tokenizer,
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size=dict(size)),
+        num_image_tokens=25,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_3",
+        chat_template=template("<image>\n", "<video>\n"),
+    )
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **text_config(tokenizer)},
+        vision_config={"model_type": "siglip_vision_model", **vision, "image_size": 70, "patch_size": 14}
+        | {"vision_use_head": False},
+        image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id,
+        image_grid_pinpoints=tiles,
+        vision_aspect_ratio="anyres_max_3",
+    )
+    return Tiny(processor, model_of(transformers.LlavaOnevisionForConditionalGeneration, config))
+
+
+def _llava_next_video() -> Tiny:
+    import transformers
+
+    tokenizer = tokenizer_with({"image_token": "<image>", "video_token": "<video>"})
+    size, crop = {"shortest_edge": 56}, {"height": 56, "width": 56}
+    tiles = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+    processor = transformers.LlavaNextVideoProcessor(
+        image_processor=transformers.LlavaNextImageProcessor(
+            size=dict(size), crop_size=dict(crop), image_grid_pinpoints=tiles
+        ),
+        tokenizer=tokenizer,
+        video_processor=transformers.LlavaNextVideoVideoProcessor(size=dict(size), crop_size=dict(crop)),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>\n", "<video>\n"),
+    )
+    vision = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlavaNextVideoConfig(
+        text_config={"model_type": "llama", **text_config(tokenizer)},
+        vision_config={"model_type": "clip_vision_model", **vision, "image_size": 56, "patch_size": 14},
+        image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id,
+        image_grid_pinpoints=tiles,
+    )
+    return Tiny(processor, model_of(transformers.LlavaNextVideoForConditionalGeneration, config))
+
+
 MAKERS: dict[str, Callable[[], Tiny]] = {
     "Qwen2-VL": functools.partial(_qwen, "Qwen2VL"),
     "Qwen2.5-VL": functools.partial(_qwen, "Qwen2_5_VL"),
@@ -254,6 +309,8 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
     "GLM-4.5V": functools.partial(_glm, "Glm4vMoe"),
     "GLM-4.6V": functools.partial(_glm, "Glm46V"),
     "VideoLLaMA3": _video_llama3,
+    "LLaVA-OneVision": _llava_onevision,
+    "LLaVA-NeXT-Video": _llava_next_video,
 }
 
 

@@ -279,7 +279,7 @@ class SampleBuilder:
         chosen = {frame: masks[frame] for frame in dict.fromkeys(sample.frames) if frame in masks}
         key = tuple((frame, mask.key) for frame, mask in chosen.items())
         if key not in known:
-            pixels = {frame: self.encode.seen(mask.decode()) for frame, mask in chosen.items()}
+            pixels = {frame: self.encode.seen(record.kind, mask.decode()) for frame, mask in chosen.items()}
             temporal_patch_size = self.encode.frames_per_patch(record.kind)
             found = supervised_patches(sample.frames, pixels, temporal_patch_size, self.supervision.supervise)
             found = {patch: mask for patch, mask in found.items() if mask.any() and (encoding.cells[patch] >= 0).any()}

@@ -103,10 +103,10 @@ class Encoder:
         """Return how many frames share their tokens: 1 for an image."""
         return self.layout.frames_per_patch if kind == "video" else 1
 
-    def seen(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the part that the model sees of a frame [H, W, 3], frames [T, H, W, 3] or a mask [H, W]."""
+    def seen(self, kind: str, pixels: np.ndarray) -> np.ndarray:
+        """Return the part that the model sees of a frame or image [H, W, 3], frames [T, H, W, 3] or a mask [H, W]."""
         sides = slice(0, 2) if pixels.ndim < 4 else slice(1, 3)
-        top, bottom, left, right = self.layout.view(*pixels.shape[sides])
+        top, bottom, left, right = self.layout.view(kind, *pixels.shape[sides])
         return pixels[..., top:bottom, left:right] if pixels.ndim == 2 else pixels[..., top:bottom, left:right, :]
 
     def text_offsets(self, conversation: Conversation) -> Tensor:

@@ -144,11 +144,12 @@ def _get_quantized_bits(model, config: RunConfig) -> dict:
 def _count_parts(model, config: RunConfig) -> list[Part]:
     """Return the model's parts, each parameter in the first part that has it."""
     from swim_fast.families import get_family
+    from swim_fast.modeling.freezing import get_part_parameters
 
     family, bits = get_family(model), _get_quantized_bits(model, config)
     adapters = {p for name, p in model.named_parameters() if "lora_" in name}
     by_part = {
-        "merger": [p for path in family.mergers for p in model.get_submodule(path).parameters()],
+        "merger": get_part_parameters(model)["merger"],
         "vision tower": model.get_submodule(family.visual).parameters(),
         "language model": model.get_submodule(family.language_model).parameters(),
         "head": model.get_submodule(family.head).parameters(),
