@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from swim_fast.data.batch.collation import model_inputs
 from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, compute_pair_losses
 from swim_fast.loss.metrics import METRICS, sum_metrics
+from swim_fast.modeling.noun_attention import ReentrantCheckpointingError
 from swim_fast.options import AttentionLoss
 from swim_fast.training.sums import Sums
 
@@ -81,6 +82,7 @@ def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss 
     Raises:
         RuntimeError: the model was not prepared: it answers all logits, or no map for targets that are trained on; or
             a trainer has replaced its forward since.
+        ReentrantCheckpointingError: the maps have lost their graph.
     """
     text_inputs = {"labels": batch["labels"], "label_positions": batch["label_positions"], "num_items_in_batch": 1}
     queries = {} if loss is None else {"noun_queries": batch["noun_queries"], "right_padded": True}
@@ -111,6 +113,12 @@ def _compare_maps(
         return like.new_zeros(()), like.new_zeros(len(METRICS) + 1)
     if loss.mask_weight == 0:
         maps = [layer.detach() for layer in maps]
+    elif torch.is_grad_enabled() and like.requires_grad and not any(layer.requires_grad for layer in maps):
+        raise ReentrantCheckpointingError(
+            "the maps have no gradient although the text loss has: reentrant activation checkpointing drops it (use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}), or nothing at or below the layers of the maps is "
+            "trained"
+        )
     choices = {"fusion": loss.fusion, "prediction": loss.prediction, "backend": loss.backend}
     predictions = GridPredictions.from_maps(maps, targets, **choices)
     metrics = sum_metrics(predictions)

@@ -1,5 +1,6 @@
 """The trainers of the examples give the losses and weights of `swim-fast train` on the same samples."""
 
+import json
 import subprocess
 import sys
 from ast import literal_eval
@@ -8,6 +9,9 @@ import pytest
 import torch
 import yaml
 
+from swim_fast.demo.clips import write_demo_data
+from swim_fast.demo.texts import all_texts
+from swim_fast.demo.tiny_model import build_checkpoint
 from tests.examples.test_examples import ROOT, load
 from tests.training.conftest import environment, history, run_here, weights
 
@@ -68,7 +72,7 @@ def check(folder, steps, ours, rounding=ROUNDING):
     AutoModelForImageTextToText.from_pretrained(folder / "trained")
 
 
-def start(name, folder, ranks):
+def launch(name, folder, ranks):
     """Run an example on several ranks and return what it printed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     options = ["--folder", str(folder), "--steps", str(STEPS), "--batch-size", str(6 // ranks)]
@@ -84,7 +88,7 @@ def test_own_training_loop(tmp_path, ours):
 
 
 def test_own_training_loop_on_two_ranks(tmp_path, ours):
-    lines = [line.split() for line in start("own_training_loop", tmp_path, 2).splitlines() if line.startswith("step")]
+    lines = [line.split() for line in launch("own_training_loop", tmp_path, 2).splitlines() if line.startswith("step")]
     steps = [{"text_loss": float(line[4]), "mask_loss": float(line[7])} for line in lines]  # by rank 0 alone
     check(tmp_path, steps, ours(tmp_path), rounding=1e-3)  # as printed
 
@@ -99,6 +103,52 @@ def test_trl_trainer(tmp_path, ours):
 @pytest.mark.slow
 @pytest.mark.needs("trl")
 def test_trl_trainer_on_two_ranks(tmp_path, ours):
-    lines = [line for line in start("trl_trainer", tmp_path, 2).splitlines() if "mask_loss" in line]
+    lines = [line for line in launch("trl_trainer", tmp_path, 2).splitlines() if "mask_loss" in line]
     steps = [{key: float(value) for key, value in literal_eval(line[line.index("{") :]).items()} for line in lines]
     check(tmp_path, steps, ours(tmp_path), rounding=1e-3)  # as printed
+
+
+@pytest.mark.slow
+@pytest.mark.needs("swift")
+def test_ms_swift_plugin(tmp_path, ours):
+    """Needs ms-swift, in an environment of its own: its peft is older than that of the tests."""
+    write_demo_data(tmp_path / "data", seed=0, train_clips=24, heldout_clips=1, workers=1)
+    build_checkpoint(tmp_path / "start", all_texts(), seed=0)
+    options = {
+        "external_plugins": "examples/ms_swift_plugin.py",
+        "model": tmp_path / "start",
+        "model_type": "qwen2_5_vl",
+        "template": "swim",
+        "dataset": "swim",
+        "split_dataset_ratio": 0,
+        "dataset_shuffle": False,
+        "train_dataloader_shuffle": False,
+        "tuner_type": "full",
+        "freeze_vit": False,
+        "freeze_aligner": False,
+        "torch_dtype": "float32",
+        "gradient_checkpointing_kwargs": '{"use_reentrant": false}',
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "save_steps": STEPS,
+        "logging_steps": 1,
+        "learning_rate": 4e-3,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0,
+        "weight_decay": 0,
+        "adam_beta2": 0.999,
+        "report_to": "none",
+        "use_hf": True,
+        "output_dir": tmp_path,
+        "add_version": False,
+        "save_only_model": True,
+    }
+    command = [sys.executable, "-m", "swift.cli.sft"]
+    command += [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    about = {"RECORDS": str(tmp_path / "data/train.jsonl")}
+    done = subprocess.run(command, cwd=ROOT, env=environment() | about, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    logs = [json.loads(line) for line in (tmp_path / "logging.jsonl").read_text().splitlines()]
+    (tmp_path / f"checkpoint-{STEPS}").rename(tmp_path / "trained")
+    check(tmp_path, [log for log in logs if "mask_loss" in log], ours(tmp_path), rounding=1e-4)

@@ -3,11 +3,13 @@
 import logging
 
 import pytest
+from torch.utils.checkpoint import checkpoint as run_checkpointed
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from swim_fast import Collator, SampleBuilder
 from swim_fast.data.batch.dataset import SwimDataset
 from swim_fast.errors import OptionError
+from swim_fast.modeling.noun_attention import ReentrantCheckpointingError
 from swim_fast.modeling.prepare import prepare_model
 from swim_fast.options import AttentionLoss, Sampling, Source
 from swim_fast.training.mixin import AttentionLossMixin
@@ -100,4 +102,15 @@ def test_a_forward_that_computes_a_loss_of_its_own_is_an_error(make_trainer, mon
 
     monkeypatch.setattr(trainer.model, "forward", replaced)
     with pytest.raises(RuntimeError, match="forward was replaced"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_maps_without_gradient_are_an_error(make_trainer):
+    """Also where a trainer forces reentrant checkpointing behind transformers' back."""
+    trainer = make_trainer()
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in trainer.model.model.language_model.layers:
+        layer._gradient_checkpointing_func = lambda call, *args: run_checkpointed(call, *args, use_reentrant=True)
+    with pytest.raises(ReentrantCheckpointingError, match="the maps have no gradient"):
         trainer.train()
