@@ -12,6 +12,7 @@ LIGER = "liger-kernel>=0.8.5,<0.9"
 LORA = ["peft>=0.21", "bitsandbytes>=0.50"]
 # Below 1.15 its trainer gives the model another forward, whose loss is not ours; 2 is to drop arguments.
 TRL = ["trl>=1.15,<2"]
+SMOLVLM = ["num2words>=0.5.14"]  # its processor writes the number of frames in words
 NL_REFER = ["openai>=1.40,<4", "HanTa>=1.1,<2"]
 TEST = [
     *LORA,
@@ -24,6 +25,7 @@ TEST = [
     "deepspeed>=0.19,<0.20",
     "av>=14",
     "torchcodec>=0.10",
+    *SMOLVLM,
 ]
 
 HERE = Path(__file__).parent
@@ -83,6 +85,7 @@ setup(
         "torchcodec": ["torchcodec>=0.10"],
         "demo": ["av>=14"],  # writes the demo's H.264 clips
         "nl-refer": NL_REFER,
+        "smolvlm": SMOLVLM,
         "trl": TRL,
         "test": TEST,
         "dev": [*TEST, "playwright>=1.50", "qwen-vl-utils>=0.0.14", "ruff>=0.12", "mypy>=1.18,<3"],

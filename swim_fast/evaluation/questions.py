@@ -161,7 +161,7 @@ def evaluate_questions(options: Questions, ranks: Ranks) -> dict[str, Any] | Non
             prompts = [sample for _, sample in batch]
             if by == "generation":
                 return [{"answer": text} for text in generate(model, processor, prompts, options.max_new_tokens)]
-            texts = [items[index].options for index, _ in batch]
+            texts = [[builder.render.gap + option for option in items[index].options] for index, _ in batch]
             scored = (
                 score_texts(model, processor, *asked, options.batch_size) for asked in zip(prompts, texts, strict=True)
             )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from swim_fast.errors import OptionError, ProcessorError
-from swim_fast.families import glm_v, internvl, llava, qwen_omni, qwen_vl, video_llama3
+from swim_fast.families import glm_v, internvl, llava, qwen_omni, qwen_vl, smolvlm, video_llama3
 from swim_fast.families.base import Family, UnsupportedModelError, Vision, get_head_dim
 from swim_fast.families.layout import Clip, VisualLayout
 
@@ -41,6 +41,7 @@ FAMILIES: list[Family] = [
     *glm_v.FAMILIES,
     *video_llama3.FAMILIES,
     *llava.FAMILIES,
+    *smolvlm.FAMILIES,
 ]
 
 

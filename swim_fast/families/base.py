@@ -62,7 +62,7 @@ class Family:
         merger_parameters: paths of parameters that belong to the mergers and lie in none of these modules.
         unused: (model) → modules that no input of this project reaches, or that no output depends on; they are frozen.
         packable: several samples can be one sequence.
-        cacheless: the forward takes no noun queries unless `use_cache=False` is given from the start.
+        cacheless: a key/value cache is made before the decoder is called, so that it has to be told above to make none.
     """
 
     name: str

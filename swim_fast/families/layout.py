@@ -85,15 +85,19 @@ class VisualLayout:
         Raises:
             ProcessorError: as for the class.
         """
-        processor, size = self.visual_processor(kind), self.setting(kind, "size")
-        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-            if value is not None:
-                raise ProcessorError(
-                    f"{name} is {value}, but {type(processor).__name__} takes no limit on the size of {kind}s; "
-                    "remove it"
-                )
+        self.refuse_limits(kind, min_pixels, max_pixels)
+        size = self.setting(kind, "size")
         side = size.get("shortest_edge")
         return FixedSize(*((side, side) if side else (size["height"], size["width"])))
+
+    def refuse_limits(self, kind: str, min_pixels: int | None, max_pixels: int | None) -> None:
+        """Raise ProcessorError if there is a limit on the pixels of a kind."""
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None:
+                processor = type(self.visual_processor(kind)).__name__
+                raise ProcessorError(
+                    f"{name} is {value}, but {processor} takes no limit on the size of {kind}s; remove it"
+                )
 
     def visual_processor(self, kind: str) -> Any:
         """Return the image or video processor."""

@@ -54,6 +54,22 @@ def _within_contexts(of_class: Callable) -> Callable:
     return forward
 
 
+def leave_out_cache(model: nn.Module, name: str, keyword: str) -> None:
+    """Let a model that is called with `keyword` make no key/value cache, until `remove_context(model, name)`.
+
+    The decoder's own keywords come too late for the families that have made one by then.
+    """
+
+    @contextlib.contextmanager
+    def without_cache(model: nn.Module, kwargs: dict):
+        if kwargs.get(keyword) is not None:
+            kwargs["use_cache"] = False
+        yield
+
+    if get_family(model).cacheless:
+        add_context(model, name, without_cache)
+
+
 def add_keyword_step(
     model: nn.Module, name: str, step: Callable[[nn.Module, dict], dict] = lambda language_model, keywords: keywords
 ) -> None:

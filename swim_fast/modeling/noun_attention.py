@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from swim_fast.errors import UserError
 from swim_fast.families import UnsupportedModelError, choose_layers, get_attentions, get_family
 from swim_fast.modeling import fused_attention
-from swim_fast.modeling.hooks import add_keyword_step, remove_keyword_step
+from swim_fast.modeling.hooks import add_keyword_step, leave_out_cache, remove_context, remove_keyword_step
 from swim_kernels import Unsupported, flash_noun_attention, noun_attention
 from swim_kernels.runtime import to_autocast_dtype
 
@@ -200,6 +200,7 @@ def attach_noun_attention(
         module._noun_attention = _Attached(module.config, backend if index in chosen else None, fused, provider)
         module.config = config
     add_keyword_step(model, "noun_attention", _ask_for_maps)
+    leave_out_cache(model, "noun_attention", "noun_queries")
     return model
 
 
@@ -210,6 +211,7 @@ def detach_noun_attention(model: nn.Module) -> nn.Module:
             module.config = module._noun_attention.config
             del module._noun_attention
     remove_keyword_step(model, "noun_attention")
+    remove_context(model, "noun_attention")
     return model
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from swim_fast.errors import OptionError
 from swim_fast.families import get_family
-from swim_fast.modeling.hooks import add_keyword_step
+from swim_fast.modeling.hooks import add_keyword_step, leave_out_cache
 
 
 def accept_packed_batches(model: nn.Module) -> None:
@@ -20,6 +20,7 @@ def accept_packed_batches(model: nn.Module) -> None:
     if not get_family(model).packable:
         raise OptionError(f"samples of {get_family(model).name} cannot be packed: leave out data.max_tokens_per_batch")
     add_keyword_step(model, "packed", _leave_out_cache)
+    leave_out_cache(model, "packed", "cu_seq_lens_q")
 
 
 def _leave_out_cache(language_model: nn.Module, kwargs: dict) -> dict:

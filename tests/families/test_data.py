@@ -16,9 +16,11 @@ from swim_fast.data.source.records import Record, Turn
 from swim_fast.data.video.reader import MediaInfo
 from swim_fast.families import FAMILIES, Clip, find_family, get_layout
 from swim_fast.options import Sampling
-from tests.families.tiny import MAKERS, tiny
+from tests.families.tiny import MAKERS, NEEDS, tiny
 
-FAMILY = pytest.mark.parametrize("name", MAKERS)
+FAMILY = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.needs(NEEDS[name])] if name in NEEDS else []) for name in MAKERS]
+)
 FRAMES, FPS = [0, 3, 8, 12, 20, 21], 4.0
 QUESTION = (Turn("user", "What is the <ins>dog</ins> doing?"), Turn("assistant", "It runs."))
 
@@ -48,6 +50,7 @@ def batch_of(name, *encodings):
     return Collator(tiny(name).processor)([Sample("", e.inputs, cells=e.cells, grids=e.grids) for e in encodings])
 
 
+@pytest.mark.needs(*NEEDS.values())
 def test_every_family_is_tried():
     tried = {find_family(tiny(name).build().config).name for name in MAKERS}
     assert tried == {family.name for family in FAMILIES}
@@ -66,7 +69,7 @@ def test_inputs_are_those_of_the_processor(name, kind):
     else:
         metadata = VideoMetadata(24, FPS, 140, 90, 24 / FPS, None, list(FRAMES))
         about = {"do_sample_frames": False, "video_metadata": [metadata]}
-        wanted = processor(text=[conversation.text], videos=[planes], videos_kwargs=about, return_tensors="pt")
+        wanted = processor(text=[conversation.text], videos=[[planes]], videos_kwargs=about, return_tensors="pt")
     batch = batch_of(name, found)
     inputs = model_inputs(batch)
     assert inputs["input_ids"].tolist() == wanted["input_ids"].tolist()
@@ -181,6 +184,7 @@ def test_layouts_are_pickled_and_refuse_what_they_cannot_do(name):
         assert sizes[0] == sizes[1] and sizes[0][0] * sizes[0][1] <= high
 
 
+@pytest.mark.needs(*NEEDS.values())
 def test_the_readmes_table_is_true():
     """One row for each model that is tried here: what it takes, frames that share tokens, packing."""
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").partition("## Models")[2]

@@ -52,7 +52,7 @@ def batch_of(name, model, *samples, pack=False):
 
 def losses_of(model, batch):
     """Text loss and maps of a batch of one prepared model."""
-    return model(**model_inputs(batch), labels=batch["labels"], noun_queries=batch["noun_queries"], use_cache=False)
+    return model(**model_inputs(batch), labels=batch["labels"], noun_queries=batch["noun_queries"])
 
 
 @FAMILY

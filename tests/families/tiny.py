@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -297,6 +298,32 @@ def _llava_next_video() -> Tiny:
     return Tiny(processor, model_of(transformers.LlavaNextVideoForConditionalGeneration, config))
 
 
+def _smolvlm() -> Tiny:
+    import transformers
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+    tokens = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>"}
+    tokens |= {"global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    tokenizer = tokenizer_with(tokens, tuple(tiles))
+    sizes = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+    processor = transformers.SmolVLMProcessor(
+        image_processor=transformers.SmolVLMImageProcessor(**copy.deepcopy(sizes)),
+        tokenizer=tokenizer,
+        video_processor=transformers.SmolVLMVideoProcessor(**copy.deepcopy(sizes)),
+        image_seq_len=4,
+        chat_template=DEFAULT_CHAT_TEMPLATE,
+    )
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.SmolVLMConfig(
+        text_config={"model_type": "llama", **text_config(tokenizer)},
+        vision_config={**vision, "image_size": 56, "patch_size": 14, "initializer_range": 0.1},
+        image_token_id=tokenizer.image_token_id,
+        scale_factor=2,
+    )
+    return Tiny(processor, model_of(transformers.SmolVLMForConditionalGeneration, config))
+
+
 MAKERS: dict[str, Callable[[], Tiny]] = {
     "Qwen2-VL": functools.partial(_qwen, "Qwen2VL"),
     "Qwen2.5-VL": functools.partial(_qwen, "Qwen2_5_VL"),
@@ -311,7 +338,12 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
     "VideoLLaMA3": _video_llama3,
     "LLaVA-OneVision": _llava_onevision,
     "LLaVA-NeXT-Video": _llava_next_video,
+    "SmolVLM2": _smolvlm,
 }
+
+
+# Packages that the processor or the model of a family needs beside transformers.
+NEEDS = {"SmolVLM2": "num2words"}
 
 
 @functools.cache

@@ -30,7 +30,8 @@ class Conversation:
     Attributes:
         text: rendered by the template, the video or image as one placeholder token that is not yet expanded.
         nouns: span of each tagged noun, in the order of the tags.
-        answers: span of each assistant turn: its text and the special token that ends the turn.
+        answers: span of each assistant turn: its text, white space before it that the prompt does not end with, and the
+            special token that ends the turn.
         labels: spans that are trained on: the answers, with their headers if these are labelled too.
         media: span of the placeholder token; None in a conversation without video or image.
     """
@@ -72,6 +73,7 @@ class ConversationRenderer:
 
     Attributes:
         special_tokens: pattern that finds the special tokens of the tokenizer.
+        gap: white space between a prompt and its answer, with which the answer begins; "" with most templates.
     """
 
     def __init__(self, processor: Any, system_prompt: str | None = None, label_header: bool = False):
@@ -87,12 +89,14 @@ class ConversationRenderer:
         try:
             if system_prompt == "":
                 self._left_out = self._default_system_turn()
-            text = self(probe).text
+            found = self(probe)
+            answer = found.text[slice(*found.answers[0])]
+            self.gap = answer[: len(answer) - len(answer.lstrip())]
             if label_header:
                 self._header = self._assistant_header()
         except DataError as error:
             raise ProcessorError(f"this processor cannot be used for training: {error.reason}") from error
-        if system_prompt and system_prompt not in text:
+        if system_prompt and system_prompt not in found.text:
             raise ProcessorError(
                 "the chat template does not show system_prompt as it is (no system turn, or white space at its ends is "
                 "dropped); change it or leave it out"
@@ -192,7 +196,7 @@ class ConversationRenderer:
 
         answering = [number for number, role in enumerate(roles) if role == "assistant"]
         tried = {*answering[:ANSWERS_TRIED], *answering[-ANSWERS_TRIED:]}
-        rendered, length = [template[0]], len(template[0])
+        rendered, length, gap = [template[0]], len(template[0]), ""
         nouns: list[Span] = []
         answers: list[Span] = []
         labels: list[Span] = []
@@ -201,7 +205,7 @@ class ConversationRenderer:
             nouns += [(length + first, length + last) for first, last in part.nouns]
             if roles[number] == "assistant":
                 if number in tried:
-                    self._check_beginning(skeleton, roles, stand_ins, number, kind)
+                    gap = self._check_beginning(skeleton, roles, stand_ins, number, kind)
                 end_of_turn = self.special_tokens.match(following)
                 if not end_of_turn:
                     raise DataError(
@@ -209,14 +213,15 @@ class ConversationRenderer:
                         "the model would never learn to stop",
                         key=f"conversations[{number}]",
                     )
-                if not before.endswith(self._header):
+                if not before.endswith(self._header + gap):
                     raise DataError(
                         f"the chat template begins this answer with {before[-30:]!r} instead of the header "
                         f"{self._header!r}, which label_header would train on",
                         key=f"conversations[{number}]",
                     )
-                answers.append((length, end + end_of_turn.end()))
-                labels.append((length - len(self._header), end + end_of_turn.end()))
+                start = length - len(gap)
+                answers.append((start, end + end_of_turn.end()))
+                labels.append((start - len(self._header), end + end_of_turn.end()))
             rendered += [part.text, following]
             length = end + len(following)
         text = "".join(rendered)
@@ -230,17 +235,23 @@ class ConversationRenderer:
 
     def _check_beginning(
         self, skeleton: str, roles: Sequence[str], turns: Sequence[Sequence[_Part]], number: int, kind: str
-    ) -> None:
-        """Check that what the model is given at inference, the turns before its answer, is what it is trained on."""
+    ) -> str:
+        """Check that what the model is given at inference, the turns before its answer, is what it is trained on.
+
+        Returns:
+            The white space between that and the answer, which the model has to write itself.
+        """
         if number == 0:
             raise DataError("the conversation begins with an answer; put a user turn first", key="conversations")
         prompt = self._apply(roles[:number], turns[:number], kind, add_generation_prompt=True)
-        if not skeleton.startswith(prompt + turns[number][0].text):
+        gap = skeleton[len(prompt) : skeleton.index(turns[number][0].text)]
+        if not skeleton.startswith(prompt) or gap.strip():
             raise DataError(
                 "the chat template renders the turns before an answer differently once the answer follows, "
                 "so training would not match generation",
                 key=f"conversations[{number}]",
             )
+        return gap
 
     def _media_span(self, text: str, kind: str) -> Span | None:
         if kind == "text":
