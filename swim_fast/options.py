@@ -242,6 +242,8 @@ class Supervision(NounRows, Labels):
     """Visual tokens at which maps are read out: `all`, which the normaliser of the released code needs, or those of the
     temporal patches in which any object has a mask (`supervised`). A softmax over `frame` or `visual` tokens is read
     out on these."""
+    question_rows: bool = False
+    """Rows of the tokens of questions, too, for losses of their attention to sets of keys."""
 
 
 class Maps(NounRows):
@@ -260,6 +262,11 @@ class AttentionLoss(Maps):
     """Weight of the text loss."""
     mask_weight: float = Field(1.0, ge=0)
     """Weight of the mask loss; at 0 maps are measured but not trained."""
+    image_weight: float = Field(0.0, ge=0)
+    """Weight of AVAR's loss by which the tokens of a question look more at the video or image (arXiv 2603.03825; 0.15
+    there). It needs no masks, and is of the same layers."""
+    system_weight: float = Field(0.0, ge=0)
+    """Weight of AVAR's loss by which they look less at what stands before the question (0.15 there)."""
     fusion: Literal["mean", "add", "product", "none"] = "mean"
     """How the maps of the layers become one; `none` gives each layer a loss of its own, averaged."""
     prediction: Literal["probability", "min_max", "released"] = "probability"
@@ -299,7 +306,7 @@ class AttentionLoss(Maps):
         if self.layers == []:
             remedy = "name layers, leave it out for every fifth, or write `attention_loss: null` to train on text alone"
             raise mistake("layers", f"is empty: {remedy}")
-        if self.text_weight == self.mask_weight == 0:
+        if self.text_weight == self.mask_weight == self.image_weight == self.system_weight == 0:
             raise mistake("text_weight", "and {mask_weight} are both 0: nothing would be trained")
         return self
 
@@ -312,7 +319,12 @@ class AttentionLoss(Maps):
     def supervision(self) -> Supervision:
         """What samples must hold for this loss."""
         read_out = "all" if self.prediction == "released" else "supervised"
-        return Supervision(**self.part(NounRows).given(), read_out=read_out)
+        return Supervision(**self.part(NounRows).given(), read_out=read_out, question_rows=self.asks_questions)
+
+    @property
+    def asks_questions(self) -> bool:
+        """True if the attention of the questions' tokens is trained."""
+        return self.image_weight > 0 or self.system_weight > 0
 
 
 class Lora(Options):

@@ -22,7 +22,8 @@ RULES = {
     "swim_fast.loss": "options swim_kernels",
     "swim_fast.families": "",
     "swim_fast.modeling": "families labels options position_ids swim_kernels",
-    "swim_fast.data": "families options jobs files labels loss.targets position_ids viz.record swim_kernels",
+    "swim_fast.data": "families options jobs files labels loss.targets loss.questions position_ids viz.record"
+    " swim_kernels",
     "swim_fast.llm": "files options",
     "swim_fast.nl_refer.english": "options",
     "swim_fast.importing": "options jobs data nl_refer",  # names of objects are tagged as nl_refer does

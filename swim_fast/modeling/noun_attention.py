@@ -13,9 +13,10 @@ import copy
 import dataclasses
 import functools
 import sys
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,7 +24,7 @@ from swim_fast.errors import UserError
 from swim_fast.families import UnsupportedModelError, choose_layers, get_attentions, get_family
 from swim_fast.modeling import fused_attention
 from swim_fast.modeling.hooks import add_keyword_step, leave_out_cache, remove_context, remove_keyword_step
-from swim_kernels import Unsupported, flash_noun_attention, noun_attention
+from swim_kernels import Unsupported, flash_noun_attention, noun_attention, noun_mass
 from swim_kernels.runtime import to_autocast_dtype
 
 ATTENTION_NAME = "swim_noun_attention"
@@ -61,29 +62,61 @@ def _get_attention(module: nn.Module, name: str):
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def noun_attention_forward(module, query, key, value, attention_mask, noun_queries=None, right_padded=None, **kwargs):
+class MapsAndMasses(NamedTuple):
+    """Answer of a chosen layer that is asked for masses, too.
+
+    Attributes:
+        maps: [R, N] fp32; None without noun queries.
+        masses: [R', Hq, S] fp32, of `swim_kernels.noun_mass`.
+    """
+
+    maps: Tensor | None
+    masses: Tensor
+
+
+def noun_attention_forward(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    noun_queries=None,
+    right_padded=None,
+    mass_queries=None,
+    mass_sets=None,
+    **kwargs,
+):
     """Attention function of an attached layer: its own output, and its noun map if there are queries.
 
     Args:
         query: `[B, Hq, L, D]` after rotary embedding; `key`, `value`: `[B, Hkv, L, D]`.
         noun_queries: `NounQueries` or None.
         right_padded: from `fused_attention.is_right_padded`, for the whole batch.
+        mass_queries, mass_sets: rows and sets of keys of `swim_kernels.noun_mass`, or None.
 
     Returns:
-        The wrapped attention's output `[B, L, Hq, D]`, and the map `[R, N]` fp32 (None at layers that were not chosen;
-        the wrapped attention's own weights without noun queries).
+        The wrapped attention's output `[B, L, Hq, D]`, and the map `[R, N]` fp32 (`MapsAndMasses` with mass queries;
+        None at layers that were not chosen; the wrapped attention's own weights without any queries).
     """
     attached = module._noun_attention
     name = attached.config._attn_implementation
     wrapped = functools.partial(
         _get_attention(module, name), _WithConfig(module, attached.config), query, key, value, attention_mask
     )
-    if noun_queries is None:
+    if noun_queries is None and mass_queries is None:
         return wrapped(**kwargs)
     kwargs.pop("output_attentions", None)  # it asks for the maps here, not for the wrapped attention's weights
     if attached.backend is None:
         return wrapped(**kwargs)[0], None
     _refuse_other_softmax(module, kwargs)
+    if mass_queries is not None:
+        how = {"scale": kwargs.get("scaling"), "backend": attached.backend}
+        masses = noun_mass(*to_autocast_dtype(query, key), mass_queries, mass_sets, **how)
+        if noun_queries is None:
+            return wrapped(**kwargs)[0], MapsAndMasses(None, masses)
+        about = kwargs | {"right_padded": right_padded}
+        output, maps = noun_attention_forward(module, query, key, value, attention_mask, noun_queries, **about)
+        return output, MapsAndMasses(maps, masses)
     if kwargs.get("sliding_window") is not None:
         noun_queries = noun_queries.within_window(kwargs["sliding_window"])
     how = {"scale": kwargs.get("scaling"), "backend": attached.backend}
@@ -135,11 +168,13 @@ def _is_reentrant(layer: nn.Module) -> bool:
     return getattr(function, "keywords", {}).get("use_reentrant", False) is not False
 
 
+_QUERIES = ("noun_queries", "mass_queries", "mass_sets")
+
+
 def _ask_for_maps(language_model: nn.Module, kwargs: dict) -> dict:
     known = kwargs.pop("right_padded", None)
-    if kwargs.get("noun_queries") is None:
-        kwargs.pop("noun_queries", None)
-        return kwargs
+    if kwargs.get("noun_queries") is None and kwargs.get("mass_queries") is None:
+        return {name: value for name, value in kwargs.items() if name not in _QUERIES}
     if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:  # its name from 5.24 on
         raise ValueError(
             "noun_queries cannot be used while generating (a key/value cache is in use): generate without them, then "
@@ -179,7 +214,8 @@ def attach_noun_attention(
 
     Returns:
         The same model. With `noun_queries`, `outputs.attentions` is a tuple of one fp32 map `[R, N]` per chosen layer,
-        in layer order; without, the model behaves as before. Attaching again replaces the choice of layers.
+        in layer order; without, the model behaves as before. With `mass_queries` and `mass_sets`, see
+        `swim_kernels.noun_mass`, it is `MapsAndMasses` of each layer. Attaching again replaces the choice of layers.
 
     Raises:
         UnsupportedModelError: no entry for the model's family, or an attention of another softmax than maps are of.

@@ -38,7 +38,7 @@ from swim_fast.training.checkpoints import CheckpointingTrainer
 from swim_fast.training.loader import explain_loader
 from swim_fast.training.mixin import AttentionLossMixin
 from swim_fast.training.parameter_groups import split_groups
-from swim_fast.training.step import compute_losses, count_items, weigh_losses
+from swim_fast.training.step import StepLosses, compute_losses, count_items, weigh_losses
 from swim_fast.training.sums import Sums
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
         return self.is_deepspeed_enabled or self.args.fp16
 
     def _get_num_items_in_batch(self, batch_samples, device) -> Tensor:
-        """Return the labels and pairs `[2]` of the global step: all its micro-batches on all ranks.
+        """Return `count_items` of the global step: of all its micro-batches on all ranks.
 
         A single rank's stay on the CPU: dividing by them does not wait for the device. The samples of the step, and
         those left out, travel along.
@@ -90,7 +90,7 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
         if self.args.world_size > 1:
             total = total.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else total
             total = self._reduce(total)
-        items, self._samples_of_step = total.split(2)
+        items, self._samples_of_step = total.split((3, 2))
         return items
 
     # checkpoints
@@ -195,7 +195,8 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
                 sums += compute_losses(model, batch, self.attention_loss).sums
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = self._total(sums).average()
-        metrics["loss"] = weigh_losses(metrics["text_loss"], metrics.get("mask_loss", 0.0), self.attention_loss)
+        losses = StepLosses(*(metrics.get(f"{name}_loss", 0.0) for name in StepLosses._fields))
+        metrics["loss"] = weigh_losses(losses, self.attention_loss)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 

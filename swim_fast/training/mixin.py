@@ -39,7 +39,7 @@ class AttentionLossMixin:
         self.model_accepts_loss_kwargs = True  # else the loss would be divided by the accumulation steps once more
 
     def _get_num_items_in_batch(self, batch_samples, device) -> Tensor:
-        """Return the labels and pairs `[2]` of the global step: all its micro-batches on all ranks."""
+        """Return `count_items` of the global step: of all its micro-batches on all ranks."""
         return self._reduce(count_items(batch_samples).to(device))
 
     def _prepare_inputs(self, inputs):

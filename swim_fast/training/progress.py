@@ -10,7 +10,8 @@ from transformers import ProgressCallback
 from swim_fast.config import RunConfig
 from swim_fast.options import METRICS, Source
 
-_OWN = {"loss", "text_loss", "mask_loss", "learning_rate", "tokens_per_second", "epoch", *METRICS}
+_LOSSES = ("text", "mask", "image", "system")
+_OWN = {"loss", *(f"{name}_loss" for name in _LOSSES), "learning_rate", "tokens_per_second", "epoch", *METRICS}
 _SHARES = {"pointing_accuracy": "pointing {:.0%}", "mass_in_mask": "mass in mask {:.2f}", "soft_iou": "soft IoU {:.2f}"}
 
 
@@ -70,7 +71,7 @@ def format_log(logs: dict, step: int, steps: int, seconds_left: float | None = N
 
 
 def _parts(values: dict[str, float], metrics: Iterable[str]) -> list[str]:
-    losses = [f"{name} {values[f'{name}_loss']:.3f}" for name in ("text", "mask") if f"{name}_loss" in values]
+    losses = [f"{name} {values[f'{name}_loss']:.3f}" for name in _LOSSES if f"{name}_loss" in values]
     parts = [f"loss {values['loss']:.3f}" + f" ({', '.join(losses)})" * bool(losses)] if "loss" in values else losses
     return parts + [_SHARES[name].format(values[name]) for name in metrics if name in values]
 

@@ -6,7 +6,8 @@
         (ranks * losses.weigh(items, options)).backward()           # ranks: where gradients are averaged over them
 
 The sum over micro-batches, averaged over ranks, is
-`text_weight · Σ token losses / labels + mask_weight · Σ pair losses / pairs`, however the samples are dealt out.
+`text_weight · Σ token losses / labels + mask_weight · Σ pair losses / pairs`, however the samples are dealt out, and
+where they are asked for, the losses of questions (`swim_fast.loss.avar`) over the samples with a question.
 `SwimTrainer`, `AttentionLossMixin` and the examples use these functions.
 """
 
@@ -14,17 +15,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from swim_fast.data.batch.collation import model_inputs
+from swim_fast.loss.avar import compute_question_losses
 from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, compute_pair_losses
 from swim_fast.loss.metrics import METRICS, sum_metrics
 from swim_fast.modeling.noun_attention import ReentrantCheckpointingError
 from swim_fast.options import AttentionLoss
 from swim_fast.training.sums import Sums
+
+
+class StepLosses(NamedTuple):
+    """Losses of a step or a part of it, scalars or numbers."""
+
+    text: Any
+    mask: Any
+    image: Any = 0.0
+    system: Any = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,41 +45,48 @@ class BatchLosses:
     Attributes:
         text: scalar, the sum over the labels.
         mask: scalar, the sum over the pairs; 0 without maps.
+        questions: [2], AVAR's image and system loss, summed over the samples with a question; 0 where not asked for.
         sums: both losses, the sums of the metrics, and what the batch holds, without graph; they add up.
         outputs: of the model.
     """
 
     text: Tensor
     mask: Tensor
+    questions: Tensor
     sums: Sums
     outputs: Any
 
-    def divide(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this batch's part of the global step's text loss per label and mask loss per pair.
+    def divide(self, items: Tensor) -> StepLosses:
+        """Return this batch's part of the global step's losses: per label, per pair, and per sample with a question.
 
         Args:
-            items: labels and pairs of the global step [2], see `count_items`.
+            items: labels, pairs and such samples of the global step [3], see `count_items`.
         """
-        labels, pairs = items.clamp(min=1).to(self.text.dtype)
-        return self.text / labels, self.mask / pairs
+        labels, pairs, questions = items.clamp(min=1).to(self.text.dtype)
+        return StepLosses(self.text / labels, self.mask / pairs, *(self.questions / questions))
 
     def weigh(self, items: Tensor, loss: AttentionLoss | None) -> Tensor:
         """Return this batch's part of the global step's loss, a scalar. Arguments as for `divide`, `weigh_losses`."""
-        return weigh_losses(*self.divide(items), loss)
+        return weigh_losses(self.divide(items), loss)
 
 
 def count_items(batches: Iterable[dict[str, Any]]) -> Tensor:
-    """Return the labels and pairs `[2]` of a rank's batches of one step, int64 on the CPU.
+    """Return the labels, pairs and samples with a question `[3]` of a rank's batches of one step, int64 on the CPU.
 
     Adding those of all ranks is left to the caller: `accelerator.reduce(count_items(batches).to(device), "sum")`.
     """
-    counts = [(batch["counts"].labels, len(batch["mask_targets"])) for batch in batches]
-    return torch.tensor(counts, dtype=torch.int64).reshape(-1, 2).sum(0)
+    counts = [(batch["counts"].labels, len(batch["mask_targets"]), len(batch["questions"])) for batch in batches]
+    return torch.tensor(counts, dtype=torch.int64).reshape(-1, 3).sum(0)
 
 
-def weigh_losses(text: Any, mask: Any, loss: AttentionLoss | None) -> Any:
-    """Return `text_weight · text + mask_weight · mask`, of numbers or tensors; None: the text loss alone."""
-    return text if loss is None else loss.text_weight * text + loss.mask_weight * mask
+def weigh_losses(losses: StepLosses, loss: AttentionLoss | None) -> Any:
+    """Return the weighted sum of the losses, of numbers or tensors; None: the text loss alone."""
+    if loss is None:
+        return losses.text
+    total = loss.text_weight * losses.text + loss.mask_weight * losses.mask
+    if not loss.asks_questions:
+        return total
+    return total + loss.image_weight * losses.image + loss.system_weight * losses.system
 
 
 def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss | None) -> BatchLosses:
@@ -85,7 +103,11 @@ def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss 
         ReentrantCheckpointingError: the maps have lost their graph.
     """
     text_inputs = {"labels": batch["labels"], "label_positions": batch["label_positions"], "num_items_in_batch": 1}
-    queries = {} if loss is None else {"noun_queries": batch["noun_queries"], "right_padded": True}
+    queries: dict[str, Any] = {}
+    if loss is not None:
+        queries = {"noun_queries": batch["noun_queries"], "right_padded": True}
+    if loss is not None and loss.asks_questions:
+        queries |= {"mass_queries": batch["questions"].queries, "mass_sets": batch["questions"].sets}
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())  # a wrapper has no `dtype`
     outputs = model(**model_inputs(batch, dtype=dtype), **queries, **text_inputs, use_cache=False)
     if outputs.logits is None:
@@ -96,8 +118,12 @@ def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss 
     if outputs.logits.ndim:
         raise RuntimeError("the model answered all logits: call attach_text_loss(model) before training")
     text = outputs.loss  # the sum over the labels, divided by the number of items
-    mask, metrics = _compare_maps(outputs.attentions or (), batch["mask_targets"], loss, text)
-    return BatchLosses(text, mask, Sums.from_batch(batch, text, mask, metrics), outputs)
+    maps, asked = outputs.attentions or (), text.new_zeros(2)
+    if "mass_queries" in queries and maps:
+        maps, masses = zip(*maps, strict=True)
+        asked = compute_question_losses(masses, batch["questions"].queries.key_set, batch["questions"].sizes).sum(1)
+    mask, metrics = _compare_maps(maps, batch["mask_targets"], loss, text)
+    return BatchLosses(text, mask, asked, Sums.from_batch(batch, text, mask, asked, metrics), outputs)
 
 
 def _compare_maps(

@@ -19,6 +19,9 @@ class Sums:
 
     text_loss: Tensor | float = 0.0
     mask_loss: Tensor | float = 0.0
+    image_loss: Tensor | float = 0.0  # of the samples with a question
+    system_loss: Tensor | float = 0.0
+    questions: Tensor | float = 0.0  # those samples
     pointing_accuracy: Tensor | float = 0.0
     mass_in_mask: Tensor | float = 0.0
     soft_iou: Tensor | float = 0.0
@@ -32,13 +35,16 @@ class Sums:
     flops: Tensor | float = 0.0
 
     @classmethod
-    def from_batch(cls, batch: dict, text: Tensor, mask: Tensor, metrics: Tensor) -> Sums:
+    def from_batch(cls, batch: dict, text: Tensor, mask: Tensor, asked: Tensor, metrics: Tensor) -> Sums:
         """Return the sums of a batch with these losses and the `sum_metrics` of its maps."""
         counts = batch["counts"]
         return cls(
             **dict(zip((*METRICS, "grounded_pairs"), metrics.double(), strict=True)),
             text_loss=text.detach().double(),
             mask_loss=mask.detach().double(),
+            image_loss=asked[0].detach().double(),
+            system_loss=asked[1].detach().double(),
+            questions=len(batch["questions"]),
             labels=counts.labels,
             pairs=len(batch["mask_targets"]),
             tokens=counts.tokens,
@@ -62,10 +68,12 @@ class Sums:
         return cls(*values.tolist())
 
     def average(self) -> dict[str, float]:
-        """Return the text loss per label, the mask loss per pair and the metrics per pair with a mask, of numbers."""
+        """Return each loss per label, pair or question, and the metrics per pair with a mask, of numbers."""
         averages = {"text_loss": self.text_loss / max(self.labels, 1)}
         if self.pairs:
             averages["mask_loss"] = self.mask_loss / self.pairs
+        if self.questions:
+            averages |= {name: getattr(self, name) / self.questions for name in ("image_loss", "system_loss")}
         if self.grounded_pairs:
             averages |= {name: getattr(self, name) / self.grounded_pairs for name in METRICS}
         if self.skipped:

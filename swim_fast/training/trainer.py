@@ -85,9 +85,9 @@ class SwimTrainer(HookedTrainer):
         self.report.write(step - 1, inputs["problems"], inputs["notes"])
         self.skip_limit.note(inputs["problems"])
         losses = compute_losses(model, inputs, self.attention_loss)
-        text, mask = losses.divide(num_items_in_batch)
-        loss = self.args.world_size * weigh_losses(text, mask, self.attention_loss)
-        reason = self.guard.check_loss(loss, text, mask, step, samples)
+        parts = losses.divide(num_items_in_batch)
+        loss = self.args.world_size * weigh_losses(parts, self.attention_loss)
+        reason = self.guard.check_loss(loss, parts.text, parts.mask, step, samples)
         if reason is not None:
             self._skip(samples, reason)
             # an empty batch in its place: forward and backward are collective

@@ -32,6 +32,11 @@ def test_kernel_alone_in_triton():
     assert all(float(line.split()[-1]) < 1e-5 for line in out.splitlines() if "error" in line) and "maps" in out
 
 
+def test_own_loss():
+    losses = load("own_loss").main()
+    assert losses[-1] < losses[0] / 2
+
+
 def test_new_family():
     """As a command, since it registers the family in its process."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}

@@ -48,8 +48,8 @@ def test_evaluation_has_the_loss_of_training(make_trainer):
     losses = compute_losses(model, batch, LOSS)
     items = count_items([batch])
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses.weigh(items, LOSS).item(), rel=1e-6)
-    text, mask = losses.divide(items)
-    assert weigh_losses(text, mask, LOSS) == LOSS.text_weight * text + LOSS.mask_weight * mask
+    parts = losses.divide(items)
+    assert weigh_losses(parts, LOSS) == LOSS.text_weight * parts.text + LOSS.mask_weight * parts.mask
     assert vars(trainer).get("sums") is None  # the logs of training count training alone
 
 
@@ -58,8 +58,8 @@ def test_items_of_no_batch_and_of_several(make_trainer):
     batches = [trainer.data_collator([trainer.train_dataset[i]]) for i in range(3)]
     labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     pairs = sum(len(batch["mask_targets"]) for batch in batches)
-    assert count_items(batches).tolist() == [labels, pairs] and pairs > 0
-    assert count_items([]).tolist() == [0, 0]
+    assert count_items(batches).tolist() == [labels, pairs, 0] and pairs > 0
+    assert count_items([]).tolist() == [0, 0, 0]
 
 
 def test_records_that_are_left_out_are_told(make_trainer, tmp_path, caplog):

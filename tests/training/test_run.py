@@ -248,6 +248,16 @@ def test_a_run_without_any_map_trains_a_stock_model(write_config, tmp_path):
     assert all("pointing_accuracy" not in entry for entry in logs)
 
 
+def test_questions_learn_to_look_at_the_video_without_masks(write_config, tmp_path):
+    """AVAR's losses alone, which need no tagged noun: both fall."""
+    loss = {"text_weight": 0.0, "mask_weight": 0.0, "image_weight": 0.15, "system_weight": 0.15}
+    run_here(write_config(attention_loss=loss, training={"max_steps": 12, "learning_rate": 3e-3}))
+    logs = history(tmp_path / "run")
+    for name in ("image_loss", "system_loss"):
+        values = [entry[name] for entry in logs if name in entry]
+        assert len(values) >= 3 and values[-1] < values[0] - 0.05, (name, values)
+
+
 @pytest.mark.parametrize(
     "choice",
     [

@@ -17,11 +17,22 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.families import get_layout_class
 from swim_fast.families.patches import PackedFrames
 from swim_fast.labels import IGNORED_LABEL, find_label_positions
+from swim_fast.loss.questions import Questions
 from swim_fast.loss.targets import MaskTargets
 from swim_kernels import NounQueries, PackedMasks
 
 # What a batch holds beside the arguments of the model's forward.
-ABOUT = ("labels", "label_positions", "noun_queries", "mask_targets", "counts", "samples", "problems", "notes")
+ABOUT = (
+    "labels",
+    "label_positions",
+    "noun_queries",
+    "mask_targets",
+    "questions",
+    "counts",
+    "samples",
+    "problems",
+    "notes",
+)
 
 
 def model_inputs(
@@ -88,6 +99,7 @@ class Collator:
             beside it
 
             - `label_positions` [n] int64, see `find_label_positions`, and `counts`: `BatchCounts`;
+            - `questions`: `Questions`, of samples with rows of questions;
             - `noun_queries`: `NounQueries`, `mask_targets`: `MaskTargets`, their rows in the order of the samples;
             - `samples`: names of the samples, `problems`: text of each error, `notes`: `name: note` of each note; lists
               of strings.
@@ -110,6 +122,7 @@ class Collator:
             "label_positions": find_label_positions(batch["labels"]),
             "counts": BatchCounts.from_batch(batch, samples),
             "noun_queries": queries,
+            "questions": _questions(samples, starts),
             "mask_targets": _mask_targets(samples),
             "samples": [sample.name for sample in samples],
             "problems": [str(item) for item in items if isinstance(item, DataError)],
@@ -178,6 +191,24 @@ def _noun_queries(samples: Sequence[Sample], starts: Sequence[tuple[int, int]]) 
         key_set=key_set,
         key_sets=padded,
         over=over.pop() if over else "range",
+    )
+
+
+def _questions(samples: Sequence[Sample], starts: Sequence[tuple[int, int]]) -> Questions:
+    """Join the rows of the questions of all samples that have some."""
+    rows, sets = [], []
+    for sample, (sequence, first) in zip(samples, starts, strict=True):
+        if sample.questions:
+            rows += [(sequence, first + t, first, first + t + 1, len(sets) // 2) for t in sample.questions]
+            visual = torch.nonzero(sample.inputs["mm_token_type_ids"]).flatten()
+            sets += [first + visual, first + torch.arange(sample.tokens_before)]
+    sequence, position, key_start, key_end, group = _columns(rows, 5)
+    padded = pad_sequence(sets, batch_first=True, padding_value=-1) if sets else torch.empty(0, 0).long()
+    groups = len(sets) // 2
+    return Questions(
+        NounQueries(sequence, position, key_start, key_end, group, torch.empty(groups, 0).long()),
+        padded.view(groups, 2, padded.shape[1]),
+        torch.tensor([len(keys) for keys in sets]).view(groups, 2),
     )
 
 

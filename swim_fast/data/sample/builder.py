@@ -67,6 +67,8 @@ class Sample:
         cells: position of the token of each cell of each temporal patch, int64 [patches, h, w], −1 where a cell has
             none; None for text.
         grids: what the vision tower sees, see `VisualLayout.tower_grids`.
+        questions: positions of the questions' tokens behind the video or image, if they are asked for.
+        tokens_before: tokens before the first question.
         frames: frame indices in the source video, padding included.
         notes: remarks for the user, such as on a video that was thinned.
     """
@@ -83,6 +85,8 @@ class Sample:
     tags_without_mask: int = 0
     cells: Tensor | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
+    questions: list[int] = field(default_factory=list)
+    tokens_before: int = 0
     frames: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -255,6 +259,8 @@ class SampleBuilder:
             encoding = self.encode.video(plan.conversation, pixels, plan.frames, plan.info, plan.max_pixels)
         sample = Sample(name, encoding.inputs, frames=list(plan.frames), notes=list(plan.notes))
         sample.cells, sample.grids, known = encoding.cells, encoding.grids, {}
+        if self.supervision.question_rows:
+            sample.questions, sample.tokens_before = encoding.question_tokens(), encoding.tokens_before_questions()
         for tag in range(len(record.objects)):
             self._add_noun(sample, record, tag, plan.masks[tag], encoding, known)
         if sample.rows:

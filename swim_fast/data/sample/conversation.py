@@ -34,6 +34,7 @@ class Conversation:
             special token that ends the turn.
         labels: spans that are trained on: the answers, with their headers if these are labelled too.
         media: span of the placeholder token; None in a conversation without video or image.
+        questions: span of each text of a user's turn.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Conversation:
     answers: tuple[Span, ...]
     labels: tuple[Span, ...]
     media: Span | None
+    questions: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ class ConversationRenderer:
         nouns: list[Span] = []
         answers: list[Span] = []
         labels: list[Span] = []
+        questions: list[Span] = []
         for (number, part), before, following in zip(texts, template[:-1:2], template[2::2], strict=True):
             end = length + len(part.text)
             nouns += [(length + first, length + last) for first, last in part.nouns]
@@ -222,6 +225,8 @@ class ConversationRenderer:
                 start = length - len(gap)
                 answers.append((start, end + end_of_turn.end()))
                 labels.append((start - len(self._header), end + end_of_turn.end()))
+            if roles[number] == "user":
+                questions.append((length, end))
             rendered += [part.text, following]
             length = end + len(following)
         text = "".join(rendered)
@@ -231,7 +236,8 @@ class ConversationRenderer:
                 "so that nouns and answers cannot be located; change the text or the template",
                 key="conversations",
             )
-        return Conversation(text, tuple(nouns), tuple(answers), tuple(labels), self._media_span(text, kind))
+        media = self._media_span(text, kind)
+        return Conversation(text, tuple(nouns), tuple(answers), tuple(labels), media, tuple(questions))
 
     def _check_beginning(
         self, skeleton: str, roles: Sequence[str], turns: Sequence[Sequence[_Part]], number: int, kind: str

@@ -36,6 +36,7 @@ class Encoding:
         cells: position of the token of each cell of each temporal patch, int64 [patches, h, w], −1 where a cell has
             none; None for text.
         grids: what the vision tower sees, see `VisualLayout.tower_grids`.
+        questions: character range of each text of a user's turn.
     """
 
     inputs: dict[str, Any]
@@ -43,6 +44,7 @@ class Encoding:
     nouns: tuple[Span, ...]
     cells: Tensor | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
+    questions: tuple[Span, ...] = ()
 
     def __len__(self) -> int:
         return len(self.inputs["input_ids"])
@@ -54,6 +56,16 @@ class Encoding:
     def visual(self) -> Tensor:
         """Return the positions of the visual tokens, [N] int64, ascending."""
         return torch.nonzero(self.inputs["mm_token_type_ids"]).flatten()
+
+    def question_tokens(self) -> list[int]:
+        """Return the positions of the questions' tokens behind the video or image, in order."""
+        last = int(self.visual()[-1])
+        return [token for span in self.questions for token in self._ranges.tokens_of(span) if token > last]
+
+    def tokens_before_questions(self) -> int:
+        """Return how many tokens stand before the first question, its video or image: the system turn and a header."""
+        begin = min([span[0] for span in self.questions] + [int(self.offsets[self.visual()[0], 0])])
+        return int((self.offsets[:, 1] <= begin).sum())
 
     def noun_tokens(self, tag: int) -> list[int]:
         """Return the positions of the tokens of a tagged noun.
@@ -202,7 +214,8 @@ class Encoder:
         inputs["mm_token_type_ids"] = visual.long() * (1 if kind == "image" else 2)  # as transformers numbers them
         cells = self.layout.cells(kind, prepared, torch.nonzero(visual).flatten())
         inputs |= self.layout.keep(kind, prepared)
-        return Encoding(inputs, offsets, nouns, cells, tuple(self.layout.tower_grids(kind, prepared, cells)))
+        grids, questions = self.layout.tower_grids(kind, prepared, cells), map(shifted, conversation.questions)
+        return Encoding(inputs, offsets, nouns, cells, tuple(grids), tuple(questions))
 
     def _tokenize(self, text: str) -> tuple[Tensor, Tensor]:
         """Return tokens [L] and the character range of each [L, 2], int64; the text has its special tokens already."""
