@@ -593,10 +593,10 @@ def test_masks_that_would_not_fit_into_memory_are_refused(build, video, monkeypa
 def test_many_tags_take_linear_time(build, video, place):
     count = 5_000
     texts = ["<ins>dog</ins> " * count, "a"] if place == "turn" else ["<ins>dog</ins>", "a"] * count
-    begin = time.perf_counter()
+    begin = time.process_time()
     sample = build(video(*texts, objects=({3: rle(mask())}, *[{}] * (count - 1))), softmax="frame")
     assert sample.tags_without_mask == count - 1 and set(sample.tags) == {0}
-    assert time.perf_counter() - begin < 8
+    assert time.process_time() - begin < 8
 
 
 def test_a_problem_keeps_a_record_from_a_length_and_from_a_sample(processor, video):
