@@ -7,7 +7,7 @@ DEV := .venv/.dev# and to test and measure
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install install-gpu demo test test-all test-oldest fuzz lint bench bench-quick bench-check bench-train kernel-report gpu-check clean
+.PHONY: install install-gpu demo test test-all test-oldest test-range fuzz lint bench bench-quick bench-check bench-train kernel-report gpu-check clean
 
 install: $(STAMP)
 
@@ -69,7 +69,7 @@ test-all: $(DEV)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton_interpreter -m ''
 	$(BIN)/python -m tests.helpers.pretend_gpu $(BIN)/pytest tests/pretend_gpu -m ''
 
-# Kernels, models and training with the oldest torch and triton of setup.py, in an environment of its own.
+# Kernels, models and training with the oldest torch, triton and transformers of setup.py, in an environment of its own.
 # The folder of compiled extensions is its own too: torch 2.11 waits for ever at the lock file that newer ones leave there.
 test-oldest: export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(OLDEST)/torch_extensions
 test-oldest: $(OLDEST)/.installed
@@ -79,6 +79,24 @@ test-oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed: setup.py tests/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --constraint tests/oldest.txt -e '.[test]'
+	touch $@
+
+# What depends on transformers, with releases of its range before the newest, which `make test` has: the oldest, one in
+# between, and the last that takes peft 0.21. An environment holds its transformers; all else is .venv's.
+RANGE ?= 5.17.0 5.20.2 5.23.0
+RANGE_TESTS := tests/data/sample tests/data/batch tests/families tests/modeling tests/inference tests/test_position_ids.py \
+	tests/training/test_adapters.py tests/training/test_packing.py
+test-range: $(RANGE:%=test-transformers-%)
+
+test-transformers-%: .venv-range/%/.installed
+	OMP_NUM_THREADS=1 .venv-range/$*/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(RANGE_TESTS)
+
+.SECONDARY: $(RANGE:%=.venv-range/%/.installed)
+.venv-range/%/.installed: $(DEV)
+	$(BIN)/python -m venv .venv-range/$*
+	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' > \
+		$$(.venv-range/$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth
+	.venv-range/$*/bin/python -m pip install --quiet 'transformers==$*'
 	touch $@
 
 # Damaged inputs in large number, of which `make test` has a few hundred: a quarter of an hour.
