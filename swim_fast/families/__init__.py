@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from swim_fast.errors import OptionError, ProcessorError
-from swim_fast.families import glm_v, internvl, llava, qwen_omni, qwen_vl, smolvlm, video_llama3
+from swim_fast.families import gemma3, glm_v, internvl, llava, qwen_omni, qwen_vl, smolvlm, video_llama3
 from swim_fast.families.base import Family, UnsupportedModelError, Vision, get_head_dim
 from swim_fast.families.layout import Clip, VisualLayout
 
@@ -42,6 +42,7 @@ FAMILIES: list[Family] = [
     *video_llama3.FAMILIES,
     *llava.FAMILIES,
     *smolvlm.FAMILIES,
+    *gemma3.FAMILIES,
 ]
 
 
@@ -151,5 +152,12 @@ def choose_layers(model: nn.Module, layers: list[int] | None) -> list[int]:
 
 
 def get_default_layers(eligible: Sequence[int]) -> list[int]:
-    """Return every fifth layer counted back from the last: 2, 7, …, 27 of 28 as in the paper (arXiv 2605.18018)."""
-    return sorted(eligible[::-1][::5])
+    """Return every fifth layer counted back from the last: 2, 7, …, 27 of 28 as in the paper (arXiv 2605.18018).
+
+    Where not all are eligible, the next one that is: of every sixth (Gemma 3), all.
+    """
+    chosen: list[int] = []
+    for layer in sorted(eligible, reverse=True):
+        if not chosen or chosen[-1] - layer >= 5:
+            chosen.append(layer)
+    return chosen[::-1]

@@ -40,20 +40,20 @@ def load_checkpoint(path: str | Path, options: Inference = DEFAULTS, device: str
 
 
 def load_processor(path: str | Path) -> Any:
-    """Load the processor of a checkpoint that takes video.
+    """Load the processor of a checkpoint that takes video or images.
 
     Args:
         path: folder, or name on the Hugging Face hub.
 
     Raises:
-        CheckpointError: it cannot be loaded, or takes no video or no text.
+        CheckpointError: it cannot be loaded, takes neither video nor images, or no text.
     """
     from transformers import AutoProcessor
 
     with explain_failure(path):
         processor = AutoProcessor.from_pretrained(path)
-    if not hasattr(processor, "video_processor"):
-        raise CheckpointError(f"model {str(path)!r} takes no video: it has no video processor")
+    if not any(hasattr(processor, f"{kind}_processor") for kind in ("video", "image")):
+        raise CheckpointError(f"model {str(path)!r} takes neither video nor images: it has no processor of either")
     if not processor.tokenizer("a")["input_ids"]:  # transformers makes an empty one where the file is missing
         raise CheckpointError(f"model {str(path)!r} cannot read text: its tokenizer.json is missing")
     return processor

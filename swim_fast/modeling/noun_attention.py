@@ -143,14 +143,16 @@ _OTHER_SOFTMAX = {  # of transformers' attention functions and modules: argument
     "s_aux": "sinks",
     "sinks": "sinks",
     "position_bias": "a bias by position",
+    "is_causal": "no causal mask",
 }
 
 
 def _refuse_other_softmax(module: nn.Module, kwargs: dict) -> None:
     """Raise UnsupportedModelError if a layer's probabilities are not those of its scores alone (SPEC, families)."""
-    found = [name for name in _OTHER_SOFTMAX if kwargs.get(name) is not None or getattr(module, name, None) is not None]
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        found.append("softcap")
+    given = {name: kwargs.get(name, getattr(module, name, None)) for name in _OTHER_SOFTMAX}
+    given["softcap"] = given["softcap"] or getattr(module, "attn_logit_softcapping", None)
+    given["is_causal"] = True if given["is_causal"] is False else None
+    found = [name for name, value in given.items() if value is not None]
     if found:
         raise UnsupportedModelError(
             f"{type(module).__name__} has {_OTHER_SOFTMAX[found[0]]} ({found[0]}), with which its attention is another "

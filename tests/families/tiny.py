@@ -324,6 +324,39 @@ def _smolvlm() -> Tiny:
     return Tiny(processor, model_of(transformers.SmolVLMForConditionalGeneration, config))
 
 
+def _gemma3() -> Tiny:
+    import transformers
+
+    tokens = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer = tokenizer_with(tokens)
+    processor = transformers.Gemma3Processor(
+        image_processor=transformers.Gemma3ImageProcessor(size={"height": 56, "width": 56}),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=template("<start_of_image>"),
+    )
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    layers = ["full_attention", "sliding_attention", "full_attention"]
+    text = text_config(tokenizer, layer_types=layers, sliding_window=8, query_pre_attn_scalar=16)
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config={**vision, "image_size": 56, "patch_size": 14, "vision_use_head": False},
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        mm_tokens_per_image=4,
+        tie_word_embeddings=False,
+    )
+    build = model_of(transformers.Gemma3ForConditionalGeneration, config)
+
+    def with_projection():
+        model = build()  # whose projection is zero at first
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)
+        return model
+
+    return Tiny(processor, with_projection)
+
+
 MAKERS: dict[str, Callable[[], Tiny]] = {
     "Qwen2-VL": functools.partial(_qwen, "Qwen2VL"),
     "Qwen2.5-VL": functools.partial(_qwen, "Qwen2_5_VL"),
@@ -339,6 +372,7 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
     "LLaVA-OneVision": _llava_onevision,
     "LLaVA-NeXT-Video": _llava_next_video,
     "SmolVLM2": _smolvlm,
+    "Gemma 3": _gemma3,
 }
 
 

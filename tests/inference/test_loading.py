@@ -59,7 +59,7 @@ DAMAGES = {
     "tokenizer": (junk("tokenizer.json"), "is no checkpoint that can be loaded"),
     "a tokenizer without tokens": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "KeyError"),
     "no processor": (lost("processor_config.json"), "is no checkpoint that can be loaded"),
-    "a model of text alone": (text_alone, "takes no video"),
+    "a model of text alone": (text_alone, "takes neither video nor images"),
 }
 
 

@@ -225,8 +225,7 @@ def _settings(builder) -> list:
     return [
         builder.sampling.model_dump(),
         builder.reader.name,
-        processor.image_processor.to_dict(),
-        processor.video_processor.to_dict(),
+        processor.to_dict(),  # its image and video processor, too
         processor.chat_template,
         hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         __version__,
