@@ -67,6 +67,9 @@ class DataConfig(Sampling, Labels, Decoding):
     """Files to train on."""
     eval: dict[str, Source] = {}
     """Files to evaluate on, each under a name, by which it is scored."""
+    live_maps: int = Field(4, ge=0)
+    """Samples of these files whose maps are drawn at every evaluation, where training.report_to names tensorboard or
+    wandb; each costs every rank its decoding and one forward."""
     max_tokens_per_batch: Annotated[int, Positive] | None = None
     """Pack samples up to so many tokens into a batch without padding; without max_tokens, also the longest sample."""
     pack_look_ahead: int = Field(1024, gt=0)

@@ -22,6 +22,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from swim_fast.data.batch.dataset import MixtureSampler
 from swim_fast.data.batch.workers import start_worker
+from swim_fast.data.sample.builder import Sample
+from swim_fast.loss.targets import MaskTargets
 from swim_fast.modeling.adapters import has_adapters, load_adapters
 from swim_fast.modeling.freezing import get_part_parameters
 from swim_fast.training.arguments import get_data_seed
@@ -181,8 +184,7 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
         # rank 0 has the largest share; the others end with empty batches, since the forward may be collective
         steps = -(-len(dataloader.dataset.dataset) // self.args.world_size)
         steps = -(-steps // dataloader.batch_size)
-        model = self._wrap_model(self.model, training=False)
-        model.eval()
+        model = self._get_evaluated_model()
         self.callback_handler.eval_dataloader = dataloader
         with explain_loader():
             sums, batches = Sums(), iter(dataloader)
@@ -199,6 +201,22 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
         metrics["loss"] = weigh_losses(losses, self.attention_loss)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
+
+    def _get_evaluated_model(self):
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        return model
+
+    @torch.no_grad()
+    def compute_maps(self, samples: list[Sample]) -> tuple[Sequence[Tensor], MaskTargets]:
+        """Return the maps [R, N] of a batch by layer, and its targets, of the model as evaluation sees it.
+
+        All ranks must take part; without samples a rank takes an empty batch.
+        """
+        batch = self._prepare_inputs(self.data_collator(samples))
+        with self.compute_loss_context_manager():
+            outputs = compute_losses(self._get_evaluated_model(), batch, self.attention_loss).outputs
+        return outputs.attentions or (), batch["mask_targets"]
 
     def _init_training_state(self, *args) -> tuple[int, int]:
         begun = super()._init_training_state(*args)

@@ -114,6 +114,7 @@ def _build_trainer(run: ResolvedRun, callbacks: Sequence = ()):
     from swim_fast.data.batch.dataset import SwimDataset
     from swim_fast.data.batch.positions import PositionIds
     from swim_fast.training.callbacks import EarlyStopping
+    from swim_fast.training.live_maps import LiveMaps
     from swim_fast.training.trainer import SwimTrainer
 
     config, args, model, processor = run.config, run.arguments, run.model, run.processor
@@ -128,7 +129,8 @@ def _build_trainer(run: ResolvedRun, callbacks: Sequence = ()):
         sampler = _build_packing_sampler(config, train_dataset, args)
         packing = {"batch_sampler": sampler, "train_collator": Collator(processor, positions, pack=True, frames=True)}
     patience = config.optimization.early_stopping_patience
-    return SwimTrainer(
+    held_out = {name: SwimDataset([source], builder) for name, source in config.data.eval.items()}
+    trainer = SwimTrainer(
         model=model,
         args=args,
         loss=config.attention_loss,
@@ -139,10 +141,16 @@ def _build_trainer(run: ResolvedRun, callbacks: Sequence = ()):
         callbacks=[*callbacks, *([] if patience is None else [EarlyStopping(patience)])],
         train_dataset=train_dataset,
         **packing,
-        eval_dataset={name: SwimDataset([source], builder) for name, source in config.data.eval.items()} or None,
+        eval_dataset=held_out or None,
         data_collator=Collator(processor, positions, frames=True),
         processing_class=processor,
     )
+    count, loss = config.data.live_maps, config.attention_loss
+    if count and held_out and loss is not None:
+        trainer.add_callback(
+            LiveMaps(count, held_out, loss, trainer.compute_maps, lambda: trainer.callback_handler.callbacks)
+        )
+    return trainer
 
 
 def _build_packing_sampler(config: RunConfig, dataset, args):
