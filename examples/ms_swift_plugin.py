@@ -19,6 +19,7 @@ from swift.trainers import DataLoaderMixin, SwiftMixin, TrainerFactory
 
 from swim_fast import Collator, SampleBuilder
 from swim_fast.data.batch.dataset import MixtureSampler, SwimDataset
+from swim_fast.errors import OptionError
 from swim_fast.modeling.prepare import prepare_model
 from swim_fast.options import AttentionLoss, Sampling, Source
 from swim_fast.training.mixin import AttentionLossMixin
@@ -61,10 +62,14 @@ class AttentionTrainer(AttentionLossMixin, SwiftMixin, DataLoaderMixin, transfor
 
     attention_loss = LOSS
 
-    def __init__(self, model, args, *others, **kwargs):
+    def __init__(self, model, args, template, *others, **kwargs):
+        if template.padding_free or template.sequence_parallel_size > 1:
+            raise OptionError("packing, padding_free and sequence_parallel_size cut samples: leave them out")
+        if args.enable_dft_loss or args.enable_channel_loss:
+            raise OptionError("enable_dft_loss and enable_channel_loss: the attention loss takes their place")
         bare = model.get_base_model() if isinstance(model, PeftModel) else model
         prepare_model(bare, layers=LOSS.layers, ranks=args.world_size)
-        super().__init__(model, args, *others, **kwargs)
+        super().__init__(model, args, template, *others, **kwargs)
 
 
 register_dataset(DatasetMeta(dataset_name="swim", dataset_path=RECORDS, loader=RecordLoader))

@@ -12,7 +12,7 @@ import itertools
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -32,6 +32,10 @@ LOSS = AttentionLoss(layers=[1, 2], criterion="kl", text_weight=1.0)
 def main(folder: Path, steps: int, batch_size: int = 6, accumulation: int = 2) -> list[dict[str, float]]:
     """Train, save a plain checkpoint in `folder` / trained, and return losses and metrics of every step."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # else it sees no other rank on a CPU
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise SystemExit(
+            "DeepSpeed steps in backward, once a micro-batch here: train with swim-fast train, or with DDP"
+        )
     if accelerator.is_main_process:
         write_demo_data(folder / "data", seed=0, train_clips=24, heldout_clips=1, workers=1)
         build_checkpoint(folder / "start", all_texts(), seed=0)

@@ -108,13 +108,44 @@ def test_trl_trainer_on_two_ranks(tmp_path, ours):
     check(tmp_path, steps, ours(tmp_path), rounding=1e-3)  # as printed
 
 
+def write_start(folder):
+    """Write the clips and the checkpoint of the other examples for one that takes them from elsewhere."""
+    write_demo_data(folder / "data", seed=0, train_clips=24, heldout_clips=1, workers=1)
+    build_checkpoint(folder / "start", all_texts(), seed=0)
+
+
+def run_with_records(folder, *command):
+    """Run a Python command that finds the records in its environment."""
+    about = {"RECORDS": str(folder / "data/train.jsonl"), "DISABLE_VERSION_CHECK": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment() | about,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+OPTIONS = {  # of trainers that take those of transformers
+    "per_device_train_batch_size": 6,
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "learning_rate": 4e-3,
+    "lr_scheduler_type": "constant",
+    "report_to": "none",
+    "seed": 42,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.needs("swift")
 def test_ms_swift_plugin(tmp_path, ours):
     """Needs ms-swift, in an environment of its own: its peft is older than that of the tests."""
-    write_demo_data(tmp_path / "data", seed=0, train_clips=24, heldout_clips=1, workers=1)
-    build_checkpoint(tmp_path / "start", all_texts(), seed=0)
-    options = {
+    write_start(tmp_path)
+    options = OPTIONS | {
         "external_plugins": "examples/ms_swift_plugin.py",
         "model": tmp_path / "start",
         "model_type": "qwen2_5_vl",
@@ -128,27 +159,41 @@ def test_ms_swift_plugin(tmp_path, ours):
         "freeze_aligner": False,
         "torch_dtype": "float32",
         "gradient_checkpointing_kwargs": '{"use_reentrant": false}',
-        "per_device_train_batch_size": 6,
-        "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
-        "save_steps": STEPS,
-        "logging_steps": 1,
-        "learning_rate": 4e-3,
-        "lr_scheduler_type": "constant",
         "warmup_ratio": 0,
         "weight_decay": 0,
         "adam_beta2": 0.999,
-        "report_to": "none",
         "use_hf": True,
         "output_dir": tmp_path,
         "add_version": False,
+        "save_steps": STEPS,
         "save_only_model": True,
     }
-    command = [sys.executable, "-m", "swift.cli.sft"]
-    command += [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    about = {"RECORDS": str(tmp_path / "data/train.jsonl")}
-    done = subprocess.run(command, cwd=ROOT, env=environment() | about, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    run_with_records(tmp_path, "-m", "swift.cli.sft", *[part for k, v in options.items() for part in (f"--{k}", v)])
     logs = [json.loads(line) for line in (tmp_path / "logging.jsonl").read_text().splitlines()]
     (tmp_path / f"checkpoint-{STEPS}").rename(tmp_path / "trained")
-    check(tmp_path, [log for log in logs if "mask_loss" in log], ours(tmp_path), rounding=1e-4)
+    check(tmp_path, [log for log in logs if "mask_loss" in log], ours(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.needs("llamafactory")
+def test_llama_factory(tmp_path, ours):
+    """Needs llamafactory, in an environment of its own."""
+    write_start(tmp_path)
+    options = OPTIONS | {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": str(tmp_path / "start"),
+        "template": "qwen2_vl",
+        "dataset": "records",
+        "disable_shuffling": True,
+        "finetuning_type": "full",
+        "freeze_vision_tower": False,
+        "freeze_multi_modal_projector": False,
+        "use_reentrant_gc": False,
+        "use_cpu": True,
+        "output_dir": str(tmp_path / "trained"),
+        "save_strategy": "no",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    run_with_records(tmp_path, "examples/llama_factory.py", tmp_path / "run.yaml")
+    check(tmp_path, history(tmp_path / "trained"), ours(tmp_path))
