@@ -13,6 +13,7 @@ LORA = ["peft>=0.21", "bitsandbytes>=0.50"]
 # Below 1.15 its trainer gives the model another forward, whose loss is not ours; 2 is to drop arguments.
 TRL = ["trl>=1.15,<2"]
 SMOLVLM = ["num2words>=0.5.14"]  # its processor writes the number of frames in words
+PERCEPTION_LM = ["timm>=1.0.29"]  # its vision tower
 NL_REFER = ["openai>=1.40,<4", "HanTa>=1.1,<2"]
 TEST = [
     *LORA,
@@ -26,6 +27,7 @@ TEST = [
     "av>=14",
     "torchcodec>=0.10",
     *SMOLVLM,
+    *PERCEPTION_LM,
 ]
 
 HERE = Path(__file__).parent
@@ -85,6 +87,7 @@ setup(
         "torchcodec": ["torchcodec>=0.10"],
         "demo": ["av>=14"],  # writes the demo's H.264 clips
         "nl-refer": NL_REFER,
+        "perception-lm": PERCEPTION_LM,
         "smolvlm": SMOLVLM,
         "trl": TRL,
         "test": TEST,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from swim_fast.errors import OptionError, ProcessorError
-from swim_fast.families import gemma3, glm_v, internvl, llava, qwen_omni, qwen_vl, smolvlm, video_llama3
+from swim_fast.families import gemma3, glm_v, internvl, llava, perception_lm, qwen_omni, qwen_vl, smolvlm, video_llama3
 from swim_fast.families.base import Family, UnsupportedModelError, Vision, get_head_dim
 from swim_fast.families.layout import Clip, VisualLayout
 
@@ -43,6 +43,7 @@ FAMILIES: list[Family] = [
     *llava.FAMILIES,
     *smolvlm.FAMILIES,
     *gemma3.FAMILIES,
+    *perception_lm.FAMILIES,
 ]
 
 

@@ -68,12 +68,14 @@ class VisualLayout:
         frames_per_patch: frames of a video that share their tokens.
         token_types: argument of the model's forward that tells visual tokens from text; None: it has none.
         padded: inputs [n, tiles, …] that are filled up with zeros where the samples of a batch have fewer tiles.
+        flattened: inputs [n, pictures, …] of which the model takes all pictures alike: those of a batch become one row.
     """
 
     kinds: tuple[str, ...] = ("image", "video")
     frames_per_patch: int = 1
     token_types: str | None = None
     padded: tuple[str, ...] = ()
+    flattened: tuple[str, ...] = ()
 
     def __init__(self, processor: Any, min_pixels: int | None = None, max_pixels: int | None = None):
         self.processor = processor
@@ -195,6 +197,8 @@ class VisualLayout:
         """
         if len(values) == 1:
             return values[0]
+        if name in cls.flattened:
+            return torch.cat(values, dim=1)
         if name in cls.padded:  # [n, tiles, …]
             most = max(value.shape[1] for value in values)
             values = [pad(v, (0, 0) * (v.ndim - 2) + (0, most - v.shape[1])) for v in values]

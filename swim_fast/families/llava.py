@@ -86,6 +86,8 @@ class OneVisionLayout(AnyResolutionLayout):
 class CroppedLayout(AnyResolutionLayout):
     """LLaVA-NeXT-Video's layout: the model sees the middle of a frame, as a square, pooled by 2."""
 
+    flattened = ("pixel_values_videos",)
+
     def find_limits(self, kind: str, min_pixels: int | None, max_pixels: int | None) -> Limits:
         """Return the one size of frames, or of an image's tiles.
 

@@ -23,7 +23,7 @@ from tests.families.tiny import tiny
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 # Families whose model takes only videos of one number of frames in a batch.
-EQUAL_FRAMES = ("LLaVA-OneVision", "LLaVA-NeXT-Video")
+EQUAL_FRAMES = ("LLaVA-OneVision",)
 
 
 @pytest.fixture

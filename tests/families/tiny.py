@@ -357,6 +357,32 @@ def _gemma3() -> Tiny:
     return Tiny(processor, with_projection)
 
 
+def _perception_lm() -> Tiny:
+    import transformers
+
+    tokenizer = tokenizer_with({"image_token": "<|image|>", "video_token": "<|video|>"})
+    mean = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = transformers.PerceptionLMProcessor(
+        image_processor=transformers.PerceptionLMImageProcessor(tile_size=56, max_num_tiles=4, **mean),
+        tokenizer=tokenizer,
+        video_processor=transformers.PerceptionLMVideoProcessor(size={"height": 56, "width": 56}, **mean),
+        patch_size=14,
+        pooling_ratio=2,
+        chat_template=template("<|image|>", "<|video|>"),
+    )
+    tower = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": [56, 56], "ref_feat_shape": [4, 4]}
+    tower |= {"global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1}
+    config = transformers.PerceptionLMConfig(
+        text_config={"model_type": "llama", **text_config(tokenizer)},
+        vision_config={"architecture": "vit_pe_core_large_patch14_336", "model_args": tower},
+        projector_pooling_ratio=2,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        tie_word_embeddings=False,
+    )
+    return Tiny(processor, model_of(transformers.PerceptionLMForConditionalGeneration, config))
+
+
 MAKERS: dict[str, Callable[[], Tiny]] = {
     "Qwen2-VL": functools.partial(_qwen, "Qwen2VL"),
     "Qwen2.5-VL": functools.partial(_qwen, "Qwen2_5_VL"),
@@ -373,11 +399,12 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
     "LLaVA-NeXT-Video": _llava_next_video,
     "SmolVLM2": _smolvlm,
     "Gemma 3": _gemma3,
+    "Perception-LM": _perception_lm,
 }
 
 
 # Packages that the processor or the model of a family needs beside transformers.
-NEEDS = {"SmolVLM2": "num2words"}
+NEEDS = {"SmolVLM2": "num2words", "Perception-LM": "timm"}
 
 
 @functools.cache
