@@ -6,6 +6,7 @@ import sys
 
 _NO_NEWS = {  # logger -> beginnings of messages
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # 4 bits on a CPU: the slow way serves
+    "DeepSpeed": ("Setting accelerator to CPU",),  # `train` says where it runs
     "transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens",),  # which it then takes, as it must
 }
 

@@ -19,14 +19,15 @@ RULES = {
     "swim_fast.command_line": "options",
     "swim_fast.config": "options recipes training_fields",
     "swim_fast.files": "",
+    "swim_fast.progress_bar": "",
     "swim_fast.loss": "options swim_kernels",
     "swim_fast.families": "",
     "swim_fast.modeling": "families labels options position_ids swim_kernels",
-    "swim_fast.data": "families options jobs files labels loss.targets loss.questions position_ids viz.record"
-    " swim_kernels",
-    "swim_fast.llm": "files options",
+    "swim_fast.data": "families options jobs files progress_bar labels loss.targets loss.questions position_ids"
+    " viz.record swim_kernels",
+    "swim_fast.llm": "files options progress_bar",
     "swim_fast.nl_refer.english": "options",
-    "swim_fast.importing": "options jobs data nl_refer",  # names of objects are tagged as nl_refer does
+    "swim_fast.importing": "options jobs data nl_refer progress_bar",  # names of objects are tagged as nl_refer does
     "swim_fast.viz": "files",
     "swim_fast.evaluation": "not nl_refer analysis",
     "swim_fast.analysis": "families options jobs files data loss modeling evaluation viz nl_refer.english swim_kernels",

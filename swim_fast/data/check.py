@@ -155,7 +155,7 @@ def check_file(
         DataError: the file cannot be read at all. Problems of a record are in the report.
         ProcessorError: a processor that cannot be used.
     """
-    from tqdm import tqdm
+    from swim_fast.progress_bar import ProgressBar
 
     records = _RecordChecks(options, processor)
     loader = DataLoader(records, batch_size=None, num_workers=options.workers, collate_fn=_as_it_is)
@@ -163,7 +163,7 @@ def check_file(
     counts = Counter(dict.fromkeys(_COUNTS, 0))
     warnings, in_part = {}, set()
     try:
-        for finding in tqdm(loader, total=len(records), desc="check", unit="record", disable=not progress):
+        for finding in ProgressBar(loader, total=len(records), desc="check", unit="record", disable=not progress):
             counts += finding.counts
             counts["usable"] += not finding.problems
             report.problems += finding.problems

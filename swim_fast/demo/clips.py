@@ -146,9 +146,9 @@ def write_demo_data(
         train_clips, heldout_clips: number of each.
         options: shape of the clips.
         workers: processes that render, one per core by default; their number does not change the result.
-        progress: show a progress bar, in a terminal.
+        progress: show a progress bar.
     """
-    from tqdm import tqdm
+    from swim_fast.progress_bar import ProgressBar
 
     folder = Path(folder)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
@@ -156,9 +156,7 @@ def write_demo_data(
     spawn = multiprocessing.get_context("spawn")  # the caller may run threads, which do not survive a fork
     with (
         ProcessPoolExecutor(workers, mp_context=spawn) as pool,
-        tqdm(
-            desc="rendering", unit="clip", total=train_clips + heldout_clips, disable=None if progress else True
-        ) as bar,
+        ProgressBar(desc="rendering", unit="clip", total=train_clips + heldout_clips, disable=not progress) as bar,
     ):
         train, heldout = [], []
         for split, clips, records in zip(SPLITS, (train_clips, heldout_clips), (train, heldout), strict=True):

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from swim_fast.data.sample.builder import Sample, SampleBuilder
@@ -26,6 +25,7 @@ from swim_fast.evaluation.predictions import Predictions, file_state, model_stat
 from swim_fast.inference.loading import Checkpoint, choose_inference, choose_sampling, find_run, load_checkpoint
 from swim_fast.jobs import Evaluation
 from swim_fast.options import Decoding, Sampling, Supervision
+from swim_fast.progress_bar import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class Run:
             multiprocessing_context="fork" if options.workers else None,  # `build` need not be picklable
         )
         hidden = self.ranks.rank > 0
-        with logging_redirect_tqdm(), tqdm(total=len(indices), desc=desc, unit="record", disable=hidden) as bar:
+        with logging_redirect_tqdm(), ProgressBar(total=len(indices), desc=desc, unit="record", disable=hidden) as bar:
             for batch in loader:
                 good = []
                 for index, sample in batch:

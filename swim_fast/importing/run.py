@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from swim_fast.data.source.errors import DataError
 from swim_fast.importing.clips import Clips
 from swim_fast.importing.formats.coco import CocoFile, YoutubeVisFile
@@ -26,6 +24,7 @@ from swim_fast.importing.sources import Names, read_lines
 from swim_fast.jobs import Import
 from swim_fast.nl_refer.output import check_distinct, record_writer
 from swim_fast.options import Decoding
+from swim_fast.progress_bar import ProgressBar
 
 SHOWN = 20  # problems in the report; all are in the file beside the records
 
@@ -137,7 +136,7 @@ class _NothingError(Exception):
 
 def _run(job: Job, report: ImportReport, write: Callable[[dict], None]) -> None:
     options = job.options
-    with tqdm(desc="reading", unit="unit", disable=not options.progress) as bar:
+    with ProgressBar(desc="reading", unit="unit", disable=not options.progress) as bar:
         source = FORMATS[options.format](job)
         units = _chosen(source.units, options)
         bar.reset(len(units))
@@ -161,7 +160,7 @@ def _chosen(units: Sequence[Any], options: Import) -> Sequence[Any]:
     return [known[name] for name in wanted]
 
 
-def _records(source: Format, units: Sequence[Any], job: Job, report: ImportReport, bar: tqdm) -> Iterator[dict]:
+def _records(source: Format, units: Sequence[Any], job: Job, report: ImportReport, bar: ProgressBar) -> Iterator[dict]:
     for unit in units:
         report.counts["units"] += 1
         with job.noting(**({"record": unit} if isinstance(unit, int) else {"name": unit})):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from swim_fast.data.sample.builder import Sample, SampleBuilder
 from swim_fast.data.source.errors import DataError
@@ -26,6 +25,7 @@ from swim_fast.inference.noun_maps import compute_noun_maps
 from swim_fast.inference.prompt import Prompt, encode_question, find_noun, plain_question
 from swim_fast.jobs import Describe
 from swim_fast.options import AttentionLoss
+from swim_fast.progress_bar import ProgressBar
 from swim_fast.viz.heatmap_grid import HeatmapColumn, heatmap_grid
 from swim_fast.viz.heatmap_video import import_av, write_heatmap_video
 
@@ -85,7 +85,7 @@ def describe(options: Describe) -> Description:
             files.append(Path(options.video))
             centres = [float(np.mean(frames)) for frames in prompt.patches()]
             count = prompt.info.num_frames
-            frames = tqdm(_all_frames(builder, prompt), "drawing", count, unit="frame", leave=False)
+            frames = ProgressBar(_all_frames(builder, prompt), "drawing", count, unit="frame", leave=False)
             write_heatmap_video(files[-1], frames, maps, centres, labels, prompt.info.fps)
     return Description(answer, maps, files)
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from swim_fast.llm.endpoint import Client, RefusedError, run_workers
 from swim_fast.llm.journal import Answer, Journal
 from swim_fast.options import Endpoint
+from swim_fast.progress_bar import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -192,12 +192,12 @@ class Settler:
             EndpointError: the endpoint cannot be used; what was answered is in the journal.
             MissingLibraryError: openai is missing.
         """
-        with logging_redirect_tqdm(), tqdm(total=total, desc=desc, unit="record", disable=not progress) as bar:
+        with logging_redirect_tqdm(), ProgressBar(total=total, desc=desc, unit="record", disable=not progress) as bar:
             asyncio.run(self._settle(self._open(requests), bar))
 
     def estimate(self, requests: Iterable[Request | None], total: int, desc: str, progress: bool = True) -> None:
         """Count what `settle` would ask, and estimate its tokens: about one for four characters of English."""
-        for request in tqdm(self._open(requests), total=total, desc=desc, unit="record", disable=not progress):
+        for request in ProgressBar(self._open(requests), total=total, desc=desc, unit="record", disable=not progress):
             if request is not None:
                 characters = sum(len(message["content"]) for message in request.chat)
                 self.usage.tokens_in += characters // 4 + 8 * len(request.chat)
@@ -212,7 +212,7 @@ class Settler:
             self.usage.open += request is not None
             yield request
 
-    async def _settle(self, requests: Iterator[Request | None], bar: tqdm) -> None:
+    async def _settle(self, requests: Iterator[Request | None], bar: ProgressBar) -> None:
         client, usage = Client(self._endpoint), self.usage
 
         async def work() -> None:

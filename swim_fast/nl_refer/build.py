@@ -22,8 +22,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
 from swim_fast.jobs import Build
@@ -35,6 +33,7 @@ from swim_fast.nl_refer.english.rules import UnclearError, name_objects
 from swim_fast.nl_refer.output import check_distinct, media_note, record_writer
 from swim_fast.nl_refer.placeholders import Task, check_rest, find_task, replace_placeholders
 from swim_fast.nl_refer.validation import RejectedError, check_expressions
+from swim_fast.progress_bar import ProgressBar
 
 
 @dataclass
@@ -167,7 +166,7 @@ def _write(
         dry if options.dry_run else record_writer(options.out) as keep,
         dry if options.dry_run else record_writer(review) as fail,
     ):
-        for index in tqdm(range(count), desc="writing", unit="record", disable=not options.progress):
+        for index in ProgressBar(range(count), desc="writing", unit="record", disable=not options.progress):
             result, entry = _convert(records, index, options.bind, report.counts, rewrite)
             report.counts["records"] += 1
             if isinstance(result, _Failure):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from swim_fast.data.sample.media import MediaReader
 from swim_fast.data.source.errors import DataError
@@ -19,6 +18,7 @@ from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.errors import OptionError, printable
 from swim_fast.jobs import Stats as StatsOptions
+from swim_fast.progress_bar import ProgressBar
 from swim_fast.viz.charts import draw_counts
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def collect(options: StatsOptions, progress: bool = True) -> Stats:
     count = min(len(records), options.limit or len(records))
     clips = MediaReader(options)
     try:
-        for index in tqdm(range(count), unit="record", disable=not progress):
+        for index in ProgressBar(range(count), unit="record", disable=not progress):
             stats.counts["records"] += 1
             try:
                 _count_record(records[index], stats, clips)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from tqdm import tqdm
-
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import ROLES, RecordFile
 from swim_fast.errors import UserError, printable
@@ -19,6 +17,7 @@ from swim_fast.jobs import Synonyms
 from swim_fast.nl_refer.english.expressions import split_words
 from swim_fast.nl_refer.english.inflection import pluralize, takes_an
 from swim_fast.nl_refer.output import check_distinct, media_note, record_writer
+from swim_fast.progress_bar import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +131,7 @@ def write_variant(options: Synonyms, progress: bool = True) -> VariantReport:
     count = min(len(records), options.limit or len(records))
     report = VariantReport(options.file, Path(options.out), options.missing)
     with record_writer(options.out) as write:
-        for index in tqdm(range(count), unit="record", disable=not progress):
+        for index in ProgressBar(range(count), unit="record", disable=not progress):
             report.counts["records"] += 1
             try:
                 entry = records.entry(index)

@@ -176,7 +176,7 @@ def train(config: RunConfig, resume: bool = False, callbacks: Sequence = ()) -> 
     With `model.lora` that is the base with the adapters merged into it; the adapters alone are in `adapter/` below it.
 
     Args:
-        config: the run; its effective form is printed and saved as `config.yaml` in the output folder.
+        config: the run; its effective form is saved as `config.yaml` in the output folder.
         resume: from the last checkpoint in the output folder, if there is one. A finished run is left as it is.
         callbacks: of transformers' trainer, beside those of a run.
 
@@ -229,7 +229,8 @@ def _train(config: RunConfig, resume: bool, callbacks: Sequence) -> dict[str, fl
         check_resumable(checkpoint, args)
     if trainer.is_world_process_zero():
         text = config.as_yaml()
-        print(f"effective configuration ({output / 'config.yaml'}):\n\n{text}", flush=True)
+        ranks = f"{args.world_size} × " * (args.world_size > 1)
+        print(f"training on {ranks}{_name_device(args.device)}; configuration: {output / 'config.yaml'}", flush=True)
         with atomic_write(output / "config.yaml") as file:
             file.write(text)
         if checkpoint:
@@ -256,6 +257,12 @@ def _train(config: RunConfig, resume: bool, callbacks: Sequence) -> dict[str, fl
         with atomic_write(output / "README.md") as file:
             file.write(render_model_card(config, trainer.state.global_step, metrics))
     return metrics
+
+
+def _name_device(device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type.upper()}"
 
 
 def _choose_checkpoint(config: RunConfig, resume: bool) -> Path | None:

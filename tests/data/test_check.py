@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -141,7 +142,8 @@ def test_tokens_and_thinning(tmp_path, clip, processor):
     assert [problem.reason.split(":")[0] for problem in report.problems] == ["too long"]
 
 
-def test_report_as_text_and_json(file, processor, capsys):
+def test_report_as_text_and_json(file, processor, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     report = check_file(Check(file=file, max_frames=4, workers=0), processor)
     assert "11/11" in capsys.readouterr().err  # the progress bar
     lines = str(report).splitlines()

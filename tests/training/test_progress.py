@@ -57,7 +57,8 @@ def test_libraries_are_quiet_about_what_is_no_news(caplog):
         with caplog.at_level(logging.WARNING):
             logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from …")
             logging.getLogger("bitsandbytes.backends.cpu.ops").warning("another")
+            logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU or other …")
         assert caplog.messages == ["another"]
     finally:
-        for name in ("transformers.trainer_utils", "bitsandbytes.backends.cpu.ops"):
+        for name in ("transformers.trainer_utils", "bitsandbytes.backends.cpu.ops", "DeepSpeed"):
             logging.getLogger(name).filters.clear()

@@ -227,7 +227,8 @@ def test_effective_configuration_is_saved(write_config, tmp_path, capsys):
     saved = load_config(tmp_path / "run" / "config.yaml")
     assert saved.attention_loss.layers == [1]  # what None stood for
     assert saved.training["max_steps"] == 1
-    assert "effective configuration" in output
+    assert f"training on the CPU; configuration: {tmp_path / 'run' / 'config.yaml'}" in output
+    assert "criterion" not in output  # the file holds it
 
 
 def test_a_detached_model_is_an_error_and_not_a_text_only_run(write_config):

@@ -71,7 +71,7 @@ def sample_lengths(dataset: SwimDataset, workers: int | None = None, limit: int 
 
 def _lengths(dataset: SwimDataset, items: np.ndarray, workers: int | None, at_work: Callable[[], None]) -> np.ndarray:
     """Return the lengths of some items; calls `at_work` about once a minute."""
-    from tqdm import tqdm
+    from swim_fast.progress_bar import ProgressBar
 
     kept = [_KeptLengths(dataset, source) for source in range(len(dataset.sources))]
     known = np.concatenate([lengths.load() for lengths in kept])
@@ -93,7 +93,7 @@ def _lengths(dataset: SwimDataset, items: np.ndarray, workers: int | None, at_wo
             collate_fn=list,
         )
         done, due = 0, time.monotonic() + SAVE_SECONDS
-        with tqdm(total=len(missing), desc="measuring samples", unit="record", disable=None) as bar:
+        with ProgressBar(total=len(missing), desc="measuring samples", unit="record") as bar:
             for chunk in loader:
                 now = missing[done : done + len(chunk)]
                 known[now] = [length for length, _ in chunk]

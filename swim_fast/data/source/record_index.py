@@ -106,11 +106,10 @@ def _parses(text: bytes) -> bool:
 
 def _chunks(text: mmap.mmap, start: int, path: Path) -> Iterator[tuple[int, int]]:
     """Yield successive ranges of the file, none of which ends in a backslash, under a progress bar for large files."""
-    from tqdm import tqdm
+    from swim_fast.progress_bar import ProgressBar
 
-    # None: only where there is a terminal to draw on. Of several ranks one draws.
-    hidden = True if len(text) < PROGRESS_FROM_BYTES or os.environ.get("LOCAL_RANK", "0") != "0" else None
-    with tqdm(total=len(text), unit="B", unit_scale=True, desc=f"indexing {path.name}", disable=hidden) as bar:
+    hidden = len(text) < PROGRESS_FROM_BYTES or os.environ.get("LOCAL_RANK", "0") != "0"  # of several ranks one draws
+    with ProgressBar(total=len(text), unit="B", unit_scale=True, desc=f"indexing {path.name}", disable=hidden) as bar:
         while start < len(text):
             end = min(start + CHUNK_BYTES, len(text))
             while end < len(text) and text[end - 1] == _BACKSLASH:
