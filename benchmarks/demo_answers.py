@@ -23,8 +23,8 @@ _INTRODUCTION = """# Does the attention loss teach to answer?
 Written by `python -m benchmarks.demo_answers`, on a CPU, with the demo's settings (`configs/demo.yaml`) and seeds that
 were fixed beforehand; a seed gives clips, weights and order. Answers: share of the questions about held-out clips whose
 greedy answer is right, word for word, after {steps} steps; chance is 1/3. *Steps*: the first evaluation, of one every
-25 steps, at which {goal:.0%} were right; `–` if none was. *Wrong masks*: the attention loss with the masks of another
-object of the clip. *{longer} × steps*: text loss alone, trained {longer} times as long.
+{every} steps, at which {goal:.0%} were right; `–` if none was. *Wrong masks*: the attention loss with the masks of
+another object of the clip. *{longer} × steps*: text loss alone, trained {longer} times as long.
 
 It is a matter of how many steps and clips are needed, not of what can be learnt: text alone gets there later. A tiny
 model on rendered clips says nothing of a model of 7 B parameters. {done} of {all} seeds are measured so far."""
@@ -96,6 +96,8 @@ def measure_all(seeds: Iterable[int], folder: Path, path: Path) -> None:
 
 def draw_text(records: Iterable[Record]) -> str:
     """Return the report: targets, and a row for each seed."""
+    from swim_fast.config import load_config
+
     found = {(record.run, record.seed, record.steps): record for record in records}
     steps = min(count for _, _, count in found)
     seeds = [seed for seed in sorted({seed for _, seed, _ in found}) if all((n, seed, steps) in found for n in RUNS)]
@@ -113,7 +115,8 @@ def draw_text(records: Iterable[Record]) -> str:
     targets = _targets(columns, [found.get((WITHOUT, seed, LONGER * steps)) for seed in seeds]) if seeds else []
     machines = sorted({(r.cpu, r.torch, r.python) for r in found.values()})
     lines = [f"{cpu}, one thread and a data worker; torch {torch}, Python {python}." for cpu, torch, python in machines]
-    facts = {"steps": steps, "goal": GOAL, "longer": LONGER, "done": len(seeds), "all": len(SEEDS)}
+    every = load_config("demo").training["eval_steps"]
+    facts = {"steps": steps, "every": every, "goal": GOAL, "longer": LONGER, "done": len(seeds), "all": len(SEEDS)}
     table = markdown_table(header, "r" * len(header), rows)
     return "\n".join([_INTRODUCTION.format(**facts), "", *targets_table(targets), "", *table, "", *lines, ""])
 
