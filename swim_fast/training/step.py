@@ -121,6 +121,8 @@ def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss 
     maps, asked = outputs.attentions or (), text.new_zeros(2)
     if "mass_queries" in queries and maps:
         maps, masses = zip(*maps, strict=True)
+        if len(batch["questions"]):
+            _check_graph(masses, text)
         asked = compute_question_losses(masses, batch["questions"].queries.key_set, batch["questions"].sizes).sum(1)
     mask, metrics = _compare_maps(maps, batch["mask_targets"], loss, text)
     return BatchLosses(text, mask, asked, Sums.from_batch(batch, text, mask, asked, metrics), outputs)
@@ -139,15 +141,21 @@ def _compare_maps(
         return like.new_zeros(()), like.new_zeros(len(METRICS) + 1)
     if loss.mask_weight == 0:
         maps = [layer.detach() for layer in maps]
-    elif torch.is_grad_enabled() and like.requires_grad and not any(layer.requires_grad for layer in maps):
-        raise ReentrantCheckpointingError(
-            "the maps have no gradient although the text loss has: reentrant activation checkpointing drops it (use "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}), or nothing at or below the layers of the maps is "
-            "trained"
-        )
+    elif len(targets):
+        _check_graph(maps, like)
     choices = {"fusion": loss.fusion, "prediction": loss.prediction, "backend": loss.backend}
     predictions = GridPredictions.from_maps(maps, targets, **choices)
     metrics = sum_metrics(predictions)
     if loss.fusion == "none":  # of each layer, as the loss is
         metrics = metrics.mean(0)
     return compute_pair_losses(predictions, loss.criterion, loss.resolution).sum(), metrics
+
+
+def _check_graph(layers: Sequence[Tensor], text: Tensor) -> None:
+    """Raise ReentrantCheckpointingError where what the layers answered has lost the graph that the text loss has."""
+    if text.requires_grad and not any(layer.requires_grad for layer in layers):
+        raise ReentrantCheckpointingError(
+            "the maps have no gradient although the text loss has: reentrant activation checkpointing drops it (use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}), or nothing at or below the layers of the maps is "
+            "trained"
+        )
