@@ -5,7 +5,7 @@
         --tuner_type full --gradient_checkpointing_kwargs '{"use_reentrant": false}'
 
 Samples are this project's: swift's own template and media code are not used. `use_reentrant` is needed: swift's default
-on one GPU and with DeepSpeed drops the gradient of the maps, and such a run ends with an error.
+(but for plain DDP) drops the gradient of the maps, and such a run ends with an error.
 """
 
 import os
