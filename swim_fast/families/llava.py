@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from swim_fast.errors import ProcessorError
 from swim_fast.families.base import Family, Vision
 from swim_fast.families.layout import Clip, VisualLayout, shape_only, square_side
-from swim_fast.families.sizes import FixedSize, Limits
+from swim_fast.families.sizes import Limits
 
 
 class AnyResolutionLayout(VisualLayout):
@@ -92,16 +92,17 @@ class CroppedLayout(AnyResolutionLayout):
         """Return the one size of frames, or of an image's tiles.
 
         Raises:
-            ProcessorError: as for the class; another size of the crop than of the side that is resized to.
+            ProcessorError: as for the class; frames whose shorter side is not resized to the side of the crop.
         """
         limits = super().find_limits(kind, min_pixels, max_pixels)
-        crop = self.setting(kind, "crop_size")
-        if not self.setting(kind, "do_center_crop") or (crop["height"], crop["width"]) != (limits.height, limits.width):
+        size, crop = self.setting(kind, "size"), self.setting(kind, "crop_size")
+        sides = (crop["height"], crop["width"]) if self.setting(kind, "do_center_crop") else None
+        if sides != (limits.height, limits.width) or (kind == "video" and not size.get("shortest_edge")):
             raise ProcessorError(
-                f"{type(self.visual_processor(kind)).__name__} resizes to {limits.height} × {limits.width}, but crops "
-                f"{crop and (crop['height'], crop['width'])}; only a crop of the same size is known here"
+                f"{type(self.visual_processor(kind)).__name__} resizes {kind}s to {dict(size)} and crops {sides}; only "
+                "a crop of the side that the shorter one is resized to is known here"
             )
-        return FixedSize(limits.height, limits.width)
+        return limits
 
     def view(self, kind: str, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the square in the middle of a frame; see `VisualLayout.view`. Images are seen as a whole."""

@@ -34,7 +34,13 @@ def test_rows_of_an_image_end_with_a_newline(name, height, width):
 def test_other_crops_are_refused():
     processor = copy.deepcopy(tiny("LLaVA-NeXT-Video").processor)
     processor.video_processor.crop_size = {"height": 28, "width": 28}
-    with pytest.raises(ProcessorError, match="resizes to 56 × 56, but crops .28, 28.; only a crop of the same size"):
+    with pytest.raises(ProcessorError, match=r"resizes videos to .*56.* and crops \(28, 28\); only a crop of the side"):
+        get_layout(processor)
+    processor.video_processor.crop_size = processor.video_processor.size = {"height": 56, "width": 56}
+    with pytest.raises(ProcessorError, match="only a crop of the side that the shorter one is resized to"):
+        get_layout(processor)
+    processor.video_processor.do_center_crop = False
+    with pytest.raises(ProcessorError, match="and crops None"):
         get_layout(processor)
 
 

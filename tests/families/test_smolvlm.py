@@ -11,6 +11,7 @@ from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.data.source.records import Record, Turn
 from swim_fast.errors import ProcessorError
 from swim_fast.families import get_layout
+from swim_fast.inference.loading import CheckpointError, load_processor
 from swim_fast.modeling import attach_noun_attention, detach_noun_attention
 from swim_fast.modeling.prepare import prepare_model, restore_model
 from tests.families.test_data import encode
@@ -51,6 +52,15 @@ def test_images_of_no_whole_number_of_tiles_are_refused():
     processor.image_processor.size = {"longest_edge": 100}
     with pytest.raises(ProcessorError, match="only a longest edge of whole tiles is known here"):
         get_layout(processor)
+
+
+def test_what_to_install_is_said(tmp_path, monkeypatch):
+    from transformers.models.smolvlm import processing_smolvlm
+
+    tiny(NAME).processor.save_pretrained(tmp_path)
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(CheckpointError, match="Install it with `pip install num2words`"):
+        load_processor(tmp_path)
 
 
 def test_a_cache_is_left_out_for_queries_and_packed_samples_alone():
