@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 # Bounded above since swim_fast/modeling calls the functions behind Liger's modules, whose arguments are not its public
 # interface: they were checked for 0.8, and other versions are refused.
 LIGER = "liger-kernel>=0.8.5,<0.9"
-# transformers from 5.18 on needs peft 0.20, from 5.24 on 0.22; no bound of one package can say so, an error does.
+# transformers from 5.24 on refuses peft below 0.22, which is not released; the extra of its own takes what fits together.
 LORA = ["peft>=0.21", "bitsandbytes>=0.50"]
 # Below 1.15 its trainer gives the model another forward, whose loss is not ours; 2 is to drop arguments.
 TRL = ["trl>=1.15,<2"]
@@ -82,7 +82,7 @@ setup(
         # flash-attn's build needs torch beside it: `make install-gpu` installs in the order that works
         "cuda": ["flash-attn>=2.8", LIGER],
         "deepspeed": ["deepspeed>=0.19,<0.20"],
-        "lora": LORA,
+        "lora": [*LORA, "transformers<5.24"],
         "pyav": ["av>=14"],
         "torchcodec": ["torchcodec>=0.10"],
         "demo": ["av>=14"],  # writes the demo's H.264 clips
