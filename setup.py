@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 # Bounded above since swim_fast/modeling calls the functions behind Liger's modules, whose arguments are not its public
 # interface: they were checked for 0.8, and other versions are refused.
 LIGER = "liger-kernel>=0.8.5,<0.9"
-# transformers from 5.24 on refuses peft below 0.22, which is not released; the extra of its own takes what fits together.
+# transformers from 5.24 on refuses peft below 0.22, which is not released: the extra takes a pair that fits.
 LORA = ["peft>=0.21", "bitsandbytes>=0.50"]
 # Below 1.15 its trainer gives the model another forward, whose loss is not ours; 2 is to drop arguments.
 TRL = ["trl>=1.15,<2"]
