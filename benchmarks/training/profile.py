@@ -28,6 +28,7 @@ from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.data.source.masks import Mask
 from swim_fast.data.source.records import RecordFile
 from swim_fast.data.video.reader import _Child
+from swim_fast.families.patches import PatchLayout
 from swim_fast.loss.targets import MaskTargets
 from swim_fast.options import Sampling, Source
 
@@ -153,7 +154,7 @@ def _places(builder: SampleBuilder, collator: Collator) -> list[tuple[Any, str, 
         (RecordFile, "__getitem__", "reading the record"),
         (_Child, "_head", "decoding"),
         (_Child, "ask", "moving frames"),  # what it does beside waiting for an answer's head, and resizing
-        (builder.encode, "resize_frame", "resizing"),
+        (PatchLayout, "resize", "resizing"),
         (builder, "render", "text"),
         (builder.encode, "_encode", "text"),
         (builder.encode, "text_offsets", "text"),
@@ -162,7 +163,7 @@ def _places(builder: SampleBuilder, collator: Collator) -> list[tuple[Any, str, 
         (sample_builder, "supervised_patches", "masks: pixels"),
         (builder, "_add_noun", "masks: pixels"),
         (builder, "_add_key_sets", "masks: pixels"),
-        (collator, "_positions", "position ids"),
+        (PositionIds, "__call__", "position ids"),
         (collator, "_packed", "joining"),
         (collator, "_visual", "joining"),
         (batch_collation, "find_label_positions", "joining"),

@@ -265,10 +265,10 @@ ZIGZAG = [0, 0, 64, 48] * 20_000
     ids=range(12),
 )
 def test_masks_beyond_all_bounds_are_refused_at_once(segmentation, message):
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(DataError, match=message) as caught:
         read_segmentation(segmentation, 48, 64)
-    assert time.perf_counter() - begin < 2 and len(str(caught.value)) < 500
+    assert time.process_time() - begin < 2 and len(str(caught.value)) < 500
 
 
 def test_the_largest_masks_are_read():
