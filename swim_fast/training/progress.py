@@ -104,6 +104,7 @@ def format_ending(config: RunConfig, metrics: dict[str, float]) -> str:
     if tagged:
         media = ["--media", tagged[0].media] if tagged[0].media else []
         commands.append(["evaluate", "grounding", output, tagged[0].path, *media, "--out", f"{output}/grounding"])
+    commands.append(["report", output])
     return "\n".join([*lines, *(f"  swim-fast {shlex.join(command)}" for command in commands)])
 
 

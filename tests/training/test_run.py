@@ -289,8 +289,8 @@ def test_a_run_is_told_in_lines_and_ends_with_what_to_type_next(write_config, ch
     assert any(line.startswith("score on held_out:  loss ") for line in lines)
     assert f"model: {tmp_path / 'run'} " in output
     commands = [shlex.split(line)[1:] for line in lines[lines.index("next:") + 1 :]]
-    for words in commands:
-        args = build_parser().parse_args(words)
-        assert args.model == str(tmp_path / "run")
+    *others, report = [build_parser().parse_args(words) for words in commands]
+    assert all(args.model == str(tmp_path / "run") for args in others) and len(others) == 2
+    assert report.runs == [str(tmp_path / "run")]
     describe = build_parser().parse_args(commands[0])
     assert Path(describe.media).is_file() and describe.show[0] in describe.question and "<" not in describe.question
