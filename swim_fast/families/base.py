@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,21 @@ class Vision:
     full_blocks: int | None = None
     window: int = 1
     patches_per_cell: float | None = None
+
+    @classmethod
+    def from_config(cls, tower: Any, patches_per_token: float, patches_per_cell: float | None = None) -> Vision:
+        """Return the sizes that the configuration of a tower of ViT's kind names."""
+        side = tower.patch_size
+        pixels = side**2 if isinstance(side, int) else math.prod(side)
+        return cls(
+            hidden=tower.hidden_size,
+            depth=tower.num_hidden_layers,
+            heads=tower.num_attention_heads,
+            intermediate=tower.intermediate_size,
+            patch_values=tower.num_channels * pixels,
+            patches_per_token=patches_per_token,
+            patches_per_cell=patches_per_cell,
+        )
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,8 @@ def _unused(model: nn.Module) -> tuple[str, ...]:
 
 def _vision(config: Any) -> Vision:
     vision = config.vision_config
-    return Vision(
-        hidden=vision.hidden_size,
-        depth=vision.num_hidden_layers,
-        heads=vision.num_attention_heads,
-        intermediate=vision.intermediate_size,
-        patch_values=vision.num_channels * vision.patch_size**2,
-        patches_per_token=(vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image)) ** 2,
-    )
+    side = vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image)
+    return Vision.from_config(vision, patches_per_token=side**2)
 
 
 FAMILIES = [

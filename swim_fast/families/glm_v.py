@@ -32,7 +32,7 @@ class ImageTokenLayout(ClipLimitedLayout):
 
 
 def _minimal_pass(model: nn.Module) -> Tensor:
-    return minimal_patches(model, model.model.visual)
+    return minimal_patches(model.model.visual)
 
 
 def _vision(config: Any) -> Vision:

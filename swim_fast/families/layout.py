@@ -218,9 +218,15 @@ class VisualLayout:
             ValueError: a shape that the processor does not take.
         """
         text = self.expand(kind, self.sketch(kind, clip, max_pixels))
-        token = re.escape(self.processor.tokenizer.convert_ids_to_tokens(self.visual_token(kind)))
-        short = re.sub(f"({token})+", lambda run: run.group(1), text)
-        return short, (len(text) - len(short)) // len(token.replace("\\", ""))
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.visual_token(kind))
+        short = re.sub(f"(?:{re.escape(token)})+", lambda run: token, text)
+        return short, (len(text) - len(short)) // len(token)
+
+
+def join_tiles(tokens: Tensor, rows: int, columns: int, height: int, width: int) -> Tensor:
+    """Return the tokens of tiles, each row by row, as they lie in the image: [1, rows · height, columns · width]."""
+    tiles = tokens.view(rows, columns, height, width)
+    return tiles.transpose(1, 2).reshape(1, rows * height, columns * width)
 
 
 def square_side(count: int, what: str) -> int:

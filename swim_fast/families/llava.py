@@ -159,15 +159,8 @@ def _unused(model: nn.Module) -> tuple[str, ...]:
 def _vision(config: Any) -> Vision:
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
-    return Vision(
-        hidden=vision.hidden_size,
-        depth=vision.num_hidden_layers,
-        heads=vision.num_attention_heads,
-        intermediate=vision.intermediate_size,
-        patch_values=vision.num_channels * vision.patch_size**2,
-        patches_per_token=side**2 / math.ceil(side / 2) ** 2,  # of a video; an image's are not pooled
-        patches_per_cell=1,
-    )
+    pooled = side**2 / math.ceil(side / 2) ** 2  # of a video; an image's are not pooled
+    return Vision.from_config(vision, patches_per_token=pooled, patches_per_cell=1)
 
 
 _PARTS: dict[str, Any] = {

@@ -127,7 +127,7 @@ def seconds_per_patch(clip: Clip, frames_per_patch: int) -> float:
     return frames_per_patch * spacing / clip.fps
 
 
-def minimal_patches(model: Any, visual: Any) -> Tensor:
+def minimal_patches(visual: Any) -> Tensor:
     """Return the features of one token's patches, all zero."""
     config = visual.config
     merge = config.spatial_merge_size

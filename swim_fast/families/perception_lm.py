@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from swim_fast.errors import ProcessorError
 from swim_fast.families.base import Family, Vision
-from swim_fast.families.layout import Clip, VisualLayout, shape_only
+from swim_fast.families.layout import Clip, VisualLayout, join_tiles, shape_only
 from swim_fast.families.sizes import FixedSize, Limits
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -62,8 +62,7 @@ class ThumbnailLayout(VisualLayout):
         if kind == "video":
             return visual.view(-1, height, width)
         rows, columns = inputs["tiles"]
-        tiles = visual[len(visual) - rows * columns * height * width :].view(rows, columns, height, width)
-        return tiles.transpose(1, 2).reshape(1, rows * height, columns * width)
+        return join_tiles(visual[len(visual) - rows * columns * height * width :], rows, columns, height, width)
 
     def tower_grids(self, kind: str, inputs: dict[str, Any], cells: Tensor) -> list[tuple[int, int, int]]:
         """Return the frames or tiles; see `VisualLayout.tower_grids`."""

@@ -8,28 +8,19 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
 from swim_fast.families.base import Family
-from swim_fast.families.layout import Clip
-from swim_fast.families.patched import PatchedLayout, minimal_patches, seconds_per_patch
-from swim_fast.families.qwen_vl import vision_of
+from swim_fast.families.patched import minimal_patches
+from swim_fast.families.qwen_vl import TimedLayout, vision_of
 
 
-class ThinkerLayout(PatchedLayout):
-    """Qwen2-VL's patches; the model is told how far temporal patches are apart, in seconds."""
+class ThinkerLayout(TimedLayout):
+    """Qwen2.5-VL's layout without types of tokens, and with another name for the time."""
 
     token_types = None
-
-    def sketch(self, kind: str, clip: Clip, max_pixels: int | None = None) -> dict[str, Any]:
-        """Return the grid of patches and their distance in time."""
-        inputs = super().sketch(kind, clip, max_pixels)
-        if kind == "video":
-            seconds = seconds_per_patch(clip, self.frames_per_patch)
-            inputs["video_second_per_grid"] = torch.tensor([seconds], dtype=torch.float32)
-        return inputs
+    seconds = "video_second_per_grid"
 
     def expand(self, kind: str, inputs: dict[str, Any]) -> str:
         """Return as many visual tokens as there are cells: the processor has no such function."""
@@ -44,7 +35,7 @@ _VISUAL = f"{_BASE}visual"
 
 
 def _minimal_pass(model: nn.Module) -> Tensor:
-    return minimal_patches(model, model.get_submodule(_VISUAL))
+    return minimal_patches(model.get_submodule(_VISUAL))
 
 
 _PARTS: dict[str, Any] = {

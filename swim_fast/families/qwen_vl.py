@@ -14,14 +14,20 @@ from swim_fast.families.sizes import Size
 
 
 class TimedLayout(PatchedLayout):
-    """Qwen2.5-VL's layout: the model is told how far temporal patches are apart, in seconds."""
+    """Qwen2.5-VL's layout: the model is told how far temporal patches are apart, in seconds.
+
+    Attributes:
+        seconds: name of that argument of the model's forward.
+    """
+
+    seconds = "second_per_grid_ts"
 
     def sketch(self, kind: str, clip: Clip, max_pixels: int | None = None) -> dict[str, Any]:
         """Return the grid of patches and their distance in time."""
         inputs = super().sketch(kind, clip, max_pixels)
         if kind == "video":
             seconds = seconds_per_patch(clip, self.frames_per_patch)
-            inputs["second_per_grid_ts"] = torch.tensor([seconds], dtype=torch.float32)
+            inputs[self.seconds] = torch.tensor([seconds], dtype=torch.float32)
         return inputs
 
 
@@ -37,7 +43,7 @@ class StampedLayout(ClipLimitedLayout):
 
 
 def _minimal_pass(model: nn.Module) -> Tensor:
-    return minimal_patches(model, model.model.visual)
+    return minimal_patches(model.model.visual)
 
 
 def vision_of(config: Any) -> Vision:

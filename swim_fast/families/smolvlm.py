@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swim_fast.errors import ProcessorError
 from swim_fast.families.base import Family, Vision
-from swim_fast.families.layout import Clip, VisualLayout, shape_only, square_side
+from swim_fast.families.layout import Clip, VisualLayout, join_tiles, shape_only, square_side
 from swim_fast.families.sizes import FixedSize, Limits
 
 PIXELS = ("pixel_values", "pixel_attention_mask")  # of images and of the frames of videos alike
@@ -57,8 +57,7 @@ class SplitLayout(VisualLayout):
         if kind == "video":
             return visual.view(-1, side, side)
         rows, columns = (max(int(inputs[name][0][0]), 1) for name in ("rows", "cols"))
-        tiles = visual[: rows * columns * side**2].view(rows, columns, side, side)
-        return tiles.transpose(1, 2).reshape(1, rows * side, columns * side)
+        return join_tiles(visual[: rows * columns * side**2], rows, columns, side, side)
 
     def visual_token(self, kind: str) -> int:
         """Return the id of the token of a feature, the same for image and video."""
@@ -78,15 +77,7 @@ def _minimal_pass(model: nn.Module) -> Tensor:
 
 
 def _vision(config: Any) -> Vision:
-    vision = config.vision_config
-    return Vision(
-        hidden=vision.hidden_size,
-        depth=vision.num_hidden_layers,
-        heads=vision.num_attention_heads,
-        intermediate=vision.intermediate_size,
-        patch_values=vision.num_channels * vision.patch_size**2,
-        patches_per_token=config.scale_factor**2,
-    )
+    return Vision.from_config(config.vision_config, patches_per_token=config.scale_factor**2)
 
 
 FAMILIES = [

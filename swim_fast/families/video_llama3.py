@@ -81,15 +81,7 @@ def _minimal_pass(model: nn.Module) -> Tensor:
 
 
 def _vision(config: Any) -> Vision:
-    vision = config.vision_config
-    return Vision(
-        hidden=vision.hidden_size,
-        depth=vision.num_hidden_layers,
-        heads=vision.num_attention_heads,
-        intermediate=vision.intermediate_size,
-        patch_values=vision.num_channels * vision.patch_size**2,
-        patches_per_token=4,  # of a video; an image's are not merged
-    )
+    return Vision.from_config(config.vision_config, patches_per_token=4)  # of a video; an image's are not merged
 
 
 FAMILIES = [
