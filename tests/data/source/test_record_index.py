@@ -11,6 +11,7 @@ import pytest
 from swim_fast.data.source import record_index
 from swim_fast.data.source.errors import DataError, RecordsChangedError
 from swim_fast.data.source.records import RecordFile
+from swim_fast.progress_bar import ProgressBar
 from tests.helpers.record_files import make_entries, make_entry, names_of
 
 LAYOUTS = {
@@ -255,11 +256,9 @@ def test_pickled_without_the_index_and_without_open_files(tmp_path, kept_index):
 
 
 def test_a_progress_bar_for_large_files(tmp_path, monkeypatch):
-    import tqdm
-
     shown = []
 
-    class Bar(tqdm.tqdm):
+    class Bar(ProgressBar):
         def __init__(self, *args, **kwargs):
             self.told = (kwargs["desc"], kwargs["total"], kwargs["disable"])
             super().__init__(*args, **{**kwargs, "disable": False})
@@ -268,7 +267,7 @@ def test_a_progress_bar_for_large_files(tmp_path, monkeypatch):
             shown.append((*self.told, self.n))
             super().__exit__(*exception)
 
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr("swim_fast.progress_bar.ProgressBar", Bar)
     monkeypatch.setattr(record_index, "CHUNK_BYTES", 1000)
     path = tmp_path / "data.json"
     path.write_text(json.dumps(make_entries(30)))
@@ -278,5 +277,4 @@ def test_a_progress_bar_for_large_files(tmp_path, monkeypatch):
     RecordFile(path)
     monkeypatch.setenv("LOCAL_RANK", "1")
     RecordFile(path)
-    # None draws where stderr is a terminal.
-    assert shown == [("indexing data.json", size, disable, size) for disable in (True, None, True)]
+    assert shown == [("indexing data.json", size, disable, size) for disable in (True, False, True)]
