@@ -14,7 +14,7 @@ from swim_fast import __version__, jobs
 from swim_fast.command_line import add_options, flag, read_options
 from swim_fast.errors import UserError, nearest
 from swim_fast.options import Inference, Options
-from swim_fast.preflight import check_input, check_judge, check_model, check_output, check_run
+from swim_fast.preflight import check_input, check_judge, check_model, check_output, check_run, check_template
 from swim_fast.quiet import quiet_libraries
 
 
@@ -80,6 +80,7 @@ def _report(options: jobs.Report) -> int:
 
 def _describe(options: jobs.Describe) -> int:
     check_model(options.model, "--model")
+    check_template(options.model, "--model")
     from swim_fast.inference.describe import describe
 
     for file in describe(options).files:
@@ -91,6 +92,7 @@ def _check(options: jobs.Check) -> int:
     check_input(options.file, "file")
     if options.model is not None:
         check_model(options.model, "--model")
+        check_template(options.model, "--model")
     from swim_fast.data.check import check_file
     from swim_fast.inference.loading import as_run, load_processor
 
@@ -109,6 +111,7 @@ def _import(options: jobs.Import) -> int:
 def _show(options: jobs.Show) -> int:
     check_input(options.file, "file")
     check_model(options.model, "--model")
+    check_template(options.model, "--model")
     from swim_fast.data.show import show_record
     from swim_fast.inference.loading import as_run, load_processor
 
@@ -161,6 +164,7 @@ def _preflight(options: jobs.Evaluation) -> None:
     check_judge(getattr(options, "judge_model", None))
     if not getattr(options, "judge_only", False):
         check_model(options.model, "model")
+        check_template(options.model, "model")
     check_output(options.out, "--out")
 
 

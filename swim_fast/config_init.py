@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import subprocess
 from dataclasses import dataclass
@@ -64,6 +65,20 @@ def find_gpus() -> list[float]:
     return [int(line) / 1024 for line in done.stdout.split() if line.isdigit()] if done.returncode == 0 else []
 
 
+def count_parameters(model: str) -> int:
+    """Return the number of values in the safetensors files of a local checkpoint; 0 without such files."""
+    count = 0
+    for path in Path(model).glob("*.safetensors"):
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(size))
+            except (ValueError, MemoryError, OverflowError):
+                return 0  # loading tells that the file is broken
+        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return count
+
+
 def write_config(options: ConfigInit) -> str:
     """Write the file and return what there is to say about it.
 
@@ -90,7 +105,9 @@ def write_config(options: ConfigInit) -> str:
 def render(options: ConfigInit, contents: Contents, gpus: int, memory: float) -> str:
     """Return the YAML text for records and GPUs: the settings of the packaged recipe that is nearest, and why."""
     size = re.search(r"(\d+(?:\.\d+)?)b\b", options.model.lower())
-    billions = 1.2 * float(size.group(1)) if size else 8.4  # names leave out embeddings and vision tower
+    named = 1.2 * float(size.group(1)) if size else 8.4  # names leave out embeddings and vision tower
+    counted = count_parameters(options.model)
+    billions = counted / 1e9 or named
     states = 15 * billions  # GiB: 16 bytes a parameter for weights, gradients and AdamW
     whole = gpus > 0 and gpus * (memory - ACTIVATIONS) >= states
     quantize = gpus > 0 and not whole and memory < 2 * billions + ACTIVATIONS
@@ -105,17 +122,19 @@ def render(options: ConfigInit, contents: Contents, gpus: int, memory: float) ->
     flash = gpus > 0 and importlib.util.find_spec("flash_attn") is not None
     accumulate = max(1, round(SAMPLES_PER_STEP / max(gpus, 1)))
     epochs = 1 if contents.records >= 2000 else 3
-    steps = max(1, contents.records * epochs // (accumulate * max(gpus, 1)))
+    steps = epochs * math.ceil(contents.records / (accumulate * max(gpus, 1)))  # an epoch's last step may be short
     every = max(1, steps // 10)
+    problems = contents.problems
+    unusable = f", and {problems} cannot be used (swim-fast data check tells why)" if problems else ""
     lines = [
         f"# For {gpus} GPU{'s' * (gpus != 1)}" + f" of {memory:g} GiB" * bool(gpus) + f": {why}.",
-        f"# {contents.records} records; of the first {contents.readable + contents.problems}, {contents.tagged} have "
-        f"tagged nouns, and {contents.problems} cannot be used (swim-fast data check tells why).",
+        f"# {contents.records} records; of the first {contents.readable + problems}, {contents.tagged} have "
+        f"tagged nouns{unusable}.",
         "# Every key: docs/configuration.md.",
         "model:",
         f"  path: {json.dumps(options.model)}",
     ]
-    if not size:
+    if not size and not counted:
         lines.append("  # the name tells no size: 7B was assumed; the dry run counts")
     if gpus:
         lines.append("  dtype: bfloat16")

@@ -1,5 +1,6 @@
 """Checks of what a job is given that come before torch, weights and generation; nothing heavy is imported."""
 
+import json
 import os
 from pathlib import Path
 
@@ -27,6 +28,48 @@ def check_model(path: str, name: str) -> None:
     raise OptionError(f"{what}{' (~ is not expanded here)' * path.startswith('~')}; correct the path")
 
 
+def check_template(path: str, name: str) -> None:
+    """Refuse a local checkpoint whose processor has no chat template, or one with a mistake in its syntax.
+
+    How it renders a conversation is checked with the tokenizer. Names on the hub are passed over.
+
+    Args:
+        name: of the option, for the message.
+
+    Raises:
+        OptionError: naming the folder, and the file that has the mistake.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    folder = Path(path)
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    template, file = None, folder / "chat_template.jinja"
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")
+    for other in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):  # of older transformers
+        if not template:
+            file = folder / other
+            template = _read_key(file, "chat_template")
+    if not template:
+        raise OptionError(
+            f"{name} {path!r} has no chat template, and questions cannot be put without; copy chat_template.jinja from "
+            "the instruction-tuned model that it was made from"
+        )
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template if isinstance(template, str) else "")
+    except TemplateSyntaxError as error:
+        if "unknown tag 'generation'" not in str(error):  # of transformers
+            raise OptionError(f"{file}: line {error.lineno} is no valid Jinja: {error.message}; correct it") from error
+
+
+def _read_key(file: Path, key: str) -> object:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None  # loading tells what is wrong with the file
+
+
 def check_run(config: RunConfig) -> None:
     """Refuse a run whose model or files are not there, or whose best checkpoint is chosen by a metric of no tag.
 
@@ -34,6 +77,7 @@ def check_run(config: RunConfig) -> None:
         OptionError: naming key, path and remedy.
     """
     check_model(config.model.path, "model.path")
+    check_template(config.model.path, "model.path")
     sources = {f"data.train[{index}]": source for index, source in enumerate(config.data.train)}
     for key, source in (sources | {f"data.eval.{name}": file for name, file in config.data.eval.items()}).items():
         _check_source(key, source)

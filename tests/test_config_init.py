@@ -6,6 +6,7 @@ import pytest
 
 from swim_fast.cli import main
 from swim_fast.config import load_config
+from swim_fast.config_init import count_parameters
 
 TEXT = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}
 MASK = {"segmentation": {"size": [4, 4], "counts": "04L0"}}
@@ -65,6 +66,23 @@ def test_every_kind_of_gpu_gets_a_configuration_that_reads_back(data, capsys, gp
 def test_it_says_what_the_records_hold(data):
     init("run.yaml", "--data", "tagged.jsonl", "--gpus", "0")
     assert "3 records; of the first 3, 1 have tagged nouns, and 1 cannot be used" in (data / "run.yaml").read_text()
+
+
+def test_epochs_end_with_a_short_step(data):
+    init("run.yaml", "--data", "tagged.jsonl", "--gpus", "0")
+    assert "num_train_epochs: 3 # about 3 steps" in (data / "run.yaml").read_text()  # 3 records, 32 a step
+
+
+def test_parameters_of_a_local_checkpoint_are_counted(data):
+    import torch
+    from safetensors.torch import save_file
+
+    (data / "model").mkdir()
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, data / "model" / "model.safetensors")
+    assert count_parameters(str(data / "model")) == 22
+    init("run.yaml", "--data", "tagged.jsonl", "--model", str(data / "model"), "--gpus", "1", "--gpu-memory", "24")
+    text = (data / "run.yaml").read_text()
+    assert "all weights are trained" in text and "7B was assumed" not in text
 
 
 def test_records_without_tags_train_on_text_alone(data):

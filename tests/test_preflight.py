@@ -9,7 +9,7 @@ import yaml
 
 from swim_fast.config import load_config
 from swim_fast.errors import OptionError
-from swim_fast.preflight import check_model, check_output, check_run
+from swim_fast.preflight import check_model, check_output, check_run, check_template
 from tests.training.conftest import environment
 
 WITHOUT_TORCH = """
@@ -68,6 +68,29 @@ def test_mistakes_are_told_in_a_line_without_torch(folder, words, message):
     head, bracket, tail = words.partition("=[") if "=[" in words else words.partition("={")
     *before, last = head.split()
     assert re.search(message, tell(*before, last + bracket + tail))
+
+
+@pytest.mark.parametrize("job", ["evaluate questions ./{} plain.jsonl --out out", "train run.yaml model.path=./{}"])
+def test_a_checkpoint_without_a_chat_template_is_told_without_torch(folder, job):
+    (folder / "model" / "tokenizer_config.json").write_text("{}")
+    assert "'./model' has no chat template, and questions cannot" in tell(*job.format("model").split())
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_a_mistake_in_the_chat_template_is_told_without_torch(folder, file):
+    template = "{% for message in messages %}\n{{ message.content }"
+    (folder / "model" / "tokenizer_config.json").write_text("{}")
+    text = template if file.endswith(".jinja") else json.dumps({"chat_template": template})
+    (folder / "model" / file).write_text(text)
+    told = tell(*"evaluate questions ./model plain.jsonl --out out".split())
+    assert f"model/{file}: line 2 is no valid Jinja" in told
+
+
+def test_tags_of_transformers_in_a_chat_template_are_taken(folder):
+    (folder / "model" / "tokenizer_config.json").write_text("{}")
+    text = "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
+    (folder / "model" / "chat_template.jinja").write_text(text)
+    check_template("./model", "model")
 
 
 @pytest.mark.parametrize(

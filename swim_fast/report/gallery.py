@@ -44,7 +44,7 @@ def build_gallery(
     """
     config, gallery = configs[0], []
     if not config.data.eval:
-        notes.append("The first run has no data.eval: there are no held-out clips to show.")
+        notes.append("The first run has no data.eval, so there are no held-out clips to show: name a file there.")
         return gallery
     for folder, view, own in zip(folders, views, configs, strict=True):
         if not (folder / "config.json").is_file():

@@ -102,7 +102,7 @@ def heatmap_grid(
     total_width = left + max(sum(widths[i] + gap for i in band) for band in bands) - gap + right
     marked = bool(map_labels) and any(column.mask is not None for column in columns)
     legend = textwrap.wrap(LEGEND, max(20, int((total_width - left) * 16))) if marked else []
-    lines = textwrap.wrap(title, max(20, int(total_width * 11)))
+    lines = textwrap.wrap(title, max(20, int(total_width * 9)))
     rows, label_height = 1 + len(map_labels), 0.22 if any(column.label for column in columns) else 0
     band_step = label_height + rows * (height + gap) + 2 * gap
     first_top, bottom = 0.1 + 0.22 * len(lines) + label_height, 0.1 + 0.16 * len(legend)

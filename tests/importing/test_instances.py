@@ -2,6 +2,7 @@
 
 import base64
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -207,6 +208,19 @@ def test_cvat_of_a_video(tmp_path, run, write_video, media):
     assert [str(p) for p in report.problems] == [
         "clip, track 2 (car): is a box, which is no mask; draw polygons or masks"
     ]
+
+
+def test_cvat_export_is_read_from_its_zip(tmp_path, run, write_video):
+    write_video(tmp_path / "clip.mp4", 6)
+    with zipfile.ZipFile(tmp_path / "task.zip", "w") as archive:
+        body = f'<track id="0" label="dog"><polygon frame="1" outside="0" {POLYGON}/></track>'
+        archive.writestr("annotations.xml", cvat(body, "<task><source>clip.mp4</source></task>"))
+    _, (dog,) = run("cvat", tmp_path / "task.zip")
+    assert_masks(dog, {1: DOG})
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("instances.json", "{}")
+    with pytest.raises(DataError, match='has no annotations.xml; export it as "CVAT for video 1.1"'):
+        run("cvat", tmp_path / "other.zip")
 
 
 def test_cvat_of_images(tmp_path, run):

@@ -1,4 +1,4 @@
-"""CVAT's XML 1.1 (docs.cvat.ai, "XML annotation format"), of videos and of images.
+"""CVAT's XML 1.1 (docs.cvat.ai, "XML annotation format"), of videos and of images, as a file or in the export's zip.
 
 Of videos: `track`s with a `label`, of shapes with a `frame` of the video, `outside="1"` where the object is not seen.
 Of images: `image`s with `name`, `width`, `height`, and shapes with a `label`. A `polygon` has `points="x,y;x,y;…"`; a
@@ -7,10 +7,12 @@ Of images: `image`s with `name`, `width`, `height`, and shapes with a `label`. A
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -42,7 +44,7 @@ class _Content:
 
 
 class CvatFile:
-    """An XML file; its clip is `--media`, or the `source` that it names, in that folder or beside it."""
+    """An XML file or its zip; the clip is `--media`, or the `source` that it names, in that folder or beside it."""
 
     def __init__(self, job: Job):
         self.job, self.path = job, Path(job.options.source)
@@ -100,35 +102,56 @@ def _read(path: Path) -> _Content:
     Raises:
         DataError: it cannot be read, or is not CVAT's.
     """
-    content, parents = _Content(), []
     try:
-        for event, element in ElementTree.iterparse(path, ("start", "end")):
-            if event == "start":
-                parents.append(element)
-                continue
-            parents.pop()
-            inside = [parent.tag for parent in parents]
-            if element.tag == "track":
-                label = element.get("label", "")
-                shapes = [_Shape(part.tag, label, dict(part.attrib)) for part in element if part.tag in SHAPES]
-                content.tracks += [shapes] if shapes else []
-            elif element.tag == "image":
-                shapes = [_Shape(e.tag, e.get("label", ""), dict(e.attrib)) for e in element if e.tag in SHAPES]
-                content.images[element.get("name", "")] = dict(element.attrib), shapes
-            elif element.tag == "source" and "meta" in inside:
-                content.meta["source"] = (element.text or "").strip()
-            elif element.tag in ("width", "height") and "original_size" in inside:
-                content.meta[element.tag] = (element.text or "").strip()
-            elif element.tag == "tasks":
-                raise DataError("is the export of a project; export it task by task", source=str(path))
-            if element.tag in ("track", "image"):
-                element.clear()
-    except (OSError, ElementTree.ParseError) as error:
-        raise DataError(f"cannot be read as XML: {error}", source=str(path)) from None
+        with _open(path) as file:
+            content = _parse(file, path)
+    except (OSError, zipfile.BadZipFile, ElementTree.ParseError) as error:
+        text = f"cannot be read as XML: {error}; give the annotations.xml of CVAT's export, or its zip"
+        raise DataError(text, source=str(path)) from None
     if not content.tracks and not content.images:
         text = 'has no track with shapes and no image; export it as "CVAT for video 1.1" or "CVAT for images 1.1"'
         raise DataError(text, source=str(path))
     content.images = {name: item for name, item in content.images.items() if item[1]}
+    return content
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            yield file
+        return
+    with zipfile.ZipFile(path) as archive:
+        if "annotations.xml" not in archive.namelist():
+            text = 'has no annotations.xml; export it as "CVAT for video 1.1" or "CVAT for images 1.1"'
+            raise DataError(text, source=str(path))
+        with archive.open("annotations.xml") as file:
+            yield file
+
+
+def _parse(file: IO[bytes], path: Path) -> _Content:
+    content, parents = _Content(), []
+    for event, element in ElementTree.iterparse(file, ("start", "end")):
+        if event == "start":
+            parents.append(element)
+            continue
+        parents.pop()
+        inside = [parent.tag for parent in parents]
+        if element.tag == "track":
+            label = element.get("label", "")
+            shapes = [_Shape(part.tag, label, dict(part.attrib)) for part in element if part.tag in SHAPES]
+            content.tracks += [shapes] if shapes else []
+        elif element.tag == "image":
+            shapes = [_Shape(e.tag, e.get("label", ""), dict(e.attrib)) for e in element if e.tag in SHAPES]
+            content.images[element.get("name", "")] = dict(element.attrib), shapes
+        elif element.tag == "source" and "meta" in inside:
+            content.meta["source"] = (element.text or "").strip()
+        elif element.tag in ("width", "height") and "original_size" in inside:
+            content.meta[element.tag] = (element.text or "").strip()
+        elif element.tag == "tasks":
+            raise DataError("is the export of a project; export it task by task", source=str(path))
+        if element.tag in ("track", "image"):
+            element.clear()
     return content
 
 

@@ -34,7 +34,7 @@ from swim_fast.training.dry_run.schedule import (
     measure_supervision,
     plan_schedule,
 )
-from swim_fast.training.dry_run.text import format_lengths, format_memory, format_model, format_schedule
+from swim_fast.training.dry_run.text import format_lengths, format_memory, format_model, format_schedule, name_devices
 
 TOKENS_PER_NOUN = 2  # as tokenizers split the names of things
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -59,7 +59,7 @@ def dry_run(config: RunConfig, gpus: int | None = None, gpu_memory: float = 80.0
     Args:
         config: the run. Nothing is written but the lengths of samples, to the cache.
         gpus: number of GPUs; None: $WORLD_SIZE, or 1.
-        gpu_memory: of each GPU, in GiB (an "80 GB" card has that many).
+        gpu_memory: of each GPU, in GiB (an "80 GB" card has that many); a run with `use_cpu` has the host's instead.
         limit: number of records to measure, divided among the sources.
 
     Raises:
@@ -74,6 +74,7 @@ def dry_run(config: RunConfig, gpus: int | None = None, gpu_memory: float = 80.0
     model, processor = _build_meta_model(config)
     parts, geometry = _count_parts(model, config), _measure_geometry(model, config)
     settings = _collect_settings(config, arguments, model, gpus)
+    memory = _measure_host_memory() if config.training.get("use_cpu") else gpu_memory
 
     dataset, lengths = measure_lengths(config, processor, limit)
     schedule = plan_schedule(config, arguments, dataset, lengths, gpus)
@@ -86,12 +87,12 @@ def dry_run(config: RunConfig, gpus: int | None = None, gpu_memory: float = 80.0
     supervision = measure_supervision(dataset, config.data.max_frames)
     batches = {name: _build_batch(config, arguments, supervision, lengths, count) for name, count in tokens.items()}
     estimates = {name: estimate(parts, geometry, settings, batch) for name, batch in batches.items()}
-    changes = suggest_changes(parts, geometry, settings, batches["longest"], gpu_memory * GIB)
+    changes = suggest_changes(parts, geometry, settings, batches["longest"], memory * GIB)
     lines = [
         *format_model(config, parts, estimates["longest"], settings),
         *format_lengths(lengths),
         *format_schedule(config, arguments, schedule, lengths, gpus),
-        *format_memory(batches, estimates, changes, gpu_memory, gpus),
+        *format_memory(batches, estimates, changes, memory, name_devices(config, gpus)),
     ]
     return Report("\n".join(lines), estimates, not changes, changes)
 
@@ -104,6 +105,11 @@ def _build_arguments(config: RunConfig):
         return build_arguments(config.replace(training={**training, "use_cpu": True}))
     finally:
         os.environ.update(hidden)
+
+
+def _measure_host_memory() -> float:
+    """Return the memory of this machine in GiB, to one digit."""
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
 
 
 def _build_meta_model(config: RunConfig):

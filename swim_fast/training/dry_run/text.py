@@ -36,6 +36,11 @@ def draw_histogram(values: np.ndarray, bars: int = BARS, width: int = 40) -> lis
     ]
 
 
+def name_devices(config: RunConfig, gpus: int) -> str:
+    """Return the devices whose memory is meant, in words."""
+    return "the CPU" if config.training.get("use_cpu") else f"each of {gpus} GPU(s)"
+
+
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
@@ -52,9 +57,8 @@ def format_model(config: RunConfig, parts: Sequence[Part], estimated: Estimate, 
     engine = "no DeepSpeed" if run.stage is None else f"DeepSpeed ZeRO-{run.stage}"
     offloaded = [name for name in ("optimizer", "parameters") if getattr(run, f"offload_{name}")]
     engine += f", {' and '.join(offloaded)} on the host" if offloaded else ""
-    heading = (
-        f"model {config.model.path}: {(trained + frozen) / 1e9:.2f} B parameters; GiB on each of {run.gpus} GPU(s)"
-    )
+    count = f"{(trained + frozen) / 1e9:.2f} B" if trained + frozen >= 1e8 else f"{(trained + frozen) / 1e6:.2f} M"
+    heading = f"model {config.model.path}: {count} parameters; GiB on {name_devices(config, run.gpus)}"
     return [f"{heading}, {engine}, {run.optim}", "", *format_table(rows), ""]
 
 
@@ -77,34 +81,36 @@ def format_schedule(
 ) -> list[str]:
     accumulation, packed = arguments.gradient_accumulation_steps, config.data.max_tokens_per_batch
     each = f"pack of up to {packed:,} tokens" if packed else f"{arguments.per_device_train_batch_size} sample(s)"
+    on_cpu = config.training.get("use_cpu")
+    devices, one = ("1 CPU", "a") if on_cpu else (f"{gpus} GPU(s)", "a GPU's")
     about = any(len(source.measured) < source.records for source in lengths)
     rows = [
         ("schedule", ""),
         ("samples per epoch", f"{schedule.samples:,}"),
-        ("global batch", f"{schedule.samples_per_step:.0f} samples = {each} × {accumulation} × {gpus} GPU(s)"),
+        ("global batch", f"{schedule.samples_per_step:.0f} samples = {each} × {accumulation} × {devices}"),
         ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
         ("steps in all", f"{schedule.steps:,}"),
-        ("tokens of a GPU's batch, median", f"{int(np.median(schedule.batches)):,}"),
-        ("tokens of a GPU's batch, longest", f"{int(schedule.batches.max()):,}"),
+        (f"tokens of {one} batch, median", f"{int(np.median(schedule.batches)):,}"),
+        (f"tokens of {one} batch, longest", f"{int(schedule.batches.max()):,}"),
     ]
     note = ["  (lengths of records that were not measured: drawn from those that were)"] if about else []
     return [*format_table(rows), *note, ""]
 
 
 def format_memory(
-    batches: dict[str, Batch], estimates: dict[str, Estimate], changes: Sequence[str], memory: float, gpus: int
+    batches: dict[str, Batch], estimates: dict[str, Estimate], changes: Sequence[str], memory: float, devices: str
 ) -> list[str]:
-    rows = [("GiB on each GPU", *(f"{name} ({batches[name].tokens:,} tokens)" for name in estimates))]
+    rows = [(f"GiB on {devices}", *(f"{name} ({batches[name].tokens:,} tokens)" for name in estimates))]
     for item in estimates["longest"].items:
         rows.append((item, *(_gib(found.items[item]) for found in estimates.values())))
     rows.append(("(at the optimizer's step)", *(_gib(found.step) for found in estimates.values())))
     rows.append(("all, with context and fragmentation", *(_gib(found.total) for found in estimates.values())))
     longest = estimates["longest"].total / GIB
     if not changes:
-        verdict = [f"fits: {longest:.1f} of {memory:g} GiB on each of {gpus} GPU(s), an estimate"]
+        verdict = [f"fits: {longest:.1f} of {memory:g} GiB on {devices}, an estimate"]
     else:
         verdict = [
-            f"does not fit: {longest:.1f} GiB are needed, a GPU has {memory:g}; change first:",
+            f"does not fit: {longest:.1f} GiB are needed, and there are {memory:g}; change first:",
             *(f"  {number}. {change}" for number, change in enumerate(changes, 1)),
         ]
     if "limit" in estimates and estimates["limit"].total > memory * GIB >= estimates["longest"].total:

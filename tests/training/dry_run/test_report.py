@@ -1,6 +1,7 @@
 """`swim-fast train --dry-run` on a tiny model: what it prints, and that it needs no weights."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -52,6 +53,12 @@ def test_command_prints_everything_and_trains_nothing(write_config, without_weig
     assert cells(text, "steps per epoch") == ["2"]  # eight samples, four a step
     assert "fits:" in text and "no DeepSpeed" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_run_on_the_cpu_has_the_memory_of_the_host(write_config, without_weights):
+    text = str(report_of(write_config(model={"path": str(without_weights)}), "training.use_cpu=true"))
+    assert "M parameters; GiB on the CPU" in text and "GPU" not in text.replace("GPU's", "")
+    assert re.search(r"fits: [\d.]+ of [\d.]+ GiB on the CPU", text)
 
 
 def test_lengths_are_those_of_the_samples(write_config, checkpoint, records):
