@@ -116,18 +116,18 @@ class RunConfig(Options):
 
     @property
     def sampling(self) -> Sampling:
-        """How records become samples."""
+        """Options by which records become samples."""
         sampling = self.data.part(Sampling)
         return sampling if sampling.max_tokens else sampling.replace(max_tokens=self.data.max_tokens_per_batch)
 
     @property
     def decoding(self) -> Decoding:
-        """How videos are decoded."""
+        """Options of decoding videos."""
         return self.data.part(Decoding)
 
     @property
     def supervision(self) -> Supervision:
-        """What samples hold for both losses."""
+        """Options for the parts of a sample that both losses read."""
         rows = self.attention_loss.supervision if self.attention_loss else Supervision(read_out="supervised")
         return rows.replace(label_header=self.data.label_header)
 

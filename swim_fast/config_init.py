@@ -21,7 +21,7 @@ ACTIVATIONS = 20  # GiB that a step of the recipes takes beside weights and opti
 
 @dataclass(frozen=True)
 class Contents:
-    """What the first records of a file hold."""
+    """Counts over the first records of a file."""
 
     records: int
     readable: int

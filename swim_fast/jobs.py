@@ -209,7 +209,7 @@ class Import(Limited, Decoding):
         "ms-swift",
         "llama-factory",
     ]
-    """What the source is; see docs/import.md."""
+    """Format of the source; see docs/import.md."""
     source: File
     """Folder or file of the data set."""
     out: File
@@ -286,7 +286,7 @@ class Synonyms(InputFile, Limited):
     table: File | None = None
     """TSV of one's own: noun, tab, synonyms with commas; goes before the one built in."""
     missing: Literal["keep", "drop"] = "keep"
-    """What becomes of records without a known synonym."""
+    """Treatment of records without a known synonym."""
     seed: int = 0
     """Another seed, another choice among several synonyms."""
 
@@ -338,7 +338,7 @@ class Descriptions(Evaluation, Asking):
     max_new_tokens: int = Field(256, gt=0)
     """Longest description in tokens."""
     frame_mode: Literal["text", "single", "multi"] = "text"
-    """How the object is pointed out, recorded with the scores: in words alone, or also drawn into one frame or all."""
+    """Way of pointing the object out, recorded with the scores: in words alone, or also drawn into one frame or all."""
     judge_model: str | None = None
     """Name of the judge at the endpoint; without one, predictions only."""
     judge_only: bool = False
@@ -354,7 +354,7 @@ class Descriptions(Evaluation, Asking):
 
 
 class Grounding(Evaluation, Maps):
-    """Where the attention of tagged nouns lies, by layer."""
+    """Attention of tagged nouns inside their masks, by layer."""
 
     example = "runs/swim heldout.jsonl --out runs/grounding --layers supervised"
 
@@ -362,7 +362,7 @@ class Grounding(Evaluation, Maps):
     layers: str | list[int] = "all"
     """Layers to look at: all, supervised, or indices such as 2,7,12."""
     fusion: Literal["mean", "add", "product"] = "mean"
-    """How the maps of the supervised layers become one."""
+    """Fusion of the supervised layers' maps into one."""
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -376,7 +376,7 @@ class Grounding(Evaluation, Maps):
 
 
 class Analyze(Grounding):
-    """What the words of referring expressions look at: nouns, attributes and function words, by layer."""
+    """Attention of the words of referring expressions: nouns, attributes and function words, by layer."""
 
     example = "runs/swim heldout.jsonl --out runs/words --against Qwen/Qwen2.5-VL-7B-Instruct"
     against: File | None = None

@@ -231,7 +231,7 @@ class NounRows(Options):
 
     @property
     def over(self) -> str:
-        """What the softmax of the rows is over, as `NounQueries.over`."""
+        """Range of the rows' softmax, as `NounQueries.over`."""
         return "set" if self.softmax in ("frame", "visual") else "range"
 
 
@@ -268,12 +268,12 @@ class AttentionLoss(Maps):
     system_weight: float = Field(0.0, ge=0)
     """Weight of AVAR's loss by which they look less at what stands before the question (0.15 there)."""
     fusion: Literal["mean", "add", "product", "none"] = "mean"
-    """How the maps of the layers become one; `none` gives each layer a loss of its own, averaged."""
+    """Fusion of the layers' maps into one; `none` gives each layer a loss of its own, averaged."""
     prediction: Literal["probability", "min_max", "released"] = "probability"
-    """What is compared with the mask: the attention probability itself, the map scaled to 0 … 1 in each temporal patch
+    """Prediction compared with the mask: the attention probability, the map scaled to 0 … 1 in each temporal patch
     (`min_max`), or the same with the released code's two epsilons (`released`)."""
     criterion: Literal["bce", "focal", "iou", "dice", "kl", "mass", "klal"] = "bce"
-    """What compares a map with its mask; `klal` is the KL attention loss (arXiv 2511.12738), over all patches of a row
+    """Criterion of map against mask; `klal` is the KL attention loss (arXiv 2511.12738), over all patches of a row
     at once."""
     resolution: Literal["mask", "grid"] = "mask"
     """Maps are enlarged to the mask (`mask`), or the mask is averaged down to the grid of visual tokens (`grid`)."""
@@ -312,12 +312,12 @@ class AttentionLoss(Maps):
 
     @property
     def shown_fusion(self) -> str:
-        """How layers become one map in pictures and evaluation, where `none` gives no map to show."""
+        """Fusion of layers in pictures and evaluation, where `none` gives no map to show."""
         return "product" if self.fusion == "none" else self.fusion
 
     @property
     def supervision(self) -> Supervision:
-        """What samples must hold for this loss."""
+        """Parts that samples must hold for this loss."""
         read_out = "all" if self.prediction == "released" else "supervised"
         return Supervision(**self.part(NounRows).given(), read_out=read_out, question_rows=self.asks_questions)
 
@@ -343,7 +343,7 @@ class Lora(Options):
 
 
 class Weights(Options):
-    """How a checkpoint is loaded."""
+    """Options of loading a checkpoint."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; `auto` takes the checkpoint's own."""
@@ -355,7 +355,7 @@ class Weights(Options):
 
 
 class Inference(Weights):
-    """How a model is run without training."""
+    """Options of running a model without training."""
 
     attention: str | None = "sdpa"
     """Implementation of attention, as `attn_implementation` of transformers: sdpa, eager, flash_attention_2, …"""

@@ -26,7 +26,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Options:
-    """What a part is asked to do.
+    """Options of a part.
 
     Attributes:
         device: "cpu" (tiny sizes, Triton's interpreter) or "cuda".

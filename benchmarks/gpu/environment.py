@@ -1,4 +1,4 @@
-"""What is installed and what is chosen: versions, the GPU, backends of the ops, providers of flash attention."""
+"""Installed packages and chosen implementations: versions, GPU, backends of ops, providers of flash attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the attention loss and the input cost in training: `python -m benchmarks.training`.
+"""Measure the cost of the attention loss and of the input in training: `python -m benchmarks.training`.
 
 The parts are in `steps.py`, `input.py` and `profile.py`, their clips and models in `material.py`, tables and targets in
 `report.py`. Every figure is written when it is there: a run that is killed loses nothing.

@@ -37,7 +37,7 @@ LONG = Clip(64, 784, 560, 4)  # 32 patches of 28 × 20 tokens: 17,920
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """Places in batches for each useful token."""
+    """Token slots in batches for each useful token."""
 
     samples: int
     shortest: int
@@ -84,14 +84,14 @@ def measure_padding(folder: Path, clips: Sequence[Clip] = MIXTURE, pack_tokens: 
     share = PackingSampler(order, lengths, pack_tokens, rank=0, world_size=RANKS)
     assert sorted(sum(packs, [])) == sorted(items.tolist()), "packing lost or repeated a sample"
 
-    def places(collator: Collator, batch: Sequence[int]) -> int:
+    def slots(collator: Collator, batch: Sequence[int]) -> int:
         return collator([dataset[int(item)] for item in batch])["input_ids"].numel()
 
     padded = [len(group) * int(lengths[group].max()) for group in groups]
     packed = [int(lengths[pack].sum()) for pack in packs]
     positions = PositionIds(AutoConfig.from_pretrained(checkpoint))
-    assert places(Collator(processor), groups[0]) == padded[0], "a padded batch has another length than predicted"
-    assert places(Collator(processor, positions, pack=True), packs[0]) == packed[0], "a packed batch has another length"
+    assert slots(Collator(processor), groups[0]) == padded[0], "a padded batch has another length than predicted"
+    assert slots(Collator(processor, positions, pack=True), packs[0]) == packed[0], "a packed batch has another length"
     useful = int(lengths[items].sum())
     room = len(share) * RANKS * pack_tokens
     dataset.builder.reader.close()

@@ -68,9 +68,9 @@ def padding_records(padding: Padding) -> list[Record]:
     batches = f"{about}, {padding.padded_batches} batches of {BATCH}"
     packs = f"{about}, {padding.packed_batches} batches of up to {PACK_TOKENS:,} tokens"
     return [
-        record("padding", "padded", "places per token", [padding.padded], "", batches),
-        record("padding", "packed", "places per token", [padding.packed], "", packs),
-        record("padding", "packed, room", "places per token", [padding.room], "", f"{packs}, dealt to {RANKS} ranks"),
+        record("padding", "padded", "slots per token", [padding.padded], "", batches),
+        record("padding", "packed", "slots per token", [padding.packed], "", packs),
+        record("padding", "packed, room", "slots per token", [padding.room], "", f"{packs}, dealt to {RANKS} ranks"),
     ]
 
 
@@ -130,8 +130,8 @@ def compute_targets(figures: Figures) -> list[Target]:
         found.append(Target(f"attention loss, of a step: {case}", overhead(figures, case), OVERHEAD, "{:.1%}".format))
     for case in figures.cases("padding"):
         if case != "padded":
-            value = figures.get("padding", case, "places per token").value
-            found.append(Target(f"places per token: {case}", value, ROOM, "{:.2f}".format))
+            value = figures.get("padding", case, "slots per token").value
+            found.append(Target(f"slots per token: {case}", value, ROOM, "{:.2f}".format))
     for case in figures.cases("loading"):
         names = ("everything", "decoding alone", "common path")
         own, alone, common = (figures.get("loading", case, name).value for name in names)
@@ -154,8 +154,8 @@ Written by `make bench-train`, on a CPU; no figure here is one of a GPU.
   without, with). Before it the text loss of both is compared, and the mask loss with the eager reference's; nothing is
   timed unless they agree. The vision tower is frozen; attention is torch's. With two ranks each has half of the cores.
   A tiny model has little else to do: its share of the attention loss is above that of a real one.
-- **Padding**: places in the batches of an epoch over a mixture of clips and texts, for each useful token; of packed
-  batches also the room that they have, which counts what they leave empty. Predicted lengths are compared with those of
+- **Padding**: token slots in the batches of an epoch over a mixture of clips and texts, for each useful token; of
+  packed batches also the slots that they leave empty (their room). Predicted lengths are compared with those of
   collated batches.
 - **Loading**: samples per second of the loader with {WORKERS} workers, collated, against a loader that decodes the same
   frames of the same clips by the same library and does nothing else, and against the common path: qwen-vl-utils and the

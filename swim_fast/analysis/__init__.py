@@ -1,1 +1,1 @@
-"""Which words of a referring expression look at the object: nouns, attributes and function words, by layer."""
+"""Measure the attention that words of a referring expression pay to its object, by kind of word and layer."""

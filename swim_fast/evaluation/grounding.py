@@ -1,4 +1,4 @@
-"""Where the attention of tagged nouns lies, layer by layer, on a set with masks (NL-Refer records)."""
+"""Measure grounding: the attention of tagged nouns inside their masks, layer by layer, on NL-Refer records."""
 
 from __future__ import annotations
 

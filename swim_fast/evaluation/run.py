@@ -79,7 +79,7 @@ def running_ranks() -> Iterator[Ranks]:
 
 @dataclass(frozen=True)
 class Work:
-    """How records are predicted, once a model is loaded.
+    """Functions that predict records, once a model is loaded.
 
     Attributes:
         build: makes the sample of a record; its DataErrors are kept as problems, never as predictions.

@@ -1,4 +1,4 @@
-"""What a family's processor makes of a clip or image: pixels, the text of its tokens, and where each patch's are."""
+"""Output of a family's processor for a clip or image: pixels, the text of its tokens, each patch's token positions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Clip(NamedTuple):
 
 
 class VisualLayout:
-    """How a processor turns frames into a model's inputs; picklable if the processor is.
+    """Turns frames into a model's inputs by its processor; picklable if the processor is.
 
     A subclass for each kind of processor says what differs; this class runs the processor's own image and video
     processors, and takes the tokens of a patch for one block, row by row.

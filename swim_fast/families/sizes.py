@@ -98,7 +98,7 @@ class ClipLimits:
 
 @dataclass(frozen=True)
 class FixedSize:
-    """The one size that a processor gives to every frame."""
+    """Return the fixed size that a processor gives to every frame."""
 
     height: int
     width: int

@@ -1,4 +1,4 @@
-"""What the formats of one run share."""
+"""State that the formats of one import share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """What formats share: options, clips, names, and the list of what is left out."""
+    """State shared by formats: options, clips, names, and the list of what is left out."""
 
     options: Import
     clips: Clips

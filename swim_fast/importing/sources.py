@@ -88,7 +88,7 @@ def subfolders(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Names:
-    """What objects are called, from a file `{clip: {object: name}}` or `{object: name}`; numbers as 1 or 001."""
+    """Names of objects, from a file `{clip: {object: name}}` or `{object: name}`; numbers as 1 or 001."""
 
     path: str | None
     names: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What a model says and how likely it finds a text: plain text and pixels in, no tags, no maps."""
+"""Generate answers and score texts: plain text and pixels in, no tags, no maps."""
 
 from __future__ import annotations
 

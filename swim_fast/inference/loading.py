@@ -1,4 +1,4 @@
-"""The one file that loads a checkpoint: processor, weights, and the run that made it."""
+"""Load a checkpoint, here and nowhere else: processor, weights, and the run that made it."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class AnswerError(ValueError):
 
 @dataclass(frozen=True)
 class Request(Generic[Result]):
-    """What is to be asked about one record.
+    """Request about one record.
 
     Attributes:
         index: index of the record in its file.
@@ -55,7 +55,7 @@ class Request(Generic[Result]):
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """What the answers to a request amount to.
+    """Outcome of a request.
 
     Attributes:
         result: of the first answer that will do; None without one.
@@ -76,7 +76,7 @@ class Outcome(Generic[Result]):
 
 @dataclass
 class Usage:
-    """What was asked and what it cost.
+    """Counts of requests and tokens.
 
     Attributes:
         prices: of a million tokens in and out; 0 where nobody said.

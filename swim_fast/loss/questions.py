@@ -12,7 +12,7 @@ from swim_kernels import NounQueries
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """What `noun_mass` and `swim_fast.loss.avar` take of a batch with G samples that ask about a video or image.
+    """Inputs of `noun_mass` and `swim_fast.loss.avar` for a batch with G samples that ask about a video or image.
 
     Attributes:
         queries: R rows, the questions' tokens behind the video or image; `key_set` is the sample.

@@ -214,7 +214,7 @@ class MaskTargets:
 
     @cached_property
     def cell_targets(self) -> Tensor:
-        """What every cell should look like, in the order of `pairs`: fp32 [2, M].
+        """Return the target of every cell, in the order of `pairs`: fp32 [2, M].
 
         The masked share of its area, see `average_mask`, and 1 if the pixel under its centre is masked, else 0.
         """

@@ -1,4 +1,4 @@
-"""What a language model is asked about a record, and what is read out of its answer; nothing is taken on trust."""
+"""Prompts about a record for a language model, and the checked reading of its answers."""
 
 from __future__ import annotations
 

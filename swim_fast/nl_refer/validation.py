@@ -1,4 +1,4 @@
-"""What an expression must be before it may stand in a question; held against models and rules alike."""
+"""Check expressions before they enter a question, whether a model or a rule made them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, in the plain values that `swim_fast.viz.run_report` draws."""
+"""Read the folder of a run into the plain values that `swim_fast.viz.run_report` draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run prints: a line for each log and each evaluation, and at its end what to do next."""
+"""Lines that a run prints: one for each log and evaluation, and at the end the next commands."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""What an output folder holds: checkpoints, a finished run, or another run that is writing to it.
+"""State of an output folder: checkpoints, a finished run, or another run that is writing to it.
 
 Nothing heavy is imported, so that it is told at once.
 """

@@ -50,7 +50,7 @@ class Piece:
 
 @dataclass
 class RecordView:
-    """What there is to see of a record.
+    """Values that the page of a record shows.
 
     Attributes:
         title: file, index and name.

@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 320, 130  # of a curve, in the units of its drawing
 
 @dataclass
 class RunView:
-    """What there is to see of a run.
+    """Values that the report shows of a run.
 
     Attributes:
         label: its name on the page.

@@ -175,7 +175,7 @@ def test_report(tmp_path):
     }
     assert found == {
         "attention loss, of a step": (0.01, True),
-        "places per token": (1.06, False),  # the last of two: packed is met
+        "slots per token": (1.06, False),  # the last of two: packed is met
         "loader, of decoding alone": (0.75, False),
         "loader, of the common path": (2.25, False),
         "collation, padded": (0.8, True),

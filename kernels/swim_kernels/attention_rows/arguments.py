@@ -1,4 +1,4 @@
-"""What every op on the rows checks of its arguments, and what its choice of a backend depends on."""
+"""Check the arguments of the ops on attention rows, and collect what their backends are chosen by."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def grid_metrics(
     fusion: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Return how well the fused maps lie on the masks, pair by pair, without a graph; equations in `reference.py`.
+    """Return metrics of the fused maps against the masks, pair by pair, without a graph; equations in `reference.py`.
 
     Args:
         maps, pairs, fusion: as of `grid_prediction`.

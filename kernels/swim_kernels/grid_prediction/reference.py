@@ -81,7 +81,7 @@ def grid_metrics_eager(
 
 
 def _compare(log_f: Tensor, share: Tensor, centre: Tensor) -> Tensor:
-    """Return the metrics [K, P, 4] of patches [K, P, h, w] and what they should look like [P, h, w]."""
+    """Return the metrics [K, P, 4] of patches [K, P, h, w] against their targets [P, h, w]."""
     frame = (-2, -1)
     p, high = min_max(log_f), log_f.amax(frame, keepdim=True)
     f, peak = (log_f - high).exp(), log_f == high
@@ -107,7 +107,7 @@ def num_predictions(maps: Sequence[Tensor], fusion: str) -> int:
 
 
 def floor_of(dtype: torch.dtype) -> float:
-    """Return the least attention that counts as it is."""
+    """Return the floor: the least attention that is not raised."""
     info = torch.finfo(dtype)
     return info.tiny / info.eps
 

@@ -1,7 +1,7 @@
-"""Mask BCE in torch operations, on any device, with little memory: the pixels are worked through in chunks of rows.
+"""Mask BCE in torch operations, on any device, with little memory: pixels are processed in chunks of rows.
 
 The upsampling is separable, u = Ry c Rxᵀ with matrices Ry [H, h] and Rx [W, w] of at most two weights a row. The
-gradient of the cells is made in the same pass and is all that is kept for backward:
+gradient of the cells is computed in the same pass and is all that backward keeps:
 
     ∂c = Ryᵀ s Rx / (H W)                      s = d loss / d u of every pixel
     s  = (1 - 2 · 1e-6) (1 - 2 m) / v          v the argument of the logarithm
@@ -96,7 +96,7 @@ def compute_losses(cells: Tensor, pairs: GridPairs, masks: PackedMasks, want: bo
 def _compare(
     cells: Tensor, across: Tensor, chunks: list[_Rows], masks: PackedMasks, index: int, want: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return losses [n] of frames [n, h, w] against one mask and, if wanted, gradients [n, h, w].
+    """Return losses [n] of patches [n, h, w] against one mask and, if wanted, gradients [n, h, w].
 
     across: weights [W, w] of the upsampling in x.
     """
@@ -130,7 +130,7 @@ def _compare(
 
 
 def _most_frames(grid: tuple[int, int], mask: tuple[int, int]) -> int:
-    """Return how many frames go together: they are held upsampled in x, and for a chunk of rows in full."""
+    """Return the number of patches to process together: upsampled in x, and for a chunk of rows in full."""
     return _MOST_VALUES // max(grid[0] * mask[1], min(mask[0] * mask[1], _CHUNK_PIXELS_CPU))
 
 
@@ -151,7 +151,7 @@ class _Rows(NamedTuple):
 
 
 def _chunk_rows(down: Tensor, width: int, num_frames: int) -> list[_Rows]:
-    """Return what is computed at a time, given the weights down [H, h] of the upsampling in y.
+    """Return the chunks of rows, given the weights down [H, h] of the upsampling in y.
 
     On the CPU two rows of cells are enough for each, if there are several rows of pixels for a row of cells.
     """
@@ -175,7 +175,7 @@ def _chunk_rows(down: Tensor, width: int, num_frames: int) -> list[_Rows]:
 
 
 class _Frames:
-    """Frames upsampled in x [n, h, W] and their gradients, with views made once of every row of cells."""
+    """Patches upsampled in x [n, h, W] and their gradients, with views made once of every row of cells."""
 
     def __init__(self, across: Tensor, grad_across: Tensor | None) -> None:
         self._across, self._grad = across, grad_across

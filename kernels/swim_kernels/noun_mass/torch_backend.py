@@ -126,7 +126,7 @@ def _add_gradients(grad_query, grad_key, grad_masses, masses, query_rows, key, q
 
 
 class _Members:
-    """Which keys are in the sets of the rows of a group, and a last set of all keys.
+    """Membership of keys in the sets of a group's rows, and in a last set of all keys.
 
     Args:
         table: bool [G, S, L]

@@ -1,4 +1,4 @@
-"""What the ops share: choice of a backend, launches, numerics, moving tensors."""
+"""Parts that the ops share: choice of a backend, launches, numerics, moving tensors."""
 
 from swim_kernels.runtime.backends import find_triton_obstacle
 from swim_kernels.runtime.numerics import exact_product, interpolation, no_autocast, to_autocast_dtype

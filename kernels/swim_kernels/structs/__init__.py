@@ -1,1 +1,1 @@
-"""What the ops take: rows of nouns, pairs of row and patch, packed masks."""
+"""Inputs of the ops: rows of nouns, pairs of row and patch, packed masks."""

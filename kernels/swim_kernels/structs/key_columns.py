@@ -1,4 +1,4 @@
-"""Which columns of the key sets name which keys: what a kernel that walks the keys must know."""
+"""Inverse of the key sets: the columns that name each key, for kernels that walk along the keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which attention rows are wanted, and on which keys they are read out."""
+"""Attention rows to compute, and the keys that they are read out on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the host knows of a batch: numbers, so that counting them does not wait for a device."""
+"""Counts of a batch that the host holds, so that reading them does not wait for a device."""
 
 from __future__ import annotations
 

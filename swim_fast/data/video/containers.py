@@ -1,4 +1,4 @@
-"""What a file says about the frames that it shows, read without any decoder."""
+"""Read the displayed frames' count, times and sizes from a container, without any decoder."""
 
 from __future__ import annotations
 
