@@ -6,7 +6,7 @@ import torch
 from swim_fast import MaskTargets, mask_alignment_loss
 from swim_fast.errors import OptionError
 from swim_fast.options import AttentionLoss
-from tests.loss.test_mask_loss import judge_average_mask
+from tests.loss.mask_loss_cases import judge_average_mask
 
 GRIDS = [(0, 0, 3, 4), (0, 24, 3, 4), (1, 12, 3, 4), (2, 30, 2, 3)]  # row, first column, h, w
 

@@ -1,10 +1,12 @@
 """A tiny model with random weights; `stock` is not to be changed, `model` is a copy."""
 
 import copy
+import logging
 
 import pytest
 
 from swim_fast.demo.tiny_model import ModelSize, build_model, train_tokenizer
+from swim_fast.modeling import text_loss
 
 
 @pytest.fixture(scope="module")
@@ -15,3 +17,11 @@ def stock():
 @pytest.fixture
 def model(stock):
     return copy.deepcopy(stock)
+
+
+@pytest.fixture
+def log(caplog):
+    """The log, in which the text loss says its way of computing again."""
+    text_loss._log_once.cache_clear()
+    caplog.set_level(logging.INFO)
+    return caplog
