@@ -63,7 +63,7 @@ def write_video(path: str | PathLike[str], frames: np.ndarray, options: ClipOpti
     write_h264(path, frames, options.fps, settings)
 
 
-def annotations(scene: Scene, masks: np.ndarray, options: ClipOptions = DEFAULTS) -> list[dict[str, Any]]:
+def encode_annotations(scene: Scene, masks: np.ndarray, options: ClipOptions = DEFAULTS) -> list[dict[str, Any]]:
     """Encode each item in the annotated frames in which a visual token can point at it.
 
     Args:
@@ -93,7 +93,7 @@ def write_clip(index: int, *, folder: Path, seed: int, split: str, options: Clip
     video = f"clips/{clip}.mp4"
     write_video(folder / video, frames, options)
     records, train = [], split == "train"
-    for item, where in zip(scene.items, annotations(scene, masks, options), strict=True):
+    for item, where in zip(scene.items, encode_annotations(scene, masks, options), strict=True):
         if where:
             question, answer = texts.ask(item.noun, item.state, tag_answer=train)
             said = [{"from": "human", "value": f"<video>\n{question}"}, {"from": "gpt", "value": answer}]

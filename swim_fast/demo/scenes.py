@@ -84,7 +84,7 @@ class Item:
 
     def centre(self, share: float) -> tuple[float, float]:
         """Return its position after this share (0 to 1) of the clip."""
-        return tuple(a + (b - a) * share for a, b in zip(self.start, self.end, strict=True))  # type: ignore[return-value]
+        return tuple(a + (b - a) * share for a, b in zip(self.start, self.end, strict=True))
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,8 @@ class VisualLayout:
 
         A cell is as many patches as `Vision.patches_per_cell` says.
         """
-        return [tuple(cells.shape)]
+        frames, height, width = cells.shape
+        return [(frames, height, width)]
 
     @classmethod
     def join(cls, name: str, values: list[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from swim_fast.data.source.masks import decode_segmentation
 from swim_fast.data.source.records import RecordFile
 from swim_fast.data.source.tags import strip_tags
 from swim_fast.data.video.reader import FrameReader
-from swim_fast.demo.clips import annotations, mix_up_masks, render, write_demo_data, write_video
+from swim_fast.demo.clips import encode_annotations, mix_up_masks, render, write_demo_data, write_video
 from swim_fast.demo.drawing import COLOURS, SHADES, SHAPES, SUPERSAMPLING, background, sprite
 from swim_fast.demo.scenes import (
     DIRECTIONS,
@@ -235,7 +235,7 @@ def test_wrong_masks_are_those_of_another_object_of_the_clip(data):
 def test_hidden_objects_are_not_annotated():
     scene = Scene((item("box", radius=15.0), item("ball", radius=30.0)), (0, 2), 0)
     _, masks = render(scene)
-    hidden, seen = annotations(scene, masks)
+    hidden, seen = encode_annotations(scene, masks)
     assert hidden == {} and set(seen) == {"0", "2"}
 
 
@@ -243,8 +243,8 @@ def test_an_object_too_small_to_point_at_is_not_annotated():
     """A box of 14 pixels between the centres of the 28-pixel squares covers none of them."""
     scene = Scene((item("box", start=(84.0, 84.0), radius=8.0),), (0,), 0)
     _, masks = render(scene)
-    assert masks.any() and annotations(scene, masks) == [{}]
-    assert annotations(scene, masks, ClipOptions(cell=8)) != [{}]
+    assert masks.any() and encode_annotations(scene, masks) == [{}]
+    assert encode_annotations(scene, masks, ClipOptions(cell=8)) != [{}]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def sample_lengths(dataset: SwimDataset, workers: int | None = None, limit: int 
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return _lengths(dataset, items, workers, lambda: None)
-    found = [None]
+    found: list[np.ndarray | None] = [None]
     if distributed.get_rank() == 0:
         # None says "still at work", so that nobody waits in one collective until it times out.
         found = [_lengths(dataset, items, workers, lambda: distributed.broadcast_object_list([None]))]

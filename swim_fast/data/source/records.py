@@ -95,7 +95,7 @@ class RecordFile(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, number: int) -> Record:
+    def __getitem__(self, number: int) -> Record:  # type: ignore[override]  # no slices
         """Read and check one record.
 
         Raises:

@@ -125,7 +125,8 @@ def main() -> None:
 
     def send(head: dict, frames: np.ndarray | None = None) -> None:
         text = json.dumps(head).encode()
-        parts = [struct.pack("<I", len(text)) + text] + ([] if frames is None else [memoryview(frames).cast("B")])
+        parts: list[bytes | memoryview] = [struct.pack("<I", len(text)) + text]
+        parts += [] if frames is None else [memoryview(frames).cast("B")]
         for part in parts:
             while len(part):
                 part = part[os.write(answers, part) :]
