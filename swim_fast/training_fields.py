@@ -76,4 +76,5 @@ def training_fields() -> dict[str, str]:
     source = ast.parse((package / "training_args.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
     fields = (node for node in classes["TrainingArguments"].body if isinstance(node, ast.AnnAssign))
-    return {field.target.id: ast.unparse(field.annotation) for field in fields}
+    types = {field.target.id: ast.unparse(field.annotation) for field in fields}
+    return types | {"fsdp": f"bool | {types['fsdp']}"}  # annotated for the command line alone

@@ -163,13 +163,12 @@ def has_adapters(model: nn.Module) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
-def load_adapters(model: nn.Module, folder: str | PathLike[str]) -> None:
-    """Load the adapters of a checkpoint folder into a model that has some.
+def read_adapters(model: nn.Module, folder: str | PathLike[str]) -> dict[str, torch.Tensor]:
+    """Return the adapters of a checkpoint folder by the names that they have in a model with such ones.
 
     Raises:
         OptionError: the folder holds no adapters, or adapters of other layers or another rank.
     """
-    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     path = Path(folder) / "adapter_model.safetensors"
@@ -181,7 +180,8 @@ def load_adapters(model: nn.Module, folder: str | PathLike[str]) -> None:
         raise OptionError(
             f"the adapters in {folder} are on other layers or of another rank than model.lora says: another run?"
         )
-    set_peft_model_state_dict(model, saved, NAME)
+    own = {name.replace(f".{NAME}", ""): name for name in model.state_dict() if "lora_" in name}
+    return {own[name]: value for name, value in saved.items()}
 
 
 def merge_adapters(

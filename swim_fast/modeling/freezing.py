@@ -55,18 +55,16 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
 def keep_visual_in_step(model: nn.Module, sharded: bool = False) -> None:
     """Let a batch without images or video pass a minimal one through the visual module, times zero.
 
-    With several ranks every trainable parameter must take part in every gradient reduction (and, under ZeRO-3, every
-    module in every gather), whatever the batch of this rank holds. The pass runs where the model would run it: after
+    With several ranks every trainable parameter must take part in every gradient reduction (and, under ZeRO-3 and FSDP,
+    every module in every gather), whatever the batch of this rank holds. The pass runs where the model would run it: after
     the embeddings, before the first decoder layer.
 
     Args:
-        sharded: the parameters are gathered for each pass (ZeRO-3), so that the number of passes must be the same on
+        sharded: the parameters are gathered for each pass (ZeRO-3, FSDP), so that the number of passes must be the same on
             all ranks: a batch with both images and videos has two. Costs a reduction of one number per forward.
     """
     add_context(model, "visual_in_step", partial(_count_missing_passes, sharded=sharded))
-    family = get_family(model)
-    alone = [model.get_parameter(path) for path in family.merger_parameters]
-    add_keyword_step(model, "visual_in_step", partial(_add_missing_passes, partial(family.minimal_pass, model), alone))
+    add_keyword_step(model, "visual_in_step", partial(_add_missing_passes, model))
 
 
 @contextlib.contextmanager
@@ -80,12 +78,10 @@ def _count_missing_passes(model: nn.Module, kwargs: dict, sharded: bool) -> Iter
     yield
 
 
-def _add_missing_passes(
-    minimal_pass: Callable[[], Tensor], alone: list[Tensor], language_model: nn.Module, kwargs: dict
-) -> dict:
-    embeds = kwargs["inputs_embeds"]
+def _add_missing_passes(model: nn.Module, language_model: nn.Module, kwargs: dict) -> dict:
+    embeds, family = kwargs["inputs_embeds"], get_family(model)
     for _ in range(kwargs.pop("missing_passes", 0)):
-        embeds = embeds + minimal_pass().to(embeds.dtype).sum() * 0
-    for parameter in alone:  # such as the newline between the rows of an image, which no video has
-        embeds = embeds + parameter.to(embeds.dtype).sum() * 0
+        embeds = embeds + family.minimal_pass(model).to(embeds.dtype).sum() * 0
+    for path in family.merger_parameters:  # such as the newline between the rows of an image, which no video has
+        embeds = embeds + model.get_parameter(path).to(embeds.dtype).sum() * 0  # FSDP exchanges the parameter itself
     return kwargs | {"inputs_embeds": embeds}

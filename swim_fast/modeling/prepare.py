@@ -55,7 +55,7 @@ def prepare_model(
         position_ids: rule by which tokens are numbered, see `set_position_rule`.
         packed: take batches of several samples in one sequence.
         activation_offload: keep the decoder's activations in host memory.
-        ranks, sharded: processes that train together, and ZeRO-3's division of the weights among them; see
+        ranks, sharded: processes that train together, and a division of the weights among them (ZeRO-3, FSDP); see
             `keep_visual_in_step`.
 
     Returns:

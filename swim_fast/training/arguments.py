@@ -5,6 +5,7 @@ from transformers import TrainingArguments
 from swim_fast.config import ConfigError, RunConfig
 from swim_fast.errors import SEE_DOCTOR
 from swim_fast.recipes import find_recipe
+from swim_fast.training.fsdp import build_fsdp_config
 from swim_fast.training_fields import FIXED
 
 
@@ -12,7 +13,7 @@ def build_arguments(config: RunConfig) -> TrainingArguments:
     """Return `transformers.TrainingArguments` of the `training` section, with this project's defaults.
 
     Raises:
-        ConfigError: a value that transformers refuses.
+        ConfigError: a value that transformers refuses, or one of FSDP's, see `build_fsdp_config`.
     """
     # transformers would wait for the device at every micro-batch, to leave out of its log what the run refuses anyway
     values = {"logging_nan_inf_filter": False, **config.training, "output_dir": str(config.output), **FIXED}
@@ -26,6 +27,8 @@ def build_arguments(config: RunConfig) -> TrainingArguments:
         values["per_device_train_batch_size"] = 1
     if config.optimization.early_stopping_patience is not None:  # a resumed run counts on where it was
         values.setdefault("restore_callback_states_from_checkpoint", True)
+    if values.get("fsdp"):
+        values["fsdp_config"] = build_fsdp_config(config)
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = str(find_recipe(values["deepspeed"]))
     try:

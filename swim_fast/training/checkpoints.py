@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -38,19 +39,22 @@ class Layout:
         batch: samples of one rank's micro-batch (`per_device_train_batch_size`).
         accumulation: micro-batches of a rank per step (`gradient_accumulation_steps`).
         zero_stage: of DeepSpeed; None without it.
+        fsdp: the optimizer's state is in FSDP's file, by the names of the parameters.
     """
 
     ranks: int
     batch: int
     accumulation: int
     zero_stage: int | None = None
+    fsdp: bool = False
 
     @classmethod
     def from_arguments(cls, args) -> "Layout":
         """Return the layout of `transformers.TrainingArguments`."""
         deepspeed = getattr(args, "hf_deepspeed_config", None)
         stage = deepspeed.get_value("zero_optimization.stage", 0) if deepspeed else None
-        return cls(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps, stage)
+        fsdp = bool(args.fsdp)
+        return cls(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps, stage, fsdp)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> "Layout | None":
@@ -62,6 +66,13 @@ class Layout:
         (checkpoint / LAYOUT).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @property
+    def engine(self) -> str:
+        """What the optimizer's state is read by, in words."""
+        if self.fsdp:
+            return "with FSDP"
+        return "without DeepSpeed and FSDP" if self.zero_stage is None else f"with DeepSpeed ZeRO-{self.zero_stage}"
+
+    @property
     def samples(self) -> int:
         """Samples of an optimizer step."""
         return self.ranks * self.batch * self.accumulation
@@ -71,7 +82,7 @@ def check_resumable(checkpoint: Path, args) -> None:
     """Refuse to resume from a checkpoint in a way that would lose optimizer state or samples.
 
     The order of the samples depends on seed and epoch alone, and each step takes the next ones. As long as their number
-    stays the same, a run without DeepSpeed may be resumed with any number of ranks: each step sees the samples it would
+    stays the same, a run without DeepSpeed (with or without FSDP) may be resumed with any number of ranks: each step sees the samples it would
     have seen. (At the end of an epoch, the last step repeats samples to give all ranks the same number, which depends
     on the number of ranks.)
 
@@ -86,9 +97,11 @@ def check_resumable(checkpoint: Path, args) -> None:
     if saved is None or saved == now:
         return
     was = f"{checkpoint} was saved by {saved.ranks} ranks"
-    if (saved.zero_stage is None) != (now.zero_stage is None):
-        kind = "without DeepSpeed" if saved.zero_stage is None else f"with DeepSpeed ZeRO-{saved.zero_stage}"
-        raise ConfigError(f"{was} {kind}, and its optimizer state can only be read so: set training.deepspeed likewise")
+    if (saved.zero_stage is None, saved.fsdp) != (now.zero_stage is None, now.fsdp):
+        raise ConfigError(
+            f"{was} {saved.engine}, and its optimizer state can only be read so: set training.deepspeed and "
+            "training.fsdp likewise"
+        )
     if saved.samples != now.samples:
         per_rank = saved.samples // now.ranks
         batch = now.batch if per_rank % now.batch == 0 else 1
@@ -153,6 +166,25 @@ class CheckpointingTrainer(Trainer):
         # transformers 5.17 would have each rank load to "cpu:0", a device that torch does not know
         for loader, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
             loader.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # gathered, a head that is the embeddings is a tensor of its own, and would be written a second time
+        model = self.accelerator.unwrap_model(self.model)
+        once = {name for name, _ in model.named_parameters()}
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            if state_dict is not None and name not in once:
+                state_dict.pop(name, None)
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # transformers would write the weights a second time, under the module's names
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staged or super()._get_output_dir(trial))

@@ -11,9 +11,10 @@
 | `get_batch_samples` | a loader that has died or hangs is told with its remedy | test_loader |
 | `_prepare_inputs`, `log` (mixin.py) | moves queries and targets too; adds `summarize` | test_run |
 | `summarize`, `_init_training_state` | averages and speed since the last log | test_run |
-| `_load_from_checkpoint`, `_load_best_model` | weights under published names, adapters | test_equivalence |
+| `_load_from_checkpoint`, `_load_best_model` | weights under published names, adapters | test_equivalence, test_fsdp |
 | `_init_training_state` (checkpoints.py) | a finished run that is resumed trains no further step | test_survival |
 | `_load_optimizer_and_scheduler` (checkpoints.py) | several ranks on the CPU | test_survival |
+| `_save`, `_save_optimizer_and_scheduler` (checkpoints.py) | a tied head once; no second file of weights | test_fsdp |
 | `_get_output_dir`, `_push_from_checkpoint`, `_save_checkpoint` (checkpoints.py) | whole checkpoints or none | \
 test_checkpoints |
 """
@@ -33,11 +34,12 @@ from swim_fast.data.batch.dataset import MixtureSampler
 from swim_fast.data.batch.workers import start_worker
 from swim_fast.data.sample.builder import Sample
 from swim_fast.loss.targets import MaskTargets
-from swim_fast.modeling.adapters import has_adapters, load_adapters
+from swim_fast.modeling.adapters import has_adapters, read_adapters
 from swim_fast.modeling.freezing import get_part_parameters
 from swim_fast.training.arguments import get_data_seed
 from swim_fast.training.callbacks import EpochOfSampler
 from swim_fast.training.checkpoints import CheckpointingTrainer
+from swim_fast.training.fsdp import load_full_state, load_weights
 from swim_fast.training.loader import explain_loader
 from swim_fast.training.mixin import AttentionLossMixin
 from swim_fast.training.parameter_groups import split_groups
@@ -108,7 +110,14 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
         """
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         if has_adapters(model):
-            load_adapters(model, resume_from_checkpoint)
+            saved = read_adapters(model, resume_from_checkpoint)
+            if self.is_fsdp_enabled:
+                load_full_state(model, saved, strict=False)
+            else:
+                model.load_state_dict(saved, strict=False)
+            return
+        if self.is_fsdp_enabled:
+            load_weights(model, resume_from_checkpoint)
             return
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())

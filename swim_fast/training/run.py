@@ -83,11 +83,12 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
     """Load the model of a configuration and fill in the values that it leaves open.
 
     Raises:
-        ConfigError: one process sees several GPUs. Other errors as for `load_model`.
+        ConfigError: one process sees several GPUs, or FSDP would be left out. Other errors as for `load_model`.
     """
     _refuse_data_parallel(config)
     from swim_fast.modeling.noun_attention import get_attached_layers
     from swim_fast.training.arguments import build_arguments
+    from swim_fast.training.fsdp import check_ranks, choose_layers
 
     config = config.replace(training={**_get_machine_settings(config), **config.training})
     args = build_arguments(config)  # before the model: DeepSpeed ZeRO-3 partitions it while it loads
@@ -97,8 +98,11 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
 
         deepspeed.init_distributed(torch.distributed.get_backend())  # else it would partition for a single rank
 
+    check_ranks(args)
     zero = getattr(args, "hf_deepspeed_config", None)
-    model, processor = load_model(config, args.world_size, sharded=zero is not None and zero.is_zero3())
+    sharded = bool(args.fsdp) or (zero is not None and zero.is_zero3())
+    model, processor = load_model(config, args.world_size, sharded)
+    choose_layers(args, model)
     if config.attention_loss is not None:
         config = config.replace(attention_loss=config.attention_loss.replace(layers=get_attached_layers(model)))
     return ResolvedRun(config, args, model, processor)
