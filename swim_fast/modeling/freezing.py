@@ -1,11 +1,11 @@
 """Freezing of model parts, and their share in every step of a distributed run."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swim_fast.errors import OptionError
 from swim_fast.families import get_family
@@ -56,12 +56,12 @@ def keep_visual_in_step(model: nn.Module, sharded: bool = False) -> None:
     """Let a batch without images or video pass a minimal one through the visual module, times zero.
 
     With several ranks every trainable parameter must take part in every gradient reduction (and, under ZeRO-3 and FSDP,
-    every module in every gather), whatever the batch of this rank holds. The pass runs where the model would run it: after
-    the embeddings, before the first decoder layer.
+    every module in every gather), whatever the batch of this rank holds. The pass runs where the model would run it:
+    after the embeddings, before the first decoder layer.
 
     Args:
-        sharded: the parameters are gathered for each pass (ZeRO-3, FSDP), so that the number of passes must be the same on
-            all ranks: a batch with both images and videos has two. Costs a reduction of one number per forward.
+        sharded: the parameters are gathered for each pass (ZeRO-3, FSDP), so that the number of passes must be the same
+            on all ranks: a batch with both images and videos has two. Costs a reduction of one number per forward.
     """
     add_context(model, "visual_in_step", partial(_count_missing_passes, sharded=sharded))
     add_keyword_step(model, "visual_in_step", partial(_add_missing_passes, model))

@@ -82,9 +82,9 @@ def check_resumable(checkpoint: Path, args) -> None:
     """Refuse to resume from a checkpoint in a way that would lose optimizer state or samples.
 
     The order of the samples depends on seed and epoch alone, and each step takes the next ones. As long as their number
-    stays the same, a run without DeepSpeed (with or without FSDP) may be resumed with any number of ranks: each step sees the samples it would
-    have seen. (At the end of an epoch, the last step repeats samples to give all ranks the same number, which depends
-    on the number of ranks.)
+    stays the same, a run without DeepSpeed (with FSDP or without) may be resumed with any number of ranks: each step
+    sees the samples it would have seen. (At the end of an epoch, the last step repeats samples to give all ranks the
+    same number, which depends on the number of ranks.)
 
     Args:
         checkpoint: folder to resume from. One without `layout.json` is not checked.

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from tests.data.conftest import box, rle
 from tests.helpers.clips import write_clip
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH, FRAMES = 64, 96, 6
+SEED = 104  # whose order of `unlike` brings every contrast between two ranks with batches of two
 TEXTS = ["What does the square do?", "The square moves to the right.", "What is two and two? It is four."]
 
 
@@ -76,6 +78,22 @@ def records(tmp_path_factory):
 
 
 @pytest.fixture
+def unlike(tmp_path):
+    """Records of every kind: with tag, without, an image, text alone, and two that give no sample."""
+    lines = []
+    for number in range(3):
+        masks = square_clip(tmp_path / f"{number}.mp4", number)
+        lines.append(record(f"{number}.mp4", masks[: 4 + 2 * number]))
+    lines[2] = json.loads(json.dumps({**lines[2], "annotation": []}).replace("<ins>", "").replace("</ins>", ""))
+    Image.fromarray(np.full((56, 84, 3), 120, np.uint8)).save(tmp_path / "still.png")
+    image = {"image": "still.png", "conversations": text_record(1)["conversations"]}
+    lines.append(json.loads(json.dumps(image).replace("What is", "<image>What is")))
+    return write_records(
+        tmp_path / "unlike.jsonl", [*lines, text_record(0), text_record(2), *[{"conversations": []}] * 2]
+    )
+
+
+@pytest.fixture
 def write_config(tmp_path, checkpoint, records):
     """write_config(training={…}, …): a YAML file for the tiny model; sections are merged into the defaults."""
 
@@ -104,11 +122,14 @@ def write_config(tmp_path, checkpoint, records):
     return write
 
 
+def launch(ranks: int) -> list[str]:
+    """Return the words that start a program as one process or as several ranks."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *(several if ranks > 1 else [])]
+
+
 def command(*arguments: str, ranks: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*launcher, "-m", "swim_fast.cli", *arguments]
+    return [*launch(ranks), "-m", "swim_fast.cli", *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -118,9 +139,11 @@ def environment() -> dict[str, str]:
 
 def run(*arguments: str, ranks: int = 1, code: int = 0) -> str:
     """Run `swim-fast …` in a process of its own (or several) and return what it printed."""
-    done = subprocess.run(
-        command(*map(str, arguments), ranks=ranks), env=environment(), capture_output=True, text=True, timeout=500
-    )
+    return run_command(command(*map(str, arguments), ranks=ranks), code)
+
+
+def run_command(words: list[str], code: int = 0) -> str:
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from swim_fast.config import load_config
-from swim_fast.modeling.adapters import add_adapters, build_target_pattern, has_adapters, load_adapters, merge_adapters
+from swim_fast.modeling.adapters import add_adapters, build_target_pattern, has_adapters, merge_adapters, read_adapters
 from swim_fast.options import Lora
 from swim_fast.training.run import build_trainer
 from swim_fast.training.step import compute_losses
@@ -175,9 +175,9 @@ def test_run_leaves_adapters_and_a_merged_checkpoint_and_resumes_exactly(write_c
     assert settings["base_model_name_or_path"] == str(checkpoint)
     trainer = build_trainer(load_config(write_config("other", model={"lora": {"rank": 2}})))
     with pytest.raises(ValueError, match="on other layers or of another rank"):
-        load_adapters(trainer.model, folder / "adapter")
+        read_adapters(trainer.model, folder / "adapter")
     with pytest.raises(ValueError, match="holds no adapters"):
-        load_adapters(trainer.model, checkpoint)
+        read_adapters(trainer.model, checkpoint)
 
 
 ZERO3 = pytest.param("configs/deepspeed/zero3.json", marks=[pytest.mark.slow, pytest.mark.needs("deepspeed")])

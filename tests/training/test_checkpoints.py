@@ -19,12 +19,13 @@ def checkpoint(folder, name: str, complete: bool = True):
     return path
 
 
-def arguments(ranks: int, batch: int, accumulation: int, deepspeed: dict | None = None):
+def arguments(ranks: int, batch: int, accumulation: int, deepspeed: dict | None = None, fsdp: bool = False):
     values = {"zero_optimization.stage": 0, **(deepspeed or {})}
     return SimpleNamespace(
         world_size=ranks,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
+        fsdp=fsdp,
         hf_deepspeed_config=SimpleNamespace(get_value=values.get) if deepspeed else None,
     )
 
@@ -74,6 +75,17 @@ def test_deepspeed_goes_on_with_as_many_ranks_or_from_a_universal_checkpoint(tmp
     check_resumable(path, arguments(2, 1, 2, {**stage2, "checkpoint.load_universal": True}))
     with pytest.raises(ConfigError, match="with DeepSpeed ZeRO-2, and its optimizer state can only be read so"):
         check_resumable(path, arguments(4, 1, 1))
+
+
+def test_fsdp_goes_on_with_any_number_of_ranks_that_divide_the_model(tmp_path):
+    path = checkpoint(tmp_path, "checkpoint-5")
+    Layout(4, 1, 1, fsdp=True).write(path)
+    check_resumable(path, arguments(2, 1, 2, fsdp=True))
+    with pytest.raises(ConfigError, match="by 4 ranks with FSDP, .* set training.deepspeed and training.fsdp likewise"):
+        check_resumable(path, arguments(4, 1, 1))
+    Layout(4, 1, 1).write(path)
+    with pytest.raises(ConfigError, match="by 4 ranks without DeepSpeed and FSDP"):
+        check_resumable(path, arguments(4, 1, 1, fsdp=True))
 
 
 def test_a_checkpoint_without_layout_is_taken_as_it_is(tmp_path):

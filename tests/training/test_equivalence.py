@@ -3,31 +3,20 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from swim_fast.data.batch.dataset import MixtureSampler, SwimDataset
 from swim_fast.options import Source
-from tests.training.conftest import (
-    history,
-    record,
-    run,
-    run_here,
-    square_clip,
-    text_record,
-    weights,
-    write_records,
-)
+from tests.training.conftest import SEED, history, run, run_here, weights
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
 
 
 def changes(folder, start):
     """What training did to each weight, as one vector: with SGD, the gradients."""
-    found = weights(folder)  # DeepSpeed writes the tied head a second time
+    found = weights(folder)
     return torch.cat([(found[name] - value).flatten() for name, value in start.items()])
 
 
@@ -71,24 +60,7 @@ def test_deepspeed_zero2_equals_one_rank_with_twice_the_accumulation(write_confi
     assert (changes(two, start) - truth).norm() <= 1e-3 * truth.norm()
 
 
-@pytest.fixture
-def unlike(tmp_path):
-    """Records of every kind: with tag, without, an image, text alone, and two that give no sample."""
-    lines = []
-    for number in range(3):
-        masks = square_clip(tmp_path / f"{number}.mp4", number)
-        lines.append(record(f"{number}.mp4", masks[: 4 + 2 * number]))
-    lines[2] = json.loads(json.dumps({**lines[2], "annotation": []}).replace("<ins>", "").replace("</ins>", ""))
-    Image.fromarray(np.full((56, 84, 3), 120, np.uint8)).save(tmp_path / "still.png")
-    image = {"image": "still.png", "conversations": text_record(1)["conversations"]}
-    lines.append(json.loads(json.dumps(image).replace("What is", "<image>What is")))
-    return write_records(
-        tmp_path / "unlike.jsonl", [*lines, text_record(0), text_record(2), *[{"conversations": []}] * 2]
-    )
-
-
 KINDS = ["tag", "tag", "plain", "image", "text", "text", "nothing", "nothing"]  # of the records of `unlike`
-SEED = 104  # whose order brings every contrast between two ranks with batches of two
 
 
 def test_the_seed_brings_every_contrast(unlike):
@@ -131,7 +103,7 @@ def test_ranks_with_unlike_batches_give_the_losses_of_one_rank(write_config, unl
     for (name, value), trained in zip(mine.named_parameters(), other.parameters(), strict=True):
         assert (value - trained).norm() <= 1e-3 * max(value.norm().item(), 1), name
     saved = json.loads((two / "checkpoint-2" / "layout.json").read_text())
-    assert saved == {"ranks": 2, "batch": 2, "accumulation": 1, "zero_stage": int(zero[4])}
+    assert saved == {"ranks": 2, "batch": 2, "accumulation": 1, "zero_stage": int(zero[4]), "fsdp": False}
 
 
 def test_resume_continues_exactly(write_config):
