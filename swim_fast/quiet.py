@@ -7,6 +7,9 @@ import sys
 _NO_NEWS = {  # logger -> beginnings of messages
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # 4 bits on a CPU: the slow way serves
     "DeepSpeed": ("Setting accelerator to CPU",),  # `train` says where it runs
+    "transformers.training_args": (
+        "When using FSDP, prefer `fsdp_config['activation_checkpointing']`",
+    ),  # refused here
     "transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens",),  # which it then takes, as it must
 }
 

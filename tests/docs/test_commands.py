@@ -142,7 +142,9 @@ def test_block_that_needs_more_is_parsed(block):
 def test_run_is_accepted(block, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(block.text, encoding="utf-8")
-    load_config(path)
+    from swim_fast.training.arguments import build_arguments
+
+    build_arguments(load_config(path, ["training.use_cpu=true"]))
 
 
 @pytest.mark.parametrize("block", blocks("json"), ids=str)

@@ -9,8 +9,11 @@ Assumptions, with Ψ trainable parameters and N GPUs:
   the gradients that the GPU owns (with ZeRO-3 of a sub-group of them). Buckets, as transformers sets "auto": hidden²
   elements, twice with overlap. ZeRO-3 keeps up to `stage3_max_live_parameters` gathered, and at least the largest
   module. Offloaded states take one bucket.
-- **No DeepSpeed.** Gradients and moments have the weights' type: AdamW keeps no master copy. With several GPUs DDP has
-  another copy of the gradients in its buckets.
+- **Neither DeepSpeed nor FSDP.** Gradients and moments have the weights' type: AdamW keeps no master copy. With several
+  GPUs DDP has another copy of the gradients in its buckets.
+- **FSDP2.** Everything is divided by N, frozen weights too. With `bf16` or `fp16` accelerate keeps what is trained in
+  fp32, gradients and moments with it (16 Ψ); else all have the weights' type. Gathered are embeddings and head, which
+  stay, and two layers with their gradients; everything with `reshard_after_forward: false`.
 - **Quantised weights** (arXiv 2305.14314): nf4 with quantised scales takes 4.127 bits a weight, int8 one byte; the
   largest matrix of a layer is in 16 bits while it is used.
 - **Activations.** Per token and decoder layer, autograd saves of stock transformers: of an RMSNorm its input in fp32,
@@ -102,6 +105,9 @@ class Settings:
 
     gpus: int = 1
     stage: int | None = None  # of ZeRO; None: no DeepSpeed
+    fsdp: bool = False
+    reshard: bool = True  # FSDP's: a layer's weights are given back after its forward
+    masters: bool = False  # FSDP's fp32 weights of what is trained
     offload_optimizer: bool = False
     offload_parameters: bool = False
     bf16: bool = True  # DeepSpeed's; else its weights are fp32
@@ -154,6 +160,10 @@ class Estimate:
 def estimate_states(part: Part, run: Settings) -> States:
     """Return the bytes of weights, gradients and optimizer states of a part, per GPU."""
     n, psi, per_state = run.gpus, part.trainable, _bytes_per_state(run.optim)
+    if run.fsdp:
+        trained = 4 * psi if run.masters else part.trainable_bytes
+        moments = _moments(run.optim) * min(per_state * psi, trained)
+        return States((trained + part.frozen_bytes) / n, trained / n, moments / n)
     if run.stage is None:
         size = part.trainable_bytes / psi if psi else 0
         copies = 2 if n > 1 else 1
@@ -249,13 +259,16 @@ def estimate(parts: list[Part], geometry: Geometry, run: Settings, batch: Batch)
     items = {"weights": totals["weights"], "gradients": totals["gradients"], "optimizer states": totals["optimizer"]}
     trainable = sum(part.trainable for part in parts)
     step = sum(items.values())
+    every = sum(part.trainable + part.frozen for part in parts)
+    if run.fsdp:
+        at_once = 2 * geometry.largest_module + 4 * every / geometry.layers
+        items["gathered parameters"] = run.size * (min(every, at_once) if run.reshard else every)
     if run.stage is not None:
         size = 2 if run.bf16 else 4
         items["buckets"] = 2 * size * min(geometry.hidden**2, max(trainable, 1))
         own = trainable / run.gpus if run.stage else trainable
         step += 0 if run.offload_optimizer else 4 * (min(own, run.sub_group) if run.stage == 3 else own)
         if run.stage == 3:
-            every = sum(part.trainable + part.frozen for part in parts)
             gathered = max(min(run.max_live_parameters, every), geometry.largest_module)
             items["gathered parameters"] = size * gathered * (run.gpus > 1 or run.offload_parameters)
     items |= estimate_activations(geometry, run, batch)
@@ -305,6 +318,6 @@ def suggest_changes(parts: list[Part], geometry: Geometry, run: Settings, batch:
 
 def _adds(run: Settings, values: dict[str, int | bool]) -> bool:
     """Return True for a change that the run does not have already."""
-    if "stage" in values and values["stage"] < (run.stage or 0):
+    if "stage" in values and (run.fsdp or values["stage"] < (run.stage or 0)):
         return False
     return any((getattr(run, key) or 0) < value for key, value in values.items())

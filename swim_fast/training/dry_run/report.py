@@ -204,6 +204,9 @@ def _collect_settings(config: RunConfig, arguments, model, gpus: int) -> Setting
     return Settings(
         gpus=gpus,
         stage=int(zero.get("stage", 0)) if deepspeed is not None else None,
+        fsdp=bool(arguments.fsdp),
+        reshard=not arguments.fsdp or arguments.fsdp_plugin_args["reshard_after_forward"],
+        masters=narrow,
         offload_optimizer=offloaded["optimizer"],
         offload_parameters=offloaded["param"],
         bf16=arguments.bf16 if bf16 == "auto" else bool(bf16),

@@ -55,6 +55,7 @@ def format_model(config: RunConfig, parts: Sequence[Part], estimated: Estimate, 
     sizes = (estimated.items[name] for name in ("weights", "gradients", "optimizer states"))
     rows.append(("together", f"{trained:,}", f"{frozen:,}", *map(_gib, sizes)))
     engine = "no DeepSpeed" if run.stage is None else f"DeepSpeed ZeRO-{run.stage}"
+    engine = "FSDP2" if run.fsdp else engine
     offloaded = [name for name in ("optimizer", "parameters") if getattr(run, f"offload_{name}")]
     engine += f", {' and '.join(offloaded)} on the host" if offloaded else ""
     count = f"{(trained + frozen) / 1e9:.2f} B" if trained + frozen >= 1e8 else f"{(trained + frozen) / 1e6:.2f} M"

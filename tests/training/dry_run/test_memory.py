@@ -61,6 +61,8 @@ def test_zero_on_eight_gpus(stage, weights, gradients, optimizer):
         (Settings(gpus=1), 16.58 + 15.32 + 30.64),  # bf16 moments, no master copy
         (Settings(gpus=2), 16.58 + 2 * 15.32 + 30.64),  # and the buckets of DDP
         (Settings(gpus=1, optim="paged_adamw_8bit"), 16.58 + 15.32 + 2 * 1.03 * 7.660),
+        (Settings(gpus=8, fsdp=True), (16.58 + 15.32 + 30.64) / 8),  # bf16 throughout
+        (Settings(gpus=8, fsdp=True, masters=True), (16 * 7.660 + 16.58 - 15.32) / 8),
         (Settings(gpus=8, stage=2, offload_optimizer=True), 16.58),
         (Settings(gpus=8, stage=3, offload_optimizer=True, offload_parameters=True), 0),
     ],
@@ -90,6 +92,17 @@ def test_zero_3_gathers_at_least_the_largest_module():
         return estimate(PARTS, GEOMETRY, run, Batch(tokens=1, longest=1)).items["gathered parameters"]
 
     assert gathered() == 2e9 and gathered(max_live_parameters=10) == 2 * 152064 * 3584
+
+
+def test_fsdp_gathers_the_ends_and_two_layers_or_everything():
+    def gathered(**changes):
+        run = Settings(gpus=8, fsdp=True, **changes)
+        return estimate(PARTS, GEOMETRY, run, Batch(tokens=1, longest=1)).items["gathered parameters"]
+
+    every = sum(part.trainable + part.frozen for part in PARTS)
+    assert gathered() == 2 * (2 * 152064 * 3584 + 4 * every / 28) and gathered(reshard=False) == 2 * every
+    small = suggest_changes(PARTS, GEOMETRY, Settings(gpus=8, fsdp=True), Batch(tokens=1, longest=1), 1)
+    assert not any("deepspeed" in change for change in small)
 
 
 def test_attention_loss_grows_with_rows_not_with_heads():

@@ -55,6 +55,12 @@ def test_command_prints_everything_and_trains_nothing(write_config, without_weig
     assert not (tmp_path / "run").exists()
 
 
+def test_fsdp_divides_the_model(write_config, without_weights):
+    path = write_config(model={"path": str(without_weights)}, training={"fsdp": True})
+    text = str(report_of(path, gpus=2))
+    assert "FSDP2" in text and cells(text, "gathered parameters")
+
+
 def test_run_on_the_cpu_has_the_memory_of_the_host(write_config, without_weights):
     text = str(report_of(write_config(model={"path": str(without_weights)}), "training.use_cpu=true"))
     assert "M parameters; GiB on the CPU" in text and "GPU" not in text.replace("GPU's", "")
