@@ -129,7 +129,7 @@ def _sum_at_head(
             hidden.device.type, f"checkpointed chunks of {type(head).__name__}, which is more than a linear layer"
         )
         vocabulary = model.config.get_text_config().vocab_size
-        in_step = any(hasattr(p, "ds_id") for p in head.parameters())  # ZeRO-3 partitioned
+        in_step = any(hasattr(p, "ds_id") for p in head.parameters())  # ZeRO-3; FSDP gathers for the head's call
         return _sum_in_chunks(forward, hidden, targets, max(1, block_logits // vocabulary), in_step)
     why_not = liger.get_refusal(hidden.device.type) if use_liger else "model.liger is false"
     how = "Liger's fused linear cross-entropy" if why_not is None else f"blocks of the vocabulary in torch ({why_not})"

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 _init = accelerate.state.PartialState.__init__
 
 
-def _init_like_gpus(self, *args, **kwargs) -> None:
+def init_like_gpus(self, *args, **kwargs) -> None:
     _init(self, *args, **kwargs)
     if self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType.MULTI_GPU
@@ -26,7 +26,7 @@ def main(words: list[str]) -> None:
     from swim_fast.training.run import train
 
     logging.basicConfig(level=logging.WARNING)
-    accelerate.state.PartialState.__init__ = _init_like_gpus
+    accelerate.state.PartialState.__init__ = init_like_gpus
     for word, behind in zip(words, [*words[1:], ""], strict=True):
         if word != "--resume":
             train(load_config(word), resume=behind == "--resume")

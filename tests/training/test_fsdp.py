@@ -89,6 +89,14 @@ def test_four_ranks_go_on_from_a_checkpoint_of_two(runs):
 
 
 @pytest.mark.slow
+def test_every_family_has_the_gradients_of_one_rank(tmp_path):
+    run_command([*launch(2), str(ROOT / "tests/families/fsdp_ranks.py"), str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {"Qwen2.5-VL", "LLaVA-OneVision", "InternVL"} <= found.keys()
+    assert {name: difference for name, difference in found.items() if not difference <= 1e-5} == {}
+
+
+@pytest.mark.slow
 @pytest.mark.needs("peft")
 def test_adapters_of_a_divided_model_are_trained_and_loaded(runs, write_config):
     lora = {"lora": {"rank": 4}, "freeze": []}
