@@ -93,7 +93,7 @@ def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss 
     """Run a prepared model on a batch and return both losses, summed.
 
     Args:
-        model: after `swim_fast.modeling.prepare.prepare_model`, bare or wrapped (DDP, DeepSpeed, PEFT).
+        model: after `swim_fast.modeling.prepare.prepare_model`, bare or wrapped (DDP, DeepSpeed, FSDP2, PEFT).
         batch: of `Collator`, on the model's device.
         loss: weights and choices of the mask loss; None: no maps are asked for.
 
