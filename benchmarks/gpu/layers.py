@@ -16,7 +16,7 @@ from benchmarks.attention_loss.inputs import Geometry
 from swim_fast.loss.mask_loss import MaskTargets, mask_alignment_loss
 from swim_kernels import NounQueries
 
-LAUNCHERS = ("noun_attention", "grid_prediction", "mask_bce")
+LAUNCHERS = ("attention_rows", "grid_prediction", "mask_bce")
 TINY = Geometry(
     num_heads=4, num_key_heads=2, head_dim=16, num_layers=2, supervised=2, patches=2, text=20, mask_size=(20, 36)
 )
@@ -50,7 +50,7 @@ def record_launches(interpreted: bool = False) -> Iterator[list[Launch]]:
         seen.append(Launch(kernel.fn.__name__.removesuffix("_kernel"), kernel, grid, arguments))
         launch(kernel, grid, **arguments)
 
-    modules = [importlib.import_module(f"swim_kernels.{op}.triton.launch") for op in LAUNCHERS]
+    modules = [importlib.import_module(f"swim_kernels.{name}.triton.launch") for name in LAUNCHERS]
     patches = [mock.patch.object(module, "launch", recorded) for module in modules]
     if interpreted:
         patches.append(mock.patch.object(Op, "choose", lambda *_: "triton"))

@@ -1,7 +1,7 @@
 """Kernels that always run with the same tile: what they are built with ahead of time, for test and report.
 
-Those that add up partials of noun attention, and the ops `grid_prediction` and `mask_bce`. The kernels of noun
-attention with a tile of keys have a table of their own (`configurations.py`).
+Those that add up partials of noun attention and noun mass, and the ops `grid_prediction` and `mask_bce`. The kernels
+with a tile of keys have a table of their own (`configurations.py`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from itertools import product
 
 from benchmarks.kernels.builds import SHARED_MEMORY, Build, aligned_pointers, build, make_source
+from swim_kernels.attention_rows.triton import kernels as row_kernels
 from swim_kernels.grid_prediction.reference import FUSIONS
 from swim_kernels.grid_prediction.triton import kernels as frame_kernels
 from swim_kernels.grid_prediction.triton import launch as frame_backend
 from swim_kernels.mask_bce.triton import kernels as mask_kernels
 from swim_kernels.mask_bce.triton import launch as mask_backend
-from swim_kernels.noun_attention.triton import kernels as noun_kernels
+from swim_kernels.noun_attention.triton import kernels as map_kernels
+from swim_kernels.noun_mass.triton import kernels as mass_kernels
 
 LAYERS = 6  # whose maps are fused; each number of them is a build of its own
 _TYPES = {
@@ -27,7 +29,8 @@ _TYPES = {
     "mask_table": "*i64",
     "maps": ("*fp32",) * LAYERS,
 } | dict.fromkeys(
-    "maxima sums lse partials deltas p grad_p grad_maps shares centres log_f metrics cells losses gradient".split(),
+    "maxima sums parts masses lse partials deltas p grad_p grad_maps shares centres log_f metrics cells losses "
+    "gradient".split(),
     "*fp32",
 )
 
@@ -89,15 +92,16 @@ class FixedBuild:
 
 
 def fixed_builds() -> Iterator[FixedBuild]:
-    yield FixedBuild("noun_attention", noun_kernels.lse_combine_kernel, {"BLOCK": 128}, 4, 3, {})
-    yield FixedBuild("noun_attention", noun_kernels.delta_sum_kernel, {"BLOCK": 128}, 4, 3, {})
+    yield FixedBuild("noun_attention", map_kernels.lse_combine_kernel, {"BLOCK": 128}, 4, 3, {})
+    yield FixedBuild("noun_mass", mass_kernels.mass_combine_kernel, {"BLOCK": 128}, 4, 3, {})
+    yield FixedBuild("noun_attention", row_kernels.delta_sum_kernel, {"BLOCK": 128}, 4, 3, {})
     for (dtype, head_dim, block_dim), add in product(
         (("bf16", 128, 128), ("fp16", 80, 128), ("fp32", 256, 256)), (False, True)
     ):
         dims = {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_SPLITS": 8, "ADD": add}
         dims |= {("grad_query_strides", 3): 1}
         yield FixedBuild(
-            "noun_attention", noun_kernels.query_gradient_sum_kernel, dims, 4, 3, {"grad_query": f"*{dtype}"}
+            "noun_attention", row_kernels.query_gradient_sum_kernel, dims, 4, 3, {"grad_query": f"*{dtype}"}
         )
     block = {"BLOCK": frame_backend.BLOCK, "column_stride": 1}
     warps = frame_backend.NUM_WARPS, frame_backend.NUM_STAGES

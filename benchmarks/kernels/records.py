@@ -15,6 +15,7 @@ from benchmarks.core import RecordFile
 from benchmarks.kernels.builds import SHARED_MEMORY, TENSOR_CORES, TENSOR_MEMORY, Build, build
 from benchmarks.kernels.configurations import ARCHITECTURES, Configuration
 from benchmarks.kernels.fixed_builds import FixedBuild
+from swim_kernels.attention_rows.triton.tiles import READOUTS
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class BuildRecord:
     head_dim: int
     add: str  # "yes": ∂k is added to what is there
     over_set: str  # "yes": the softmax is over key sets
+    readout: str  # "mean", "each", "mass": what the weights of a gradient are of; "" where it makes no difference
     block_rows: int
     block_heads: int
     block_keys: int
@@ -76,7 +78,7 @@ class TrafficRecord:
 
 def open_builds(folder: Path) -> RecordFile[BuildRecord]:
     tile = ("block_rows", "block_heads", "block_keys")
-    key = ("triton", "kernel", "arch", "dtype", "head_dim", "add", "over_set", *tile)
+    key = ("triton", "kernel", "arch", "dtype", "head_dim", "add", "over_set", "readout", *tile)
     return RecordFile(folder / "kernel_builds.csv", BuildRecord, *key)
 
 
@@ -135,6 +137,7 @@ class Result:
             head_dim=configuration.head_dim,
             add="yes" * configuration.add,
             over_set="yes" * configuration.over_set,
+            readout=configuration.readout if configuration.kernel in READOUTS else "",
             block_rows=tile.block_rows,
             block_heads=tile.block_heads,
             block_keys=tile.block_keys,

@@ -15,7 +15,16 @@ from benchmarks.kernels.records import BuildRecord, FixedRecord, TrafficRecord, 
 HERE = Path(__file__).parent
 REPORT = "kernel_report.md"
 NAMES = [f"sm_{architecture}" for architecture in ARCHITECTURES]
-PARTIALS = ("maxima", "sums", "deltas", "weights", "partials", "grad_query_partials")  # arguments that hold split sums
+READOUTS = {"each": ", each head", "mass": ", masses"}
+PARTIALS = (
+    "maxima",
+    "sums",
+    "parts",
+    "deltas",
+    "weights",
+    "partials",
+    "grad_query_partials",
+)  # arguments that hold split sums
 
 _INTRODUCTION = """# Kernel report
 
@@ -86,6 +95,7 @@ def _draw_builds(version: str, records: list[BuildRecord]) -> list[str]:
         groups[record.dtype, record.head_dim].append(record)
         if (record.head_dim, record.dtype, record.block_heads) == (128, "bf16", 8):
             kernel = record.kernel + ", adding" * bool(record.add) + ", over sets" * bool(record.over_set)
+            kernel += READOUTS.get(record.readout, "")
             cells[kernel, _tile(record)][record.arch] = _cell(record)
     rows = [(*name, *(by_arch.get(arch) for arch in NAMES)) for name, by_arch in cells.items()]
     lines = [_VERSION.format(version=version, **counts)]

@@ -11,7 +11,9 @@ VERSIONS = sorted({record.triton for record in BUILDS})
 
 def test_each_version_built_what_the_table_chooses():
     chosen = list(all_configurations(dtypes=("bf16",), head_dims=(128, 64), block_heads=(8,)))
-    expected = sorted((c.kernel, c.architecture, c.head_dim, c.add, c.over_set, *vars(c.tile).values()) for c in chosen)
+    expected = sorted(
+        (c.kernel, c.architecture, c.head_dim, c.add, c.over_set, *vars(c.tile).values(), c.readout) for c in chosen
+    )
     assert VERSIONS[0] == "3.6.0" and len(VERSIONS) > 1
     for version in VERSIONS:
         built = [record for record in BUILDS if record.triton == version]
@@ -19,6 +21,7 @@ def test_each_version_built_what_the_table_chooses():
             (
                 *(record.kernel, int(record.arch[3:]), record.head_dim, bool(record.add), bool(record.over_set)),
                 *(record.block_rows, record.block_heads, record.block_keys, record.warps, record.stages),
+                record.readout or "mean",
             )
             for record in built
         )

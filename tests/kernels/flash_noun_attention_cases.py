@@ -104,8 +104,8 @@ def sees(options: dict, batch: int) -> torch.Tensor:
     return seen
 
 
-def make(case, dtype=torch.float32, seed=0, layouts=("contiguous", "transposed", "sliced")):
-    """query, key, value, queries, options of the call, gradients of output and maps."""
+def make(case, dtype=torch.float32, seed=0, layouts=("contiguous", "transposed", "sliced"), heads="mean"):
+    """query, key, value, queries, options of the call, gradients of output and maps, whose shape says which heads."""
     batch, num_heads, num_key_heads, rows, key_sets, options = case
     generator = torch.Generator().manual_seed(seed)
 
@@ -117,7 +117,8 @@ def make(case, dtype=torch.float32, seed=0, layouts=("contiguous", "transposed",
         for heads, layout in zip((num_heads, num_key_heads, num_key_heads), layouts, strict=True)
     ]
     queries = rows if isinstance(rows, NounQueries) else make_queries(rows, key_sets)
-    upstream = random(batch, num_heads, LENGTH, HEAD_DIM), random(len(queries), queries.key_sets.shape[1])
+    each = (num_heads,) if heads == "each" else ()
+    upstream = random(batch, num_heads, LENGTH, HEAD_DIM), random(len(queries), *each, queries.key_sets.shape[1])
     return *inputs, queries, options, upstream
 
 
@@ -129,7 +130,7 @@ def exact(query, key, value, queries: NounQueries, options, upstream):
     k, v = (x.repeat_interleave(group, dim=1) for x in leaves[1:])
     s = (query.shape[3] ** -0.5 * leaves[0] @ k.transpose(2, 3)).masked_fill(~seen, float("-inf"))
     output = s.softmax(-1).nan_to_num() @ v  # a token of the padding sees nothing
-    maps = noun_attention(leaves[0], leaves[1], queries, backend="eager")
+    maps = noun_attention(leaves[0], leaves[1], queries, heads=_heads(upstream), backend="eager")
     return [output, maps, *_gradients((output, maps), leaves, upstream)]
 
 
@@ -147,8 +148,14 @@ def fused(query, key, value, queries, options, upstream, *, provider, backend="t
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     if as_mask:
         options = {"mask": sees(options, len(query))} if options else {}
-    results = flash_noun_attention(*leaves, queries, provider=provider, backend=backend, **options)
+    results = flash_noun_attention(
+        *leaves, queries, heads=_heads(upstream), provider=provider, backend=backend, **options
+    )
     return [*results, *_gradients(results, leaves, upstream)]
+
+
+def _heads(upstream):
+    return "each" if upstream[1] is not None and upstream[1].ndim == 3 else "mean"
 
 
 def _gradients(results, leaves, upstream):

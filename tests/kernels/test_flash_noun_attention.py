@@ -86,6 +86,18 @@ def test_libraries(provider, case, which):
 
 
 @pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("provider", ["torch_cpu", "flash_attn_2", "flash_attn_4"])
+def test_maps_of_each_head(provider, case):
+    for which in ("both", "only maps"):
+        *inputs, upstream = make(CASES[case], torch.float64, heads="each")
+        upstream = use(upstream, which)
+        actual = fused(*inputs, upstream, provider=provider, as_mask=provider == "torch_cpu")
+        assert actual[1].shape == upstream[1].shape
+        assert_close(actual, exact(*inputs, upstream), 1e-13)
+
+
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("which", USES)
 @pytest.mark.parametrize("case", [name for name, (*_, options) in CASES.items() if not options])
 def test_cudnn(case, which):

@@ -12,7 +12,7 @@ from swim_kernels.flash_noun_attention.node import FlashNounAttention
 from swim_kernels.flash_noun_attention.providers.base import Call, Provider, Unsupported
 from swim_kernels.flash_noun_attention.providers.flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
 from swim_kernels.flash_noun_attention.providers.torch import TorchCpu, TorchCuda, TorchCudnn
-from swim_kernels.noun_attention.api import OP
+from swim_kernels.noun_attention.api import OP, check_heads
 from swim_kernels.runtime.numerics import no_autocast, to_autocast_dtype
 from swim_kernels.structs.noun_queries import NounQueries
 
@@ -33,10 +33,11 @@ def flash_noun_attention(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_length: int | None = None,
+    heads: str = "mean",
     provider: str | Provider = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Return causal self-attention and, for a few of its rows, the head-averaged probabilities on chosen keys.
+    """Return causal self-attention and, for a few of its rows, the probabilities on chosen keys, averaged over heads.
 
     The same results and gradients as the attention by itself and `noun_attention` by itself, in one node. No dropout,
     no cap on the scores, no attention sink: with them the lse of the attention would not be that of the maps.
@@ -54,13 +55,14 @@ def flash_noun_attention(
         mask: bool [B or 1, 1, L, L], True where a token sees a key; causal itself. For "torch_cpu".
         cu_seqlens: int32 [S + 1], starts and ends of the sequences that are packed into a batch of one.
         max_length: length of the longest of them.
+        heads: of the maps, "mean" or "each", as for `noun_attention`.
         provider: "torch_cpu", "torch_cuda", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4", "auto"
             ("torch_cpu" or "torch_cuda", by the device), or a `Provider` of your own.
         backend: of the maps, as for `noun_attention`: "torch", "triton" or "auto".
 
     Returns:
-        Output [B, Hq, L, D] in the dtype of the query, maps [R, N] fp32 (fp64 for fp64 inputs). Under autocast the
-        inputs are cast first, as torch's attention does it.
+        Output [B, Hq, L, D] in the dtype of the query, maps [R, N] or [R, Hq, N] fp32 (fp64 for fp64 inputs). Under
+        autocast the inputs are cast first, as torch's attention does it.
 
     Raises:
         Unsupported: one node cannot do what is asked for; attention and `noun_attention` by themselves may. Raised
@@ -73,13 +75,14 @@ def flash_noun_attention(
     _check_call(query, key, value, call, backend)
     chosen.check(query, key, value, call)
     check_arguments(query, key, queries, call.scale, None)
+    check_heads(heads)
     own_softmax = _has_own_softmax(queries, call)
     if not own_softmax:
         _check_ranges(queries, query.shape[2], call)
     name = OP.choose(backend, query.device.type, *op_properties(query, key))
     maps_backend = importlib.import_module(OP.get_function(name).__module__)
     with no_autocast(query.device.type):
-        return FlashNounAttention.apply(query, key, value, queries, call, chosen, maps_backend, own_softmax)
+        return FlashNounAttention.apply(query, key, value, queries, call, chosen, maps_backend, own_softmax, heads)
 
 
 def check_providers(device: torch.device | str) -> tuple[str, dict[str, str | None]]:

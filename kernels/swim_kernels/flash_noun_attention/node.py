@@ -26,14 +26,15 @@ class FlashNounAttention(torch.autograd.Function):
     """Apply to query, key, value, queries, a `Call`, a `Provider`, and the module of a backend of `noun_attention`.
 
     own_softmax: the softmax of the rows is not the attention's.
+    heads: of the maps, "mean" or "each".
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, queries, call, provider, backend, own_softmax):
+    def forward(ctx, query, key, value, queries, call, provider, backend, own_softmax, heads):
         ctx.set_materialize_grads(False)
         output, lse, *rest = provider.forward(query, key, value, call)
         row_lse = None if own_softmax else _of_rows(lse, queries)
-        maps, row_lse = backend.maps_and_lse(query, key, queries, call.scale, row_lse)
+        maps, row_lse = backend.maps_and_lse(query, key, queries, call.scale, row_lse, heads)
         ctx.queries, ctx.call, ctx.provider, ctx.backend = queries, call.with_tensors(None, None), provider, backend
         ctx.own_softmax = own_softmax
         ctx.save_for_backward(query, key, value, *call.tensors(), row_lse if own_softmax else None, output, lse, *rest)
@@ -42,7 +43,7 @@ class FlashNounAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_maps):
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         if grad_output is None and grad_maps is None:
             return None, None, None, *nothing
         query, key, value, mask, cu_seqlens, lse, *forward = ctx.saved_tensors

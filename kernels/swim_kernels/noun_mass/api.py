@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from swim_kernels.attention_rows.arguments import check_arguments, op_properties
+from swim_kernels.attention_rows.arguments import check_arguments, op_properties, refuse_triton
 from swim_kernels.noun_mass.reference import noun_mass_eager
 from swim_kernels.noun_mass.torch_backend import noun_mass_torch
 from swim_kernels.runtime.backends import Op
@@ -25,7 +25,7 @@ OP = Op(
     eager=noun_mass_eager,
     torch=noun_mass_torch,
     import_triton=_import_triton,
-    refuse=lambda *_: "its kernels are still to come",
+    refuse=refuse_triton,
 )
 
 

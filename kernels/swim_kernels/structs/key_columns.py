@@ -60,6 +60,6 @@ def find_key_columns(key_sets: Tensor, length: int) -> KeyColumns:
 
 
 def find_members(sets: Tensor, length: int) -> Tensor:
-    """Return True for those of `length` keys that a set [..., N] names, −1 naming none: bool [..., L]."""
+    """Return True for those of `length` keys that a set [..., N] names: bool [..., L]."""
     found = torch.zeros(*sets.shape[:-1], length + 1, dtype=torch.bool, device=sets.device)
-    return found.scatter_(-1, torch.where(sets < 0, length, sets).long(), True)[..., :length]
+    return found.scatter_(-1, torch.where((sets >= 0) & (sets < length), sets, length).long(), True)[..., :length]

@@ -10,6 +10,7 @@ from swim_kernels import NounQueries
 from tests.kernels.noun_attention_cases import make_queries
 
 backend = importlib.import_module("swim_kernels.noun_attention.triton.launch")
+shared = importlib.import_module("swim_kernels.attention_rows.triton.launch")
 plans = importlib.import_module("swim_kernels.attention_rows.triton.plan")
 
 

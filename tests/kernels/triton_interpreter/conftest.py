@@ -73,6 +73,6 @@ def launches(monkeypatch):
         seen.append(Launch(kernel.fn.__name__.removesuffix("_kernel"), grid, arguments))
         launch(kernel, grid, **arguments)
 
-    for op in ("noun_attention", "grid_prediction", "mask_bce"):
+    for op in ("attention_rows", "grid_prediction", "mask_bce"):
         monkeypatch.setattr(importlib.import_module(f"swim_kernels.{op}.triton.launch"), "launch", recorded)
     return seen

@@ -13,7 +13,7 @@ from tests.kernels.flash_noun_attention_cases import (
     separate,
     stand_ins,  # noqa: F401
 )
-from tests.kernels.triton_interpreter.cases import backend, random_inputs, random_queries
+from tests.kernels.triton_interpreter.cases import backend, random_inputs, random_queries, shared
 
 pytestmark = pytest.mark.usefixtures("poisoned", "stand_ins")
 
@@ -52,7 +52,7 @@ def test_added_to_what_is_there(num_rows):
     """Also where more rows than fit one tile make two passes, and only in reach of the rows."""
     queries = random_queries(num_rows, batch=2, length=110, num_sets=2, num_columns=70)
     query, key, grad, queries = on_device((*random_inputs(queries, 2, 10, 2, 110, 16), queries))
-    plan = backend._plan(query, key, queries)
+    plan = shared.plan_tables(query, key, queries)
     lse = backend.log_sum_exp(query, key, plan, 0.25, False)
     fresh = backend.gradients_of(grad, query, key, lse, plan, 0.25, True, True, False)
     before = [torch.randn_like(x) for x in (query, key)]
@@ -69,7 +69,7 @@ def test_without_delta():
     """δ handed to the attention instead: both parts together are the whole."""
     queries = random_queries(5, batch=2, length=110, num_sets=2, num_columns=70)
     query, key, grad, queries = on_device((*random_inputs(queries, 2, 10, 2, 110, 16), queries))
-    plan = backend._plan(query, key, queries)
+    plan = shared.plan_tables(query, key, queries)
     lse = backend.log_sum_exp(query, key, plan, 0.25, False)
     delta, weights = backend.deltas(grad, query, key, queries, 0.25, lse)
     from tests.kernels.noun_attention_cases import torch_backend
@@ -95,7 +95,7 @@ def test_launches(launches):
 def test_operators_are_registered_properly():
     queries = random_queries(3, batch=1, length=70, num_sets=1, num_columns=40)
     query, key, grad, queries = on_device((*random_inputs(queries, 1, 4, 2, 70, 16), queries))
-    plan = backend._plan(query, key, queries)
+    plan = shared.plan_tables(query, key, queries)
     lse = backend.log_sum_exp(query, key, plan, 0.25, False)
     torch.library.opcheck(backend.deltas_of, (grad, query, key, lse, plan, 0.25))
     buffers = torch.zeros_like(query), torch.zeros_like(key)

@@ -16,7 +16,7 @@ from swim_kernels import NounQueries, noun_attention
 from tests.kernels import device
 from tests.kernels.device import on_device
 from tests.kernels.noun_attention_cases import log_sum_exp, make_inputs, make_queries, over_sets, run
-from tests.kernels.triton_interpreter.cases import backend, plans, random_inputs, random_queries
+from tests.kernels.triton_interpreter.cases import backend, plans, random_inputs, random_queries, shared
 
 FEW, MANY = 5, 18  # rows: one tile; several blocks
 
@@ -85,7 +85,7 @@ def test_a_softmax_over_patches_looks_at_nothing_else(launches):
     query, key, grad = random_inputs(queries, 1, 4, heads, length, 32, torch.bfloat16)
     query.requires_grad_()
     maps = noun_attention(query, key, queries, backend="triton")
-    plan = backend._plan(query, key, queries)
+    plan = shared.plan_tables(query, key, queries)
     assert [launch.grid for launch in launches if launch.name == "lse_partials"] == [(1, heads, len(plan[2]))]
     blocks = [block for block in plan[2].tolist() if block[1] < block[2]]
     assert [block[3:5] for block in blocks] == [[patch * cells, (patch + 1) * cells] for patch in patches]
@@ -176,16 +176,16 @@ class Allocated(TorchDispatchMode):
 
 def test_nothing_is_allocated_but_outputs_and_partials(inputs, monkeypatch):
     """Called below autograd, so that what is allocated inside shows."""
-    monkeypatch.setattr(backend, "launch", lambda *arguments, **options: None)  # the interpreter allocates too
+    monkeypatch.setattr(shared, "launch", lambda *arguments, **options: None)  # the interpreter allocates too
     query, key, queries, grad = inputs
     num_rows, num_columns = grad.shape
     batch, num_heads, length, head_dim = query.shape
-    scale, row_block = 0.2, backend.columns_for("maps", num_rows, 8, head_dim, "bf16") // 8
+    scale, row_block = 0.2, shared.columns_for("maps", num_rows, 8, head_dim, "bf16") // 8
     plan = list(plans.plan_of(queries, batch, length, row_block))
     row_heads = 4 * num_rows * num_heads
     with Allocated() as forward:
         lse = backend.log_sum_exp._init_fn(query, key, plan, scale, False)
-        backend.maps_of._init_fn(query, key, lse, plan, scale, False)
+        backend.maps_of._init_fn(query, key, lse, plan, scale, False, False)
     # lse, its two partials (one split), maps
     assert sorted(size for size in forward.tensors.values() if size) == sorted(
         [row_heads, 2 * row_heads, 4 * grad.numel()]
@@ -273,7 +273,7 @@ def test_autocast_changes_nothing():
 def operator_arguments(inputs):
     query, key, queries, _ = inputs
     batch, _, length, head_dim = query.shape
-    row_block = backend.columns_for("maps", len(queries), 8, head_dim, "bf16") // 8
+    row_block = shared.columns_for("maps", len(queries), 8, head_dim, "bf16") // 8
     return query, key, list(plans.plan_of(queries, batch, length, row_block)), 0.2
 
 
@@ -286,7 +286,7 @@ def test_operators_are_registered_properly(inputs):
     torch.library.opcheck(backend.log_sum_exp, (query, key, plan, scale, False))
     torch.library.opcheck(backend.gradients_of, (grad, query, key, lse, plan, scale, True, True, False))
     query.requires_grad_(), key.requires_grad_()
-    torch.library.opcheck(backend.maps_of, (query, key, lse, plan, scale, False))
+    torch.library.opcheck(backend.maps_of, (query, key, lse, plan, scale, False, False))
 
 
 @pytest.mark.real_values

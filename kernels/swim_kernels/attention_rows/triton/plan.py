@@ -1,4 +1,4 @@
-"""Tables of a batch for the Triton kernels of noun attention, made once for all of its layers.
+"""Tables of a batch for the Triton kernels of the rows, made once for all of its layers.
 
 Made by tensor operations in sizes that follow from shapes, so that nothing is read back: on the CPU where the rows came
 from there, and moved in one copy, since each operation on a few numbers would be a launch; else on the device.
@@ -132,7 +132,7 @@ def _tables(
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], KeyColumns]:
     """Return the first four fields of a plan, and the columns from which the others are made."""
     num_rows, key_sets = len(queries), queries.key_sets
-    if not num_rows or not key_sets.numel():
+    if not num_rows:
         return (key_sets.new_zeros(num_rows, _WIDTH, dtype=torch.int32),) * 4, queries.key_columns(length)
     key_sets = torch.where(key_sets < length, key_sets, -1)
     bounded = replace(queries, key_sets=key_sets, key_set=queries.key_set.clamp(0, len(key_sets) - 1))

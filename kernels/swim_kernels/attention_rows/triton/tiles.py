@@ -1,4 +1,4 @@
-"""Which tiles the Triton kernels of noun attention run with: a table, nothing measured at run time.
+"""Which tiles the Triton kernels of the rows run with: a table, nothing measured at run time.
 
 A tile has `block_keys` keys and `block_rows · block_heads` columns, one column for each pair of row and query head of
 one key head's group; groups are filled up to a power of two, so `block_heads` is 1, 2, 4, 8 or 16. The tile depends on
@@ -13,11 +13,22 @@ from dataclasses import dataclass
 MAX_GROUP, MAX_HEAD_DIM = 16, 256
 
 # with a tile of keys; "gradients" does ∂q and ∂k in one pass over K, "query_gradients" and "key_gradients" one of them
-KERNELS = ("lse_partials", "maps", "delta_partials", "gradients", "query_gradients", "key_gradients")
-
+KERNELS = (
+    "lse_partials",
+    "maps",
+    "delta_partials",
+    "mass_partials",
+    "gradients",
+    "query_gradients",
+    "key_gradients",
+)
 
 ADDING = ("gradients", "key_gradients")  # kernels that can add ∂k to what is there
-OVER_SET = ("lse_partials", "query_gradients", "key_gradients")  # that differ where the softmax is over key sets
+# that differ where the softmax is over key sets
+OVER_SET = ("lse_partials", "mass_partials", "query_gradients", "key_gradients")
+# that differ by what is read out: a map for all heads, a map of each head, masses
+READOUTS = {"maps": ("mean", "each"), "delta_partials": ("mean", "each")}
+READOUTS |= dict.fromkeys(("gradients", "query_gradients", "key_gradients"), ("mean", "each", "mass"))
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,8 @@ def choose_tile(kernel: str, num_rows: int, block_heads: int, head_dim: int, dty
         index = 2 if head_dim > 128 else (64, 128).index(columns)
         block_keys, num_stages = _GRADIENT_KEYS[_nearest(architecture), dtype][index], 2
         block_keys = max(block_keys, 2048 // _block_dim(head_dim))  # 16 bytes of K for each of 256 threads
+    elif kernel == "mass_partials" and _nearest(architecture) == 80:
+        block_keys, num_warps, num_stages = 32, 4, 2  # spills least
     elif kernel == "delta_partials" and _nearest(architecture) == 80:
         block_keys, num_stages = 64, 1  # with 2, ptxas spills a register
     else:
@@ -100,15 +113,16 @@ def _nearest(architecture: int) -> int:
 
 
 def tile_constexprs(
-    kernel: str, head_dim: int, tile: Tile, add: bool = False, over_set: bool = False
-) -> dict[str, int | bool]:
+    kernel: str, head_dim: int, tile: Tile, add: bool = False, over_set: bool = False, readout: str = "mean"
+) -> dict[str, int | bool | str]:
     """Return the compile-time arguments of one of `KERNELS` on a GPU.
 
     Args:
         add: ∂k is added to what is there.
         over_set: the softmax is over key sets. "gradients" does not serve it.
+        readout: as of `READOUTS`.
     """
-    values: dict[str, int | bool] = {
+    values: dict[str, int | bool | str] = {
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": _block_dim(head_dim),
         "BLOCK_ROWS": tile.block_rows,
@@ -120,4 +134,6 @@ def tile_constexprs(
         values["ADD"] = add
     if kernel in OVER_SET:
         values["SET"] = over_set
+    if kernel in READOUTS:
+        values["READOUT"] = readout
     return values
