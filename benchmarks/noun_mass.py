@@ -129,9 +129,8 @@ def main() -> None:
     found = measure(make_case(args.rows, args.length), args.rounds)
     ours = found[0][1]
     machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
-    print(
-        f"{args.rows} rows, {args.length:,} tokens, {HEADS} / {KEY_HEADS} heads of {HEAD_DIM}, bf16, forward and backward"
-    )
+    shape = f"{args.rows} rows, {args.length:,} tokens, {HEADS} / {KEY_HEADS} heads of {HEAD_DIM}"
+    print(f"{shape}, bf16, forward and backward")
     print(f"{machine}; median of {args.rounds} rounds; load average {os.getloadavg()[0]:.1f}\n")
     rows = [(name, f"{seconds:.2f}", f"{seconds / ours:.1f} ×", f"{peak:.0f}") for name, seconds, peak in found]
     print("\n".join(markdown_table(("", "seconds", "to noun_mass", "peak MB"), "lrrr", rows)))

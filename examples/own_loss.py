@@ -2,28 +2,27 @@
 
     python examples/own_loss.py
 
-A model that is attached answers maps, and `noun_mass` the attention that rows pay to sets of keys, by head. A loss is a
-function of those. This one weighs the heads by how much their rows look at the video at all, as GUI-AIMA
-(arXiv 2511.00810) prefers heads whose queries look at the image, and compares the weighted map with the mask.
+A loss is a function of attention maps, here of those of each head, which `noun_attention` gives with `heads="each"`;
+`noun_mass` sums attention over sets of keys without a map, which is cheaper for many rows. This loss weighs the heads
+by how much their rows look at the video at all, as GUI-AIMA (arXiv 2511.00810) prefers heads whose queries look at the
+image, and compares the weighted map with the mask.
 """
 
 import torch
 from torch import Tensor
 
-from swim_kernels import NounQueries, noun_mass
+from swim_kernels import NounQueries, noun_attention
 
 
-def weighted_kl(query: Tensor, key: Tensor, rows: NounQueries, cells: Tensor, share: Tensor) -> Tensor:
+def weighted_kl(query: Tensor, key: Tensor, rows: NounQueries, share: Tensor) -> Tensor:
     """Return KL(mask ‖ map) of rows whose heads count by their attention to the cells.
 
     Args:
         query, key: of one layer [B, Hq, L, D] and [B, Hkv, L, D].
-        rows: R rows with a causal softmax.
-        cells: tokens of the grid's N cells.
+        rows: R rows with a causal softmax, read out on the tokens of the grid's N cells.
         share: [R, N], each cell's share of the row's mask; sums to one.
     """
-    each = cells.view(1, -1, 1).expand(len(rows.key_sets), -1, -1)  # a set for each cell: the map of every head
-    maps = noun_mass(query, key, rows, each)  # [R, Hq, N]
+    maps = noun_attention(query, key, rows, heads="each")  # [R, Hq, N]
     seen = maps.sum(-1)  # attention of a head to the whole video
     weights = (seen / seen.sum(1, keepdim=True)).detach()
     weighted = torch.einsum("rh,rhn->rn", weights, maps / seen[..., None])
@@ -40,7 +39,7 @@ def main() -> list[float]:
     share[0, :8] = share[1, 20:28] = 1 / 8
     optimizer, losses = torch.optim.Adam([query, key], lr=0.05), []
     for _ in range(20):
-        loss = weighted_kl(query, key, rows, cells, share)
+        loss = weighted_kl(query, key, rows, share)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -16,7 +16,7 @@ from benchmarks.gpu.report import MACHINE
 from swim_kernels.flash_noun_attention import check_providers
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
-OPS = ("noun_attention", "grid_prediction", "mask_bce")
+OPS = ("noun_attention", "noun_mass", "grid_prediction", "mask_bce")
 
 
 def run(options: Options, log: CheckLog) -> None:

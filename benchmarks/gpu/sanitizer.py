@@ -51,9 +51,9 @@ def find_program() -> str | None:
 
 
 def run_case(device: str, backend: str) -> None:
-    """Run every kernel of the three ops once: both kinds of softmax, few rows and many."""
+    """Run every kernel once: both kinds of softmax, few rows and many."""
     from benchmarks.gpu.layers import random_loss, random_rows
-    from swim_kernels import noun_attention
+    from swim_kernels import noun_attention, noun_mass
 
     for patches, num_rows in ((True, 3), (False, 3), (False, 40)):
         query, key = (
@@ -62,6 +62,8 @@ def run_case(device: str, backend: str) -> None:
         queries = random_rows(num_rows, 200, patches, 0, device)
         maps = noun_attention(query, key, queries, backend=backend)
         loss = random_loss(maps, queries, (30, 50)) if patches else maps.square().sum()
+        loss += noun_attention(query, key, queries, heads="each", backend=backend).square().sum()
+        loss += noun_mass(query, key, queries, queries.key_sets[:, None], backend=backend).square().sum()
         loss.backward()
     if device == "cuda":
         torch.cuda.synchronize()

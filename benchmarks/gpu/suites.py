@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 TRITON = "tests/kernels/triton_interpreter"
 KERNELS = [f"{TRITON}/test_{name}.py" for name in ("triton_values", "triton_graph", "grid_prediction_triton")]
 KERNELS += [f"{TRITON}/test_{name}_triton.py" for name in ("mask_bce", "grid_metrics", "flash_noun_attention")]
+KERNELS += [f"{TRITON}/test_{name}_triton.py" for name in ("noun_attention_heads", "noun_mass")]
 SUITES = {
     "kernels": ["tests/kernels/test_real_sizes.py", *KERNELS],
     "providers": ["tests/kernels/test_flash_providers.py"],

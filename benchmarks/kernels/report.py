@@ -16,15 +16,7 @@ HERE = Path(__file__).parent
 REPORT = "kernel_report.md"
 NAMES = [f"sm_{architecture}" for architecture in ARCHITECTURES]
 READOUTS = {"each": ", each head", "mass": ", masses"}
-PARTIALS = (
-    "maxima",
-    "sums",
-    "parts",
-    "deltas",
-    "weights",
-    "partials",
-    "grad_query_partials",
-)  # arguments that hold split sums
+PARTIALS = ("maxima", "sums", "deltas", "weights", "partials", "grad_query_partials")  # arguments that hold split sums
 
 _INTRODUCTION = """# Kernel report
 

@@ -12,6 +12,7 @@ from swim_kernels.flash_noun_attention import Unsupported, flash_noun_attention
 from swim_kernels.grid_prediction import grid_metrics, grid_prediction
 from swim_kernels.mask_bce import mask_bce
 from swim_kernels.noun_attention import NounQueries, noun_attention
+from swim_kernels.noun_mass import noun_mass
 from swim_kernels.structs.grid_pairs import GridPairs
 from swim_kernels.structs.packed_masks import PackedMasks
 
@@ -64,6 +65,7 @@ def run_ops(
     fusion: str = "mean",
     prediction: str | None = "probability",
     with_masks: bool = True,
+    with_sets: bool = False,
     backend: str = "auto",
 ) -> None:
     """Run a small batch forward and backward through the ops that a training step calls.
@@ -76,6 +78,7 @@ def run_ops(
         num_layers: layers whose maps are fused.
         fusion, prediction: of `grid_prediction`; None: it is not called.
         with_masks: the prediction is compared with masks by `mask_bce`.
+        with_sets: causal rows have their attention to sets of keys summed by `noun_mass`.
         backend: of all ops.
     """
     query, key, value = (
@@ -84,7 +87,8 @@ def run_ops(
     )
     first = torch.zeros(num_rows, dtype=torch.int64)
     last = torch.full_like(first, _LENGTH - 1)
-    queries = NounQueries(first, last, first, last + 1, first, torch.arange(_COLUMNS)[None], over=over).to(device)
+    columns = torch.arange(_COLUMNS)[None]
+    queries = NounQueries(first, last, first, last + 1, first, columns, over=over).to(device)
     try:
         if not fused:
             raise Unsupported("asked for")
@@ -96,6 +100,9 @@ def run_ops(
     starts = torch.tensor([0, _COLUMNS // 2])
     pairs = GridPairs.from_rows(torch.zeros_like(starts), starts, [_GRID] * 2, torch.zeros_like(starts)).to(device)
     layers, losses = [maps] * num_layers, [maps.sum() + outputs]
+    if with_sets:
+        causal = NounQueries(first, last, first, last + 1, first, columns[:, :0]).to(device)
+        losses.append(noun_mass(query, key, causal, columns[None].to(device), backend=backend).sum())
     how = {"fusion": fusion, "backend": backend}
     if prediction is not None:
         cells = grid_prediction(layers, pairs, prediction=prediction, **how)

@@ -32,6 +32,7 @@ def start_warm_up(model, loss: AttentionLoss | None, args) -> threading.Thread |
         num_layers=len(loss.layers),
         fusion=loss.fusion,
         prediction=prediction,
+        with_sets=loss.asks_questions,
         with_masks=loss.criterion == "bce" and loss.resolution == "mask" and prediction is not None,
         backend=loss.backend,
     )

@@ -129,7 +129,7 @@ def check(*words) -> subprocess.CompletedProcess:
 def test_environment_on_the_cpu(tmp_path):
     done = check("--only", "environment", "sanitizer", "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "**PASS**: 4 PASS" in done.stdout and "commit" in done.stdout
+    assert "**PASS**: 5 PASS" in done.stdout and "commit" in done.stdout
     checks = json.loads((tmp_path / report.CHECKS).read_text())["checks"]
     assert {c["part"] for c in checks} == {"environment", "sanitizer"}
 

@@ -9,6 +9,7 @@ from swim_kernels.runtime import backends
 
 OPS = {
     "noun attention": ("noun_attention", "OP"),
+    "noun mass": ("noun_mass", "OP"),
     "grid prediction": ("grid_prediction", "OP"),
     "grid metrics": ("grid_prediction", "METRICS_OP"),
     "mask BCE": ("mask_bce", "OP"),

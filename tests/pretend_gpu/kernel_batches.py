@@ -17,13 +17,16 @@ from swim_kernels import (
     grid_metrics,
     grid_prediction,
     mask_bce,
+    noun_mass,
 )
 from swim_kernels import noun_attention as noun_attention_op
+from swim_kernels.attention_rows.triton import kernels as row_kernels
 from swim_kernels.grid_prediction.triton import kernels as grid_kernels
 from swim_kernels.mask_bce.triton import kernels as mask_kernels
-from swim_kernels.noun_attention.triton import kernels as noun_kernels
+from swim_kernels.noun_attention.triton import kernels as map_kernels
+from swim_kernels.noun_mass.triton import kernels as mass_kernels
 
-MODULES = (noun_kernels, grid_kernels, mask_kernels)
+MODULES = (row_kernels, map_kernels, mass_kernels, grid_kernels, mask_kernels)
 KERNELS = [f for module in MODULES for f in vars(module).values() if isinstance(f, triton.JITFunction)]
 HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128
 
@@ -107,3 +110,37 @@ class Batches:
         sets = integers(0, length // 2, num_sets, columns)
         queries = NounQueries(sequence, position, first, position + 1, key_set, sets, over=self.over)
         return queries.to("cuda", non_blocking=True)
+
+
+class SetBatches(Batches):
+    """Random batches through `noun_mass`, of up to 40 sets."""
+
+    def run(self, num_rows: int, length: int, batch: int = 1, num_sets: int = 1) -> None:
+        """Run one batch of random rows, in as many samples as there are key sets."""
+        draw = self.random
+        queries = self.make_queries(num_rows, length, batch, num_sets, draw.randint(0, 3))
+        query, key = (self.make_input(heads, length, batch) for heads in (self.heads, self.key_heads))
+        sets = torch.randint(-1, length, (num_sets, draw.randint(1, 40), draw.randint(1, 200))).to("cuda")
+        masses = noun_mass(query, key, queries, sets)
+        masses.sum().backward(retain_graph=True)
+        masses.backward(self.at_any_address(masses))
+        with torch.no_grad():
+            noun_mass(query, key, queries, sets, lse=self.at_any_address(masses[..., 0]))
+
+
+class HeadBatches(Batches):
+    """Random batches through maps of each head."""
+
+    def run(self, num_rows: int, length: int, batch: int = 1, num_sets: int = 1) -> None:
+        """Run one batch of random rows."""
+        draw = self.random
+        num_rows = min(num_rows, 64)
+        queries = self.make_queries(num_rows, length, batch, num_sets, draw.randint(1, 200))
+        query, key, value = (self.make_input(heads, length, batch) for heads in (self.heads, *2 * [self.key_heads]))
+        if self.fused:
+            output, maps = flash_noun_attention(query, key, value, queries, heads="each")
+            output.sum().backward(retain_graph=True)
+        else:
+            maps = noun_attention_op(query, key, queries, heads="each")
+        maps.sum().backward(retain_graph=True)
+        maps.backward(self.at_any_address(maps))

@@ -9,7 +9,7 @@ import torch
 from benchmarks.kernels.fixed_builds import LAYERS
 from swim_kernels import compile_in_background
 from tests.helpers.pretend_gpu import record
-from tests.pretend_gpu.kernel_batches import HEAD_DIM, HEADS, KEY_HEADS, Batches, builds, forget_builds
+from tests.pretend_gpu.kernel_batches import HEAD_DIM, HEADS, KEY_HEADS, Batches, SetBatches, builds, forget_builds
 
 RUNS = [(fused, over) for fused in (True, False) for over in ("range", "set")]
 RUN = {"num_heads": HEADS, "num_key_heads": KEY_HEADS, "head_dim": HEAD_DIM, "dtype": torch.bfloat16}
@@ -34,6 +34,15 @@ def test_batches_find_all_kernels_compiled(fused, over, caplog):
     for _ in range(40):
         next(batches)
     assert count() == compiled > 8
+
+
+def test_losses_of_questions_find_their_kernels_compiled():
+    forget_builds()
+    compile_in_background("cuda", **RUN, fused=False, num_layers=LAYERS, with_sets=True).join()
+    compiled, batches = count(), SetBatches(False, "range", seed=3)
+    for _ in range(40):
+        next(batches)
+    assert count() == compiled and "mass_partials_kernel" in builds()
 
 
 def test_launches_meanwhile_are_run(caplog):

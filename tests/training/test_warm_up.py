@@ -32,7 +32,7 @@ def test_a_run_on_a_gpu_compiles_what_it_will_launch(asked):
     assert device == "cuda"
     assert (run["num_heads"], run["num_key_heads"], run["head_dim"]) == (14, 2, 64)
     assert (run["dtype"], run["fused"], run["over"], run["num_layers"]) == (torch.bfloat16, True, "set", 2)
-    assert run["prediction"] == "probability" and run["with_masks"]
+    assert run["prediction"] == "probability" and run["with_masks"] and not run["with_sets"]
 
 
 def test_choices_of_the_run_are_followed(asked):
@@ -42,6 +42,8 @@ def test_choices_of_the_run_are_followed(asked):
     assert run["prediction"] == "min_max" and not run["with_masks"]
     start(softmax="causal", prediction="released")
     assert asked[1][1]["prediction"] is None and not asked[1][1]["with_masks"]
+    start(system_weight=0.15)
+    assert asked[2][1]["with_sets"]
 
 
 def test_nothing_is_compiled_without_a_gpu_or_with_another_backend(asked):

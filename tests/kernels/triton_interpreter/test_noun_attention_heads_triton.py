@@ -15,7 +15,7 @@ from tests.kernels.test_noun_attention_heads import make_heads
 from tests.kernels.triton_interpreter.cases import backend, random_inputs, random_queries, shared
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
 
 def sample(query, key, queries, grad, given_lse=False):
@@ -70,7 +70,7 @@ def test_groups_and_head_dims(num_heads, num_key_heads, head_dim):
         assert_within_budget([sample(*many_inputs(num_rows, 1, num_heads, num_key_heads, 75, head_dim))])
 
 
-@pytest.mark.parametrize("num_rows", [3, 40])
+@pytest.mark.parametrize("num_rows", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_gradient_of_any_strides_and_bitwise_repeatable(num_rows):
     *inputs, grad = on_device(many_inputs(num_rows, 2, 7, 1, 64, 32, dtype=torch.bfloat16))
     expected = run(*inputs, grad, heads="each", backend="triton")
@@ -79,7 +79,18 @@ def test_gradient_of_any_strides_and_bitwise_repeatable(num_rows):
             assert torch.equal(a, e)
 
 
-@pytest.mark.parametrize("num_rows", [3, 40])
+def test_gradient_of_one_head_in_the_order_of_heads():
+    """Such a gradient [R, 1, N] counts as contiguous whatever the stride of its head is."""
+    *inputs, grad = on_device(many_inputs(3, 1, 1, 1, 64, 32))
+    num_columns = grad.shape[2]
+    turned = grad.new_empty_strided(grad.shape, (num_columns, 3 * num_columns, 1)).copy_(grad)
+    assert turned.stride() != grad.stride() and turned.is_contiguous()
+    expected = run(*inputs, grad, heads="each", backend="triton")
+    for a, e in zip(run(*inputs, turned, heads="each", backend="triton"), expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("num_rows", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_gradients_are_added_to_what_is_there(num_rows):
     query, key, queries, grad = on_device(many_inputs(num_rows, 2, 10, 2, 110, 16))
     _, *fresh = run(query, key, queries, grad, heads="each", backend="triton", scale=0.25)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 backend = importlib.import_module("swim_kernels.noun_mass.triton.launch")
 tables = importlib.import_module("swim_kernels.noun_mass.triton.members")
 NAMES = ("masses", "∂query", "∂key")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
 
 def sample(query, key, queries, sets, grad, given_lse=False):
@@ -66,7 +66,7 @@ def test_many_rows(dtype, over):
 
 
 @pytest.mark.parametrize("num_sets", [1, 31, 32, 33, 70])
-@pytest.mark.parametrize("num_rows", [3, 20])
+@pytest.mark.parametrize("num_rows", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_more_sets_than_a_word_has_bits(num_sets, num_rows):
     inputs = many_inputs(num_rows, 1, 4, 2, 90, 16, num_sets=num_sets)
     for given_lse in (False, True):

@@ -178,12 +178,15 @@ def _delta_partials(layer: Layer, grad_maps: Tensor) -> tuple[Tensor, Tensor]:
     """Return δ partials [splits, R, Hq] and the weights of the keys that are read out, [R, N] or [R, Hq, N], fp32."""
     if grad_maps.ndim == 3 or grad_maps.stride(1) != 1:
         grad_maps = grad_maps.contiguous()  # expanded, as that of a sum
+    stride = grad_maps.stride(0)
+    if grad_maps.ndim == 3:  # not stride(1), which is anything where there is one head
+        stride = grad_maps.shape[2]
     num_splits = layer.count_splits("delta_partials", layer.num_columns, LEAST_TILES)
     deltas = grad_maps.new_empty(num_splits, layer.num_rows, layer.num_heads, dtype=torch.float32)
     weights = deltas.new_empty(grad_maps.shape)
     blocks = layer.plan.read_blocks
     grid = (num_splits, layer.num_key_heads, len(blocks))
-    inputs = {"grad_maps": grad_maps, "grad_maps_stride": grad_maps.stride(-2), "blocks": blocks}
+    inputs = {"grad_maps": grad_maps, "grad_maps_stride": stride, "blocks": blocks}
     layer.launch(kernels.delta_partials_kernel, grid, **inputs, deltas=deltas, weights=weights)
     return deltas, weights
 
