@@ -153,9 +153,10 @@ def add_gradients_of(
     layer = Layer(query, key, plan, scale, lse, over_set, _readout(grad_maps))
     if _is_empty(plan):
         return
-    partials = torch.zeros_like(lse)[None]
     if weights is None:
         partials, weights = _delta_partials(layer, grad_maps)
+    else:
+        partials = torch.zeros_like(lse)[None]
     layer.write_gradients(grad_query, grad_key, partials, weights, add=True)
 
 
