@@ -112,7 +112,8 @@ class RunConfig(Options):
     attention_loss: AttentionLoss | None = AttentionLoss()
     optimization: OptimizationConfig = OptimizationConfig()
     training: dict[str, Any] = {}
-    """Fields of transformers' `TrainingArguments` by their own names."""
+    """Fields of transformers' `TrainingArguments` by their own names, and `sequence_parallel`: ranks that share each
+    sample, see docs/long_video.md."""
 
     @property
     def sampling(self) -> Sampling:
@@ -130,6 +131,11 @@ class RunConfig(Options):
         """Options for the parts of a sample that both losses read."""
         rows = self.attention_loss.supervision if self.attention_loss else Supervision(read_out="supervised")
         return rows.replace(label_header=self.data.label_header)
+
+    @property
+    def sequence_parallel(self) -> int:
+        """Ranks that share each sample."""
+        return self.training.get("sequence_parallel", 1)
 
     @property
     def output(self) -> Path:
@@ -205,6 +211,8 @@ class RunConfig(Options):
                 yield f"training.{key}", f"has no effect here: {NO_EFFECT[key][1]}"
             elif set(types) <= set(_TYPES) and not any(type(value) in _TYPES[name] for name in types):
                 yield f"training.{key}", f"is {value!r}; expected {' or '.join(types)}"
+        if isinstance(self.training.get("sequence_parallel"), int) and self.sequence_parallel < 1:
+            yield "training.sequence_parallel", f"is {self.sequence_parallel}; it must be at least 1"
         if self.data.max_tokens_per_batch and self.training.get("per_device_train_batch_size", 1) != 1:
             text = "counts samples, but {data.max_tokens_per_batch} packs as many as fit: remove it"
             yield "training.per_device_train_batch_size", text

@@ -69,12 +69,16 @@ HONOURED = frozenset(
 )
 
 
+OWN = {"sequence_parallel": "int"}  # of this project, among them
+
+
 @functools.cache
 def training_fields() -> dict[str, str]:
-    """Return the fields of transformers' `TrainingArguments` with their types, as its source has them."""
+    """Return the keys of `training` with their types: transformers' `TrainingArguments`, as its source has them, and
+    those of this project."""
     package = Path(importlib.util.find_spec("transformers").origin).parent
     source = ast.parse((package / "training_args.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
     fields = (node for node in classes["TrainingArguments"].body if isinstance(node, ast.AnnAssign))
     types = {field.target.id: ast.unparse(field.annotation) for field in fields}
-    return types | {"fsdp": f"bool | {types['fsdp']}"}  # annotated for the command line alone
+    return types | {"fsdp": f"bool | {types['fsdp']}"} | OWN  # fsdp is annotated for the command line alone

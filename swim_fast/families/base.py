@@ -78,6 +78,7 @@ class Family:
         merger_parameters: paths of parameters that belong to the mergers and lie in none of these modules.
         unused: (model) → modules that no input of this project reaches, or that no output depends on; they are frozen.
         packable: several samples can be one sequence.
+        frames_apart: the vision tower takes `grid_thw` and encodes each temporal patch by itself.
         cacheless: a key/value cache is made before the decoder is called, so that it has to be told above to make none.
     """
 
@@ -97,6 +98,7 @@ class Family:
     merger_parameters: tuple[str, ...] = ()
     unused: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
     packable: bool = True
+    frames_apart: bool = False
     cacheless: bool = False
 
 

@@ -59,5 +59,6 @@ FAMILIES = [
         numbering="model",
         minimal_pass=_minimal_pass,
         vision=_vision,
+        frames_apart=True,
     )
 ]

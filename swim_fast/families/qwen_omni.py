@@ -45,6 +45,7 @@ _PARTS: dict[str, Any] = {
     "unused": lambda model: (f"{_BASE}audio_tower",),
     "minimal_pass": _minimal_pass,
     "vision": vision_of,
+    "frames_apart": True,
     "packable": False,  # its positions depend on sound, too, and are made in the model
 }
 

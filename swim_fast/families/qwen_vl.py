@@ -69,6 +69,7 @@ _PARTS: dict[str, Any] = {
     "numbering": "model",
     "minimal_pass": _minimal_pass,
     "vision": vision_of,
+    "frames_apart": True,
 }
 
 FAMILIES = [

@@ -9,20 +9,18 @@ Only this model instance changes: its attention modules get a copy of the text c
 The configuration that is saved, the weights and the mask construction stay as they were.
 """
 
-import copy
 import dataclasses
 import functools
-import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swim_fast.errors import UserError
 from swim_fast.families import UnsupportedModelError, choose_layers, get_attentions, get_family
 from swim_fast.modeling import fused_attention
+from swim_fast.modeling.attention_interface import get_attention, name_attention
 from swim_fast.modeling.hooks import add_keyword_step, leave_out_cache, remove_context, remove_keyword_step
 from swim_kernels import Unsupported, flash_noun_attention, noun_attention, noun_mass
 from swim_kernels.runtime import to_autocast_dtype
@@ -42,24 +40,6 @@ class _Attached:
     backend: str | None  # None: this layer answers no map
     fused: bool  # output and map from one node, where that is possible
     provider: str  # of that node behind sdpa
-
-
-class _WithConfig:
-    """An attention module with its own configuration, in which flash attention reads its name."""
-
-    def __init__(self, module: nn.Module, config):
-        self._module = module
-        self.config = config
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-
-def _get_attention(module: nn.Module, name: str):
-    """Return the attention function called `name`; "eager" is a function of the module's own modeling file."""
-    if name == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]
 
 
 class MapsAndMasses(NamedTuple):
@@ -100,9 +80,7 @@ def noun_attention_forward(
     """
     attached = module._noun_attention
     name = attached.config._attn_implementation
-    wrapped = functools.partial(
-        _get_attention(module, name), _WithConfig(module, attached.config), query, key, value, attention_mask
-    )
+    wrapped = functools.partial(get_attention(module, attached.config), query, key, value, attention_mask)
     if noun_queries is None and mass_queries is None:
         return wrapped(**kwargs)
     kwargs.pop("output_attentions", None)  # it asks for the maps here, not for the wrapped attention's weights
@@ -230,8 +208,7 @@ def attach_noun_attention(
         _refuse_other_softmax(attentions[layer], {})
 
     detach_noun_attention(model)
-    config = copy.copy(model.get_submodule(get_family(model).language_model).config)
-    config._attn_implementation_internal = ATTENTION_NAME
+    config = name_attention(model.get_submodule(get_family(model).language_model).config, ATTENTION_NAME)
     for index, module in enumerate(attentions):
         if module is None:
             continue

@@ -7,6 +7,7 @@
 5. The text loss is computed in the head, which may be wrapped by then.
 6. Position ids follow the rule of pretraining or the library's.
 7. Packing, 8. offload and 9. the visual pass of every step wrap the calls of language model and vision tower.
+10. Sequence parallelism cuts what all these hand to the decoder.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from swim_fast.modeling.noun_attention import attach_noun_attention, detach_noun
 from swim_fast.modeling.offload import offload_activations
 from swim_fast.modeling.packed import accept_packed_batches
 from swim_fast.modeling.positions import restore_position_rule, set_position_rule
+from swim_fast.modeling.sequence_group import SequenceGroup
+from swim_fast.modeling.sequence_parallel import share_sequences, stop_sharing
 from swim_fast.modeling.text_loss import attach_text_loss, detach_text_loss
 
 
@@ -43,6 +46,7 @@ def prepare_model(
     activation_offload: bool = False,
     ranks: int = 1,
     sharded: bool = False,
+    sequence_group: SequenceGroup | None = None,
 ) -> nn.Module:
     """Prepare a stock model for training with noun maps and text loss; `restore_model` undoes it.
 
@@ -57,6 +61,7 @@ def prepare_model(
         activation_offload: keep the decoder's activations in host memory.
         ranks, sharded: processes that train together, and a division of the weights among them (ZeRO-3, FSDP); see
             `keep_visual_in_step`.
+        sequence_group: ranks that share samples, see `share_sequences`; None: each has its own.
 
     Returns:
         The same model. If an option is refused, the model is left as it was.
@@ -83,6 +88,8 @@ def prepare_model(
             offload_activations(model)
         if ranks > 1:
             keep_visual_in_step(model, sharded)
+        if sequence_group is not None:
+            share_sequences(model, sequence_group)
     except BaseException:
         restore_model(model)
         raise
@@ -91,6 +98,7 @@ def prepare_model(
 
 def restore_model(model: nn.Module) -> nn.Module:
     """Undo `prepare_model` on a model or a copy of it, which is returned; adapters are dropped, not merged."""
+    stop_sharing(model)
     restore_position_rule(model)
     detach_text_loss(model)
     detach_noun_attention(model)

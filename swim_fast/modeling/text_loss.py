@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from swim_fast.labels import IGNORED_LABEL, count_labels, find_label_positions, 
 from swim_fast.modeling import liger
 from swim_fast.modeling.hooks import add_context, add_keyword_step, remove_context, remove_keyword_step
 from swim_fast.modeling.linear_cross_entropy import BLOCK_LOGITS, linear_cross_entropy_sum
+from swim_fast.modeling.sequence_parallel import get_sequence_group, select_own_labels
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,15 @@ def _loss_at_head(model: nn.Module, keywords: dict) -> Iterator[None]:
     head = model.get_submodule(get_family(model).head)  # which may have been wrapped since
     former, forward = vars(head).get("forward"), head.forward
     is_linear = former is None and type(head).forward is nn.Linear.forward
-    head.forward = lambda hidden: _sum_at_head(model, head, None if is_linear else forward, hidden, labels, positions)
+    positions = find_label_positions(labels) if positions is None else positions
+    targets, group = shift_labels(labels).index_select(0, positions), get_sequence_group(model)
+    shape = labels.shape
+    if group is not None:
+        targets, positions = select_own_labels(group, targets, positions, shape)
+        shape = (shape[0], -(-shape[1] // group.ranks))
+    head.forward = lambda hidden: _sum_at_head(
+        model, head, None if is_linear else forward, hidden, targets, positions, shape
+    )
     try:
         yield
     finally:
@@ -107,22 +116,24 @@ def _sum_at_head(
     head: nn.Module,
     forward: Callable | None,
     hidden: Tensor,
-    labels: Tensor,
-    positions: Tensor | None,
+    targets: Tensor,
+    positions: Tensor,
+    shape: Sequence[int],
 ) -> Tensor:
-    """Return the summed loss of hidden states `[B, L, H]` and labels `[B, L]`, inside the head's call.
+    """Return the summed loss of hidden states `[B, L, H]`, inside the head's call.
 
-    forward: of a head that is more than a linear layer.
+    Args:
+        forward: of a head that is more than a linear layer.
+        targets: [n] labels.
+        positions: [n] int64, the positions that predict them, counted through all of [B, L].
+        shape: (B, L) of the labels.
     """
-    if hidden.shape[:2] != labels.shape:
+    if tuple(hidden.shape[:2]) != tuple(shape):
         raise ValueError(
-            f"labels are {list(labels.shape)} and the head gets hidden states {list(hidden.shape[:2])}: give a "
+            f"labels are {list(shape)} and the head gets hidden states {list(hidden.shape[:2])}: give a "
             "label for every token, and no logits_to_keep"
         )
     use_liger, block_logits, _ = model._text_loss
-    if positions is None:
-        positions = find_label_positions(labels)
-    targets = shift_labels(labels).index_select(0, positions)
     hidden = hidden.flatten(0, 1).index_select(0, positions)
     if forward is not None:
         _log_once(

@@ -6,7 +6,7 @@ from swim_fast.config import ConfigError, RunConfig
 from swim_fast.errors import SEE_DOCTOR
 from swim_fast.recipes import find_recipe
 from swim_fast.training.fsdp import build_fsdp_config
-from swim_fast.training_fields import FIXED
+from swim_fast.training_fields import FIXED, OWN
 
 
 def build_arguments(config: RunConfig) -> TrainingArguments:
@@ -16,7 +16,8 @@ def build_arguments(config: RunConfig) -> TrainingArguments:
         ConfigError: a value that transformers refuses, or one of FSDP's, see `build_fsdp_config`.
     """
     # transformers would wait for the device at every micro-batch, to leave out of its log what the run refuses anyway
-    values = {"logging_nan_inf_filter": False, **config.training, "output_dir": str(config.output), **FIXED}
+    training = {key: value for key, value in config.training.items() if key not in OWN}
+    values = {"logging_nan_inf_filter": False, **training, "output_dir": str(config.output), **FIXED}
     if values.get("gradient_checkpointing"):  # the reentrant kind drops the gradient of the noun maps
         given = values.get("gradient_checkpointing_kwargs") or {}
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False} | given

@@ -40,6 +40,7 @@ class Layout:
         accumulation: micro-batches of a rank per step (`gradient_accumulation_steps`).
         zero_stage: of DeepSpeed; None without it.
         fsdp: the optimizer's state is in FSDP's file, by the names of the parameters.
+        sequence_parallel: processes that share each sample.
     """
 
     ranks: int
@@ -47,14 +48,15 @@ class Layout:
     accumulation: int
     zero_stage: int | None = None
     fsdp: bool = False
+    sequence_parallel: int = 1
 
     @classmethod
-    def from_arguments(cls, args) -> "Layout":
+    def from_arguments(cls, args, sequence_parallel: int = 1) -> "Layout":
         """Return the layout of `transformers.TrainingArguments`."""
         deepspeed = getattr(args, "hf_deepspeed_config", None)
         stage = deepspeed.get_value("zero_optimization.stage", 0) if deepspeed else None
-        fsdp = bool(args.fsdp)
-        return cls(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps, stage, fsdp)
+        batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        return cls(args.world_size, batch, accumulation, stage, bool(args.fsdp), sequence_parallel)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> "Layout | None":
@@ -75,10 +77,15 @@ class Layout:
     @property
     def samples(self) -> int:
         """Samples of an optimizer step."""
-        return self.ranks * self.batch * self.accumulation
+        return self.groups * self.batch * self.accumulation
+
+    @property
+    def groups(self) -> int:
+        """Processes with samples of their own, or groups of those that share them."""
+        return self.ranks // self.sequence_parallel
 
 
-def check_resumable(checkpoint: Path, args) -> None:
+def check_resumable(checkpoint: Path, args, sequence_parallel: int = 1) -> None:
     """Refuse to resume from a checkpoint in a way that would lose optimizer state or samples.
 
     The order of the samples depends on seed and epoch alone, and each step takes the next ones. As long as their number
@@ -89,11 +96,12 @@ def check_resumable(checkpoint: Path, args) -> None:
     Args:
         checkpoint: folder to resume from. One without `layout.json` is not checked.
         args: `TrainingArguments` of the run to resume.
+        sequence_parallel: processes that share each sample.
 
     Raises:
         ConfigError: naming how the checkpoint was saved and how to resume.
     """
-    saved, now = Layout.from_checkpoint(checkpoint), Layout.from_arguments(args)
+    saved, now = Layout.from_checkpoint(checkpoint), Layout.from_arguments(args, sequence_parallel)
     if saved is None or saved == now:
         return
     was = f"{checkpoint} was saved by {saved.ranks} ranks"
@@ -103,13 +111,14 @@ def check_resumable(checkpoint: Path, args) -> None:
             "training.fsdp likewise"
         )
     if saved.samples != now.samples:
-        per_rank = saved.samples // now.ranks
+        per_rank = saved.samples // now.groups
         batch = now.batch if per_rank % now.batch == 0 else 1
         remedy = f"set training.per_device_train_batch_size={batch} training.gradient_accumulation_steps="
-        remedy = f"{remedy}{per_rank // batch}" if saved.samples % now.ranks == 0 else "choose another number of ranks"
+        remedy = f"{remedy}{per_rank // batch}" if saved.samples % now.groups == 0 else "choose another number of ranks"
         raise ConfigError(
-            f"{was} x {saved.batch} samples x {saved.accumulation} accumulation = {saved.samples} samples per step; "
-            f"now it would be {now.ranks} x {now.batch} x {now.accumulation} = {now.samples}, so that the position in "
+            f"{was}{_describe_sharing(saved)} x {saved.batch} samples x {saved.accumulation} accumulation = "
+            f"{saved.samples} samples per step; now it would be {now.ranks}{_describe_sharing(now)} x {now.batch} x "
+            f"{now.accumulation} = {now.samples}, so that the position in "
             f"the data and the learning rate's schedule would not fit: {remedy}"
         )
     if saved.zero_stage is not None and (saved.ranks, saved.zero_stage) != (now.ranks, now.zero_stage):
@@ -123,6 +132,10 @@ def check_resumable(checkpoint: Path, args) -> None:
             f"--input_folder {checkpoint / tag} --output_folder {checkpoint / tag}_universal\n"
             f'and add "checkpoint": {{"load_universal": true}} to the file that training.deepspeed names'
         )
+
+
+def _describe_sharing(layout: Layout) -> str:
+    return f" / {layout.sequence_parallel} (training.sequence_parallel)" if layout.sequence_parallel > 1 else ""
 
 
 class CheckpointingTrainer(Trainer):
@@ -209,7 +222,8 @@ class CheckpointingTrainer(Trainer):
             if found:
                 self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
-                Layout.from_arguments(self.args).write(staged)
+                group = getattr(self, "sequence_group", None)
+                Layout.from_arguments(self.args, group.ranks if group else 1).write(staged)
                 if found:
                     self.state.save_to_json(str(staged / STATE))
         if self.args.should_save:

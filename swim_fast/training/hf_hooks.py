@@ -26,16 +26,21 @@ import time
 from collections.abc import Sequence
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader, Subset
 from transformers.trainer_utils import EvalLoopOutput
 
+from swim_fast.data.batch.collation import Collator
+from swim_fast.data.batch.counts import fingerprint
 from swim_fast.data.batch.dataset import MixtureSampler
 from swim_fast.data.batch.workers import start_worker
 from swim_fast.data.sample.builder import Sample
+from swim_fast.data.source.errors import DataError
 from swim_fast.loss.targets import MaskTargets
 from swim_fast.modeling.adapters import has_adapters, read_adapters
 from swim_fast.modeling.freezing import get_part_parameters
+from swim_fast.modeling.sequence_group import SequenceGroup
 from swim_fast.training.arguments import get_data_seed
 from swim_fast.training.callbacks import EpochOfSampler
 from swim_fast.training.checkpoints import CheckpointingTrainer
@@ -51,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
     """Overrides of transformers around the step, which `SwimTrainer` defines."""
+
+    sequence_group: SequenceGroup | None
 
     # optimizer
 
@@ -94,7 +101,7 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
         total = torch.cat([count_items(batch_samples), torch.tensor(counts).sum(0)])
         if self.args.world_size > 1:
             total = total.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else total
-            total = self._reduce(total)
+            total = self._reduce(total) // self._ranks_of_sample
         items, self._samples_of_step = total.split((3, 2))
         return items
 
@@ -137,6 +144,8 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return transformers' loader, or one of packed batches, which the sampler has dealt to the ranks already."""
+        if self.batch_sampler is None and self.sequence_group is not None:
+            return self._build_train_loader(self._deal_batches(), self.data_collator)
         if self.batch_sampler is None:
             loader = super().get_train_dataloader()
             inner = getattr(loader, "base_dataloader", loader)  # accelerate's wraps the one that is iterated
@@ -152,10 +161,21 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
         if self.is_world_process_zero():
             text = "packing: %d batches of up to %d tokens per rank and epoch, %.1f %% full"
             logger.info(text, len(sampler), sampler.max_tokens, 100 * sampler.efficiency())
+        return self._build_train_loader(sampler, self.train_collator)
+
+    def _deal_batches(self) -> BatchSamplerShard:
+        """Return the batches of this rank's group, as accelerate deals them to ranks that share nothing."""
+        sampler, args = self._get_train_sampler(), self.args
+        batches = BatchSampler(sampler, args.per_device_train_batch_size, args.dataloader_drop_last)
+        return BatchSamplerShard(batches, *self._share)
+
+    def _build_train_loader(self, batches, collate: Collator) -> DataLoader:
+        """Return a loader of batches that are dealt out already."""
+        args = self.args
         return DataLoader(
             self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.train_collator,
+            batch_sampler=batches,
+            collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             worker_init_fn=functools.partial(start_worker, None),
             pin_memory=args.dataloader_pin_memory,
@@ -168,13 +188,39 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a step and its counts, as transformers does; a dead loader ends in one line."""
         with explain_loader():
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            return super().get_batch_samples(map(self._agree, epoch_iterator), num_batches, device)
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """Into how many shares data is dealt, and the number of this rank's."""
+        return self.args.world_size // self._ranks_of_sample, self.args.process_index // self._ranks_of_sample
+
+    @property
+    def _ranks_of_sample(self) -> int:
+        return 1 if self.sequence_group is None else self.sequence_group.ranks
+
+    @property
+    def _counts_samples(self) -> bool:
+        """True of the one rank of those that share a sample which counts and reports it."""
+        return self.sequence_group is None or self.sequence_group.rank == 0
+
+    def _agree(self, batch: dict) -> dict:
+        """Return a batch if all ranks that share it have the same; else one that trains nothing, with the reason."""
+        if self.sequence_group is None or self.sequence_group.is_same(fingerprint(batch), self.args.device):
+            return batch
+        here = "; ".join((*batch["samples"], *batch["problems"])) or "nothing"
+        return self.data_collator([DataError(f"the ranks that share a batch have read it differently; here: {here}")])
+
+    def _report(self, step: int, problems: list[str], notes: Sequence[str] = ()) -> None:
+        if self._counts_samples:
+            self.report.write(step, problems, notes)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Return the loader of this rank's share of an evaluation set, each sample exactly once."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        share = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        shares, own = self._share
+        share = Subset(dataset, range(own, len(dataset), shares))
         return DataLoader(
             share,
             batch_size=self.args.eval_batch_size,
@@ -191,7 +237,7 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
     ) -> EvalLoopOutput:
         """Return text loss, mask loss and grounding metrics over a whole set, summed over the ranks."""
         # rank 0 has the largest share; the others end with empty batches, since the forward may be collective
-        steps = -(-len(dataloader.dataset.dataset) // self.args.world_size)
+        steps = -(-len(dataloader.dataset.dataset) // self._share[0])
         steps = -(-steps // dataloader.batch_size)
         model = self._get_evaluated_model()
         self.callback_handler.eval_dataloader = dataloader
@@ -200,10 +246,10 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
         for _ in range(steps):
             with explain_loader():
                 batch = next(batches, None)
-            batch = self._prepare_inputs(batch or self.data_collator([]))
-            self.report.write(self.state.global_step, batch["problems"], batch["notes"])
+            batch = self._prepare_inputs(self._agree(batch or self.data_collator([])))
+            self._report(self.state.global_step, batch["problems"], batch["notes"])
             with torch.no_grad(), self.compute_loss_context_manager():
-                sums += compute_losses(model, batch, self.attention_loss).sums
+                sums += compute_losses(model, batch, self.attention_loss, self.sequence_group).sums
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = self._total(sums).average()
         losses = StepLosses(*(metrics.get(f"{name}_loss", 0.0) for name in StepLosses._fields))
@@ -222,9 +268,10 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
 
         All ranks must take part; without samples a rank takes an empty batch.
         """
-        batch = self._prepare_inputs(self.data_collator(samples))
+        batch = self._prepare_inputs(self._agree(self.data_collator(samples)))
+        model = self._get_evaluated_model()
         with self.compute_loss_context_manager():
-            outputs = compute_losses(self._get_evaluated_model(), batch, self.attention_loss).outputs
+            outputs = compute_losses(model, batch, self.attention_loss, self.sequence_group).outputs
         return outputs.attentions or (), batch["mask_targets"]
 
     def _init_training_state(self, *args) -> tuple[int, int]:

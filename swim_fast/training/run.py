@@ -16,8 +16,12 @@ from swim_fast.preflight import check_run
 logger = logging.getLogger(__name__)
 
 
-def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
+def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False, group: Any = None):
     """Load model and processor of a run, the model prepared for training (`prepare_model`).
+
+    Args:
+        ranks, sharded: processes that train together, and the division of the weights among them.
+        group: `SequenceGroup` of those that share samples.
 
     Raises:
         CheckpointError: `model.path` is no checkpoint that can be loaded.
@@ -58,6 +62,7 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False):
         activation_offload=options.activation_offload,
         ranks=ranks,
         sharded=sharded,
+        sequence_group=group,
     )
     return model, processor
 
@@ -83,7 +88,8 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
     """Load the model of a configuration and fill in the values that it leaves open.
 
     Raises:
-        ConfigError: one process sees several GPUs, or FSDP would be left out. Other errors as for `load_model`.
+        ConfigError: one process sees several GPUs, FSDP would be left out, or the processes cannot be divided into the
+            groups that share samples. Other errors as for `load_model`.
     """
     _refuse_data_parallel(config)
     from swim_fast.modeling.noun_attention import get_attached_layers
@@ -101,11 +107,34 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
     check_ranks(args)
     zero = getattr(args, "hf_deepspeed_config", None)
     sharded = bool(args.fsdp) or (zero is not None and zero.is_zero3())
-    model, processor = load_model(config, args.world_size, sharded)
+    group = _build_sequence_group(config, args.world_size)
+    model, processor = load_model(config, args.world_size, sharded, group)
     choose_layers(args, model)
     if config.attention_loss is not None:
         config = config.replace(attention_loss=config.attention_loss.replace(layers=get_attached_layers(model)))
     return ResolvedRun(config, args, model, processor)
+
+
+def _build_sequence_group(config: RunConfig, world: int):
+    """Return the ranks with which this one shares samples; None if there are none. Errors as for `resolve_run`."""
+    size = config.sequence_parallel
+    if size == 1:
+        return None
+    from transformers import AutoConfig
+
+    from swim_fast.inference.loading import explain_failure
+    from swim_fast.modeling.sequence_group import SequenceGroup
+    from swim_fast.modeling.sequence_parallel import check_group_size
+
+    if world % size:
+        raise ConfigError(
+            f"training.sequence_parallel is {size}, and {world} process{'es' * (world > 1)} cannot be divided into "
+            f"groups of {size}: start a multiple of {size} (torchrun --nproc-per-node), or change it"
+        )
+    with explain_failure(config.model.path):  # before the weights are read
+        model = AutoConfig.from_pretrained(config.model.path)
+    check_group_size(model, size)
+    return SequenceGroup.of_world(size)
 
 
 def build_trainer(config: RunConfig):
@@ -117,6 +146,7 @@ def _build_trainer(run: ResolvedRun, callbacks: Sequence = ()):
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.batch.dataset import SwimDataset
     from swim_fast.data.batch.positions import PositionIds
+    from swim_fast.modeling.sequence_parallel import get_sequence_group
     from swim_fast.training.callbacks import EarlyStopping
     from swim_fast.training.live_maps import LiveMaps
     from swim_fast.training.trainer import SwimTrainer
@@ -144,6 +174,7 @@ def _build_trainer(run: ResolvedRun, callbacks: Sequence = ()):
         learning_rates=config.optimization.learning_rates,
         callbacks=[*callbacks, *([] if patience is None else [EarlyStopping(patience)])],
         train_dataset=train_dataset,
+        sequence_group=get_sequence_group(model),
         **packing,
         eval_dataset=held_out or None,
         data_collator=Collator(processor, positions, frames=True),
@@ -169,8 +200,8 @@ def _build_packing_sampler(config: RunConfig, dataset, args):
         sample_lengths(dataset),
         config.data.max_tokens_per_batch,
         config.data.pack_look_ahead,
-        args.process_index,
-        args.world_size,
+        args.process_index // config.sequence_parallel,
+        args.world_size // config.sequence_parallel,
     )
 
 
@@ -230,7 +261,7 @@ def _train(config: RunConfig, resume: bool, callbacks: Sequence) -> dict[str, fl
     trainer, config, args = _build_trainer(run, callbacks), run.config, run.arguments
     output = Path(args.output_dir)
     if checkpoint:
-        check_resumable(checkpoint, args)
+        check_resumable(checkpoint, args, config.sequence_parallel)
     if trainer.is_world_process_zero():
         text = config.as_yaml()
         ranks = f"{args.world_size} × " * (args.world_size > 1)

@@ -25,6 +25,7 @@ from swim_fast.loss.avar import compute_question_losses
 from swim_fast.loss.mask_loss import GridPredictions, MaskTargets, compute_pair_losses
 from swim_fast.loss.metrics import METRICS, sum_metrics
 from swim_fast.modeling.noun_attention import ReentrantCheckpointingError
+from swim_fast.modeling.sequence_group import SequenceGroup
 from swim_fast.options import AttentionLoss
 from swim_fast.training.sums import Sums
 
@@ -89,13 +90,17 @@ def weigh_losses(losses: StepLosses, loss: AttentionLoss | None) -> Any:
     return total + loss.image_weight * losses.image + loss.system_weight * losses.system
 
 
-def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss | None) -> BatchLosses:
+def compute_losses(
+    model: nn.Module, batch: dict[str, Any], loss: AttentionLoss | None, group: SequenceGroup | None = None
+) -> BatchLosses:
     """Run a prepared model on a batch and return both losses, summed.
 
     Args:
         model: after `swim_fast.modeling.prepare.prepare_model`, bare or wrapped (DDP, DeepSpeed, FSDP2, PEFT).
         batch: of `Collator`, on the model's device.
         loss: weights and choices of the mask loss; None: no maps are asked for.
+        group: ranks that share the batch, to which the model was prepared. The losses are this rank's share, and
+            what the batch holds is counted by the first of them.
 
     Raises:
         RuntimeError: the model was not prepared: it answers all logits, or no map for targets that are trained on; or
@@ -125,7 +130,11 @@ def compute_losses(model: nn.Module, batch: dict[str, Any], loss: AttentionLoss 
             _check_graph(masses, text)
         asked = compute_question_losses(masses, batch["questions"].queries.key_set, batch["questions"].sizes).sum(1)
     mask, metrics = _compare_maps(maps, batch["mask_targets"], loss, text)
-    return BatchLosses(text, mask, asked, Sums.from_batch(batch, text, mask, asked, metrics), outputs)
+    sums = Sums.from_batch(batch, text, mask, asked, metrics)
+    if group is not None:  # each has all maps, and the labels of its part
+        mask, asked = mask / group.ranks, asked / group.ranks
+        sums = sums if group.rank == 0 else Sums(text_loss=sums.text_loss)
+    return BatchLosses(text, mask, asked, sums, outputs)
 
 
 def _compare_maps(

@@ -6,6 +6,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from swim_fast.data.batch.collation import Collator
 from swim_fast.data.batch.packing import PackingSampler
+from swim_fast.modeling.sequence_group import SequenceGroup
 from swim_fast.options import AttentionLoss
 from swim_fast.training.callbacks import BackwardWhereTrained, EarlyStopping, StopOnSignal, StopOnSkipped
 from swim_fast.training.flops import StepFlops, get_peak_flops
@@ -33,6 +34,7 @@ class SwimTrainer(HookedTrainer):
         learning_rates: of parts of the model, see `get_part_parameters`; the others have `args.learning_rate`.
         batch_sampler: batches of packed samples to train on, with `train_collator`, which packs them; None: batches of
             `per_device_train_batch_size` samples, of `data_collator`, as for evaluation.
+        sequence_group: ranks that share each sample, to which the model was prepared; None: every rank has its own.
         kwargs: as of `transformers.Trainer`; `data_collator([])` must give a batch that counts nothing.
     """
 
@@ -46,8 +48,10 @@ class SwimTrainer(HookedTrainer):
         learning_rates: dict[str, float] | None = None,
         batch_sampler: PackingSampler | None = None,
         train_collator: Collator | None = None,
+        sequence_group: SequenceGroup | None = None,
         **kwargs,
     ):
+        self.sequence_group = sequence_group
         super().__init__(**kwargs)
         self.batch_sampler, self.train_collator = batch_sampler, train_collator
         self.batch_timeout = batch_timeout
@@ -82,9 +86,9 @@ class SwimTrainer(HookedTrainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         step, samples = self.state.global_step + 1, inputs["samples"]
-        self.report.write(step - 1, inputs["problems"], inputs["notes"])
+        self._report(step - 1, inputs["problems"], inputs["notes"])
         self.skip_limit.note(inputs["problems"])
-        losses = compute_losses(model, inputs, self.attention_loss)
+        losses = compute_losses(model, inputs, self.attention_loss, self.sequence_group)
         parts = losses.divide(num_items_in_batch)
         loss = self.args.world_size * weigh_losses(parts, self.attention_loss)
         reason = self.guard.check_loss(loss, parts.text, parts.mask, step, samples)
@@ -92,15 +96,16 @@ class SwimTrainer(HookedTrainer):
             self._skip(samples, reason)
             # an empty batch in its place: forward and backward are collective
             inputs = self._prepare_inputs(self.data_collator([]))
-            losses = compute_losses(model, inputs, self.attention_loss)
+            losses = compute_losses(model, inputs, self.attention_loss, self.sequence_group)
             loss = losses.weigh(num_items_in_batch, self.attention_loss)
         if self._steps_in_backward and self.accelerator.sync_gradients:  # the step's last micro-batch
             self.guard.check_step(None, step)
-        if self.peak_flops:
+        if self.peak_flops and self._counts_samples:
             losses.sums.flops = sum(self._count_flops(inputs["counts"]))
         self.sums += losses.sums
         return (loss, losses.outputs) if return_outputs else loss
 
     def _skip(self, samples: list[str], reason: str) -> None:
-        self.sums.skipped += len(samples)
-        self.report.write(self.state.global_step, [f"{sample}: {reason}" for sample in samples])
+        if self._counts_samples:
+            self.sums.skipped += len(samples)
+        self._report(self.state.global_step, [f"{sample}: {reason}" for sample in samples])

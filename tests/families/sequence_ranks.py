@@ -1,0 +1,97 @@
+"""Models that share their sequences among ranks against themselves on one rank; run by test_sequence_parallel.py.
+
+torchrun --nproc-per-node P -m tests.families.sequence_ranks errors.json FAMILY …
+"""
+
+import copy
+import itertools
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from swim_fast.data.batch.collation import Collator, model_inputs
+from swim_fast.data.batch.positions import PositionIds
+from swim_fast.families import find_family, get_eligible_layers
+from swim_fast.modeling.prepare import prepare_model
+from swim_fast.modeling.sequence_group import SequenceGroup
+from tests.families.test_models import sample_of, text_sample
+from tests.families.tiny import tiny
+
+MOE = ("Qwen3-VL MoE", "GLM-4.5V", "Qwen3-Omni")  # torch multiplies by experts in fp32 at most
+
+
+def batch_of(name, model, pack):
+    """Two videos, the second of which is shorter, and a text."""
+    samples = [sample_of(name), sample_of(name, frames=[0, 3]), text_sample(name)]
+    samples = samples[:1] + samples[2:] if name == "LLaVA-OneVision" else samples
+    batch = Collator(tiny(name).processor, PositionIds(model.config), pack=pack)(samples)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] % 3 == 0, -100)
+    return {key: value for key, value in batch.items() if key != "label_positions"}
+
+
+def dtype_of(name):
+    return torch.float32 if name in MOE else torch.float64
+
+
+def run(model, batch, group):
+    """Losses, maps and the gradients of this rank's share of them."""
+    inputs = model_inputs(batch, dtype=model.dtype)
+    inputs = {k: v.to(model.dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+    model.zero_grad()
+    about = {"labels": batch["labels"], "noun_queries": batch["noun_queries"], "num_items_in_batch": 1}
+    outputs = model(**inputs, **about, use_cache=False)
+    maps = torch.stack(list(outputs.attentions)).double()
+    upstream = torch.randn(maps.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    of_maps = (maps * upstream).sum() / (1 if group is None else group.ranks)
+    (outputs.loss + of_maps).backward()
+    grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    return outputs.loss.detach(), maps.detach(), grads
+
+
+def compare(name, ranks, attention, pack, checkpointing, fused):
+    """Relative errors of text loss, maps and gradients."""
+    stock = tiny(name).build().to(dtype_of(name)).train()
+    stock.set_attn_implementation(attention)
+    if checkpointing:
+        stock.gradient_checkpointing_enable({"use_reentrant": False})
+    group = SequenceGroup.of_world(ranks)
+    found = {}
+    for shared in (None, group):
+        model = copy.deepcopy(stock)
+        layers = get_eligible_layers(model)
+        prepare_model(model, layers=layers, fused=fused, packed=pack, ranks=ranks, sequence_group=shared)
+        text, maps, grads = run(model, batch_of(name, model, pack), shared)
+        if shared is not None:
+            for share in (text, grads):
+                dist.all_reduce(share)
+        found[shared is not None] = text, maps, grads
+    errors = [(mine - one).norm() / one.norm() for mine, one in zip(found[True], found[False], strict=True)]
+    return [float(error) for error in errors]
+
+
+def main(output, *names):
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    errors = {}
+    for name in names:
+        packable = find_family(tiny(name).build().config).packable
+        first = name == names[0]
+        cases = itertools.product(
+            ("sdpa", "eager") if first else ("sdpa",),
+            (False, True) if packable else (False,),
+            (False, True) if first else (False,),
+            (True, False) if first else (True,),
+        )
+        for case in cases:
+            errors[" ".join(map(str, (name, *case)))] = compare(name, dist.get_world_size(), *case)
+    if dist.get_rank() == 0:
+        with open(output, "w") as file:
+            json.dump(errors, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
