@@ -103,7 +103,8 @@ def test_ranks_with_unlike_batches_give_the_losses_of_one_rank(write_config, unl
     for (name, value), trained in zip(mine.named_parameters(), other.parameters(), strict=True):
         assert (value - trained).norm() <= 1e-3 * max(value.norm().item(), 1), name
     saved = json.loads((two / "checkpoint-2" / "layout.json").read_text())
-    assert saved == {"ranks": 2, "batch": 2, "accumulation": 1, "zero_stage": int(zero[4]), "fsdp": False}
+    layout = {"ranks": 2, "batch": 2, "accumulation": 1, "sequence_parallel": 1}
+    assert saved == layout | {"zero_stage": int(zero[4]), "fsdp": False}
 
 
 def test_resume_continues_exactly(write_config):

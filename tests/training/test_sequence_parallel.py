@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from swim_fast.config import ConfigError, load_config
 from swim_fast.errors import OptionError
 from swim_fast.modeling.sequence_parallel import check_group_size, find_group_sizes
 from swim_fast.training.checkpoints import Layout
-from tests.training.conftest import ROOT, SEED, history, launch, run, run_command, run_here, weights
+from tests.training.conftest import ROOT, SEED, history, launch, run, run_command, run_here
 
 LOGGED = ("loss", "text_loss", "mask_loss", "pointing_accuracy", "mass_in_mask", "grad_norm", "pairs_per_step")
 STEPS = {"max_steps": 4, "learning_rate": 1e-2, "optim": "adamw_torch", "per_device_train_batch_size": 2}
@@ -37,9 +39,9 @@ def assert_same(one, shared, rel=2e-5):
     for key in ("loss", "text_loss", "mask_loss", "pairs", "soft_iou"):
         assert mine[f"eval_same_{key}"] == pytest.approx(other[f"eval_same_{key}"], rel=rel), key
     assert mine["skipped_samples"] == other["skipped_samples"]
-    trained = weights(shared)
-    for name, value in weights(one).items():
-        assert (value - trained[name]).norm() <= 1e-3 * max(value.norm().item(), 1), name
+    mine, other = (AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32) for folder in (one, shared))
+    for (name, value), trained in zip(mine.named_parameters(), other.parameters(), strict=True):
+        assert (value - trained).norm() <= 1e-3 * max(value.norm().item(), 1), name
 
 
 @pytest.fixture
