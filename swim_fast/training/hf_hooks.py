@@ -7,7 +7,7 @@
 | `create_optimizer`, `_get_learning_rate` | learning rates of parts, and their log | test_optimization |
 | `_get_grad_norm` | a gradient that is not finite never reaches the optimizer | test_survival |
 | `_get_train_sampler`, `get_train_dataloader` | mixtures, packed batches, workers that outlive signals | test_packing |
-| `get_train_dataloader`, `get_batch_samples` | ranks that share a sample have the same batches | test_sequence_parallel |
+| `get_train_dataloader`, `get_batch_samples` | ranks of a sample have the same batches | test_sequence_parallel |
 | `get_eval_dataloader`, `evaluation_loop` | each sample once; losses and metrics summed over ranks | test_equivalence |
 | `get_batch_samples` | a loader that has died or hangs is told with its remedy | test_loader |
 | `_prepare_inputs`, `log` (mixin.py) | moves queries and targets too; adds `summarize` | test_run |
