@@ -56,6 +56,8 @@ class ModelConfig(Weights):
     """Liger's RMSNorm, SwiGLU, rotary embedding and fused cross-entropy, where they can run (CUDA)."""
     activation_offload: bool = False
     """Keep what backward needs of the decoder layers in the host's memory."""
+    mlp_tiles: int = Field(1, gt=0)
+    """Parts in which each decoder layer's MLP takes its tokens, for less memory; backward computes them again."""
     lora: Lora | None = None
     """Train adapters instead of the weights."""
 

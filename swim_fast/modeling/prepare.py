@@ -1,6 +1,6 @@
 """All changes to a model for training, in one order, and their removal.
 
-1. Liger replaces the forwards of plain modules, before adapters wrap some of them.
+1. Liger replaces the forwards of plain modules, before adapters wrap some of them; MLPs are tiled around them.
 2. Adapters freeze every weight and are trained in its place.
 3. Freezing has the last word on what is trained.
 4. Noun attention answers the maps.
@@ -27,6 +27,7 @@ from swim_fast.modeling.positions import restore_position_rule, set_position_rul
 from swim_fast.modeling.sequence_group import SequenceGroup
 from swim_fast.modeling.sequence_parallel import share_sequences, stop_sharing
 from swim_fast.modeling.text_loss import attach_text_loss, detach_text_loss
+from swim_fast.modeling.tiled_mlp import tile_mlps, untile_mlps
 
 
 def prepare_model(
@@ -47,6 +48,7 @@ def prepare_model(
     ranks: int = 1,
     sharded: bool = False,
     sequence_group: SequenceGroup | None = None,
+    mlp_tiles: int = 1,
 ) -> nn.Module:
     """Prepare a stock model for training with noun maps and text loss; `restore_model` undoes it.
 
@@ -62,6 +64,7 @@ def prepare_model(
         ranks, sharded: processes that train together, and a division of the weights among them (ZeRO-3, FSDP); see
             `keep_visual_in_step`.
         sequence_group: ranks that share samples, see `share_sequences`; None: each has its own.
+        mlp_tiles: parts in which an MLP takes its tokens, see `tile_mlps`.
 
     Returns:
         The same model. If an option is refused, the model is left as it was.
@@ -75,6 +78,7 @@ def prepare_model(
     try:
         if liger:
             apply_liger(model, device)
+        tile_mlps(model, mlp_tiles)
         if lora is not None:
             add_adapters(model, lora, list(frozen), seed)
         freeze(model, list(frozen))
@@ -104,6 +108,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     detach_noun_attention(model)
     remove_hooks(model)
     remove_adapters(model)
+    untile_mlps(model)
     remove_liger(model)
     if "_trained_before" in vars(model):
         trained = set(vars(model).pop("_trained_before"))

@@ -63,6 +63,7 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False, group: 
         ranks=ranks,
         sharded=sharded,
         sequence_group=group,
+        mlp_tiles=options.mlp_tiles,
     )
     return model, processor
 

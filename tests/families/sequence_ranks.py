@@ -86,6 +86,8 @@ def main(output, *names):
         )
         for case in cases:
             errors[" ".join(map(str, (name, *case)))] = compare(name, dist.get_world_size(), *case)
+    group = SequenceGroup.of_world(dist.get_world_size())
+    assert group.is_same(2**62 - 1, "cpu") and not group.is_same(group.rank, "cpu")
     if dist.get_rank() == 0:
         with open(output, "w") as file:
             json.dump(errors, file)
