@@ -18,13 +18,21 @@ GPUS = {  # how many, and GiB of each
     "qwen2_5_vl_7b_8xa100": (8, 40),
     "released_code": (8, 80),
     "long_video": (8, 80),
+    "long_video_sp4_8xh100": (8, 80),
+    "million_tokens_16xh100": (16, 80),
     "lora_24gb": (1, 24),
 }
+SMALL = ("million_tokens_16xh100",)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return real_geometry.write_folder(tmp_path_factory.mktemp("seven billion"), TEXTS * 3)
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    return real_geometry.write_folder(tmp_path_factory.mktemp("three billion"), TEXTS * 3, small=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,8 @@ def with_marks(name, *values):
 
 
 @pytest.mark.parametrize("name", [with_marks(name) for name in GPUS])
-def test_recipe_fits_its_gpus(name, folder, data, monkeypatch, tmp_path):
+def test_recipe_fits_its_gpus(name, folder, small_folder, data, monkeypatch, tmp_path):
+    folder = small_folder if name in SMALL else folder
     monkeypatch.chdir(CONFIGS.parent)  # recipes name DeepSpeed's files from there
     monkeypatch.setenv("SWIM_FAST_CACHE", str(tmp_path))
     # torchcodec needs a system FFmpeg
@@ -57,7 +66,8 @@ def test_recipe_fits_its_gpus(name, folder, data, monkeypatch, tmp_path):
     assert report.fits and "fits:" in str(report)
     assert report.estimates["limit"].total <= memory * 2**30, str(report)
     adapters = 40_370_176 if name == "lora_24gb" else 0  # 16 · Σ (in + out) over the 196 linear layers
-    assert f"{(real_geometry.TOTAL + adapters) / 1e9:.2f} B parameters" in str(report)
+    total = real_geometry.SMALL_TOTAL if name in SMALL else real_geometry.TOTAL
+    assert f"{(total + adapters) / 1e9:.2f} B parameters" in str(report)
 
 
 def test_number_of_parameters_of_the_parts(folder, data, tmp_path, monkeypatch):
@@ -85,10 +95,13 @@ def test_number_of_parameters_of_the_parts(folder, data, tmp_path, monkeypatch):
         ("long_video", "training.gradient_checkpointing=false"),
         ("qwen2_5_vl_7b_8xh100", "training.deepspeed=null"),
         ("qwen2_5_vl_7b_8xa100", "training.gradient_checkpointing=false"),
+        ("long_video_sp4_8xh100", "training.sequence_parallel=1"),
+        ("million_tokens_16xh100", "training.sequence_parallel=8"),
         with_marks("lora_24gb", "model.lora={rank: 16}"),
     ],
 )
-def test_recipe_without_what_it_states_does_not_fit(name, override, folder, data, monkeypatch, tmp_path):
+def test_recipe_without_what_it_states_does_not_fit(name, override, folder, small_folder, data, monkeypatch, tmp_path):
+    folder = small_folder if name in SMALL else folder
     monkeypatch.chdir(CONFIGS.parent)
     monkeypatch.setenv("SWIM_FAST_CACHE", str(tmp_path))
     overrides = [f"model.path={folder}", f"data.train=[{{path: {data}}}]", "data.reader=decord", override]

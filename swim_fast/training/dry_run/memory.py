@@ -22,8 +22,14 @@ Assumptions, with Ψ trainable parameters and N GPUs:
   checkpointing a layer keeps its input alone, and one layer at a time has everything; with offload the layers' share is
   on the host, and up to two layers are in transit. In a layer's backward there are gradients of the MLP's tensors and
   of a few of the layer's width. (Korthikanti et al., arXiv 2205.05198, count the same way.) The vision tower runs
-  first: trained, its blocks save likewise; frozen, one block's intermediates are freed before the decoder. Adapters
+  first: trained, its blocks save likewise; frozen, one block's intermediates are freed before the decoder. A
+  trained merger keeps its norm and its two layers' inputs. Adapters
   keep an fp32 copy of their layer's input, and the tensor they work on.
+- **Sequence parallelism.** A rank keeps a P-th of the tokens in the decoder, but pixels, embeddings and noun maps whole:
+  its part of the embeddings is a view. Key heads are repeated to P where there are fewer. An exchange has what is sent,
+  what comes and its order by heads at once. A rank encodes a P-th of the temporal patches where these are apart.
+- **Scatter of the features.** Before the decoder: embeddings, features twice, and the result; `masked_scatter` on CUDA
+  makes a mask (1 byte) and its running count (8) for every value of the embeddings.
 - **Text loss.** A block of logits in the weights' type, in fp32 and their softmax; backward needs as much again.
 - **Attention loss.** For every supervised layer one fp32 map, rows × readout keys, its gradient, and the rows' query
   and lse; the prediction once more; the masks, a bit for each pixel. Without the fused node also a query-sized
@@ -37,6 +43,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from swim_fast.families import find_family, get_head_dim
 from swim_fast.modeling.linear_cross_entropy import BLOCK_LOGITS
@@ -77,9 +84,10 @@ class Geometry:
     largest_module: int  # parameters that are gathered together
     largest_matrix: int = 0  # among the quantised ones
     adapted_width: int = 0  # input features of a layer's linear modules with adapters, summed
+    group_sizes: tuple[int, ...] = ()  # numbers of ranks that can share a sequence
 
     @classmethod
-    def from_config(cls, config, **more: int) -> Geometry:
+    def from_config(cls, config, **more: Any) -> Geometry:
         """Return the geometry of a model's configuration; `more`: the fields that it lacks."""
         text, vision = config.get_text_config(), find_family(config).vision(config)
         return cls(
@@ -117,9 +125,12 @@ class Settings:
     activation_offload: bool = False
     liger: bool = False
     eager: bool = False  # attention probabilities are kept
-    vision_trained: bool = False
+    vision_trained: bool = False  # the tower's own blocks
+    merger_trained: bool = False
     supervised_layers: int = 0
     fused: bool = True
+    sequence_parallel: int = 1  # P, ranks that share a sample
+    frames_apart: bool = False  # each of them encodes a P-th of the temporal patches
     max_live_parameters: int = 10**9
     sub_group: int = 10**9
 
@@ -197,9 +208,14 @@ def count_saved_bytes(geometry: Geometry, run: Settings) -> float:
     """Return the bytes that autograd saves per token and decoder layer without checkpointing."""
     g, size = geometry, run.size
     norm = 2 * size * g.hidden if run.liger else (4 + 2 * size) * g.hidden
-    attention = size * g.head_dim * (2 * g.heads + 2 * g.key_heads) + 4 * g.heads
+    attention = size * g.head_dim * (2 * g.heads + 2 * _count_key_heads(g, run)) + 4 * g.heads
     mlp = (3 if run.liger else 4) * size * g.intermediate
     return 2 * norm + attention + mlp + (4 + size) * g.adapted_width
+
+
+def _count_key_heads(geometry: Geometry, run: Settings) -> int:
+    """Return the key heads of all ranks that share a sequence: each has at least one."""
+    return max(geometry.key_heads, run.sequence_parallel)
 
 
 def _count_vision_bytes(geometry: Geometry, run: Settings) -> float:
@@ -211,33 +227,41 @@ def _count_vision_bytes(geometry: Geometry, run: Settings) -> float:
 
 def estimate_activations(geometry: Geometry, run: Settings, batch: Batch) -> dict[str, float]:
     """Return the bytes of activations kept between forward and backward, and of the largest temporary ones."""
-    g, size = geometry, run.size
-    layer = batch.tokens * count_saved_bytes(g, run)
+    g, size, ranks = geometry, run.size, run.sequence_parallel
+    own = -(-batch.tokens // ranks)  # tokens of this rank
+    layer = own * count_saved_bytes(g, run)
     if run.eager:
-        layer += batch.tokens * batch.longest * g.heads * (4 + 2 * size)
-    ends = batch.tokens * (4 + 4 * size) * g.hidden  # embeddings and the last norm
-    inputs = g.layers * batch.tokens * size * g.hidden
+        layer += batch.tokens * batch.longest * g.heads / ranks * (4 + 2 * size)
+    ends = (batch.tokens * size + own * (4 + 3 * size)) * g.hidden  # embeddings and the last norm
+    inputs = g.layers * own * size * g.hidden
     kept = inputs if run.checkpointing else g.layers * layer
     if run.activation_offload:
         kept = 2 * kept / g.layers
-    backward = batch.tokens * size * (3 * g.intermediate + 6 * g.hidden) + (layer if run.checkpointing else 0)
+    exchanged = (g.heads + 2 * _count_key_heads(g, run)) * g.head_dim if ranks > 1 else 0
+    backward = own * size * (3 * max(g.intermediate, exchanged) + 6 * g.hidden) + (layer if run.checkpointing else 0)
+    scatter = batch.tokens * g.hidden * (4 * size + 9) - (ends + kept)
 
     patches = g.patches_per_token * batch.tokens
     pixels = 4 * patches * g.patch_values
     narrowed = patches * g.patch_values * size if size < 4 else 0
+    patches /= ranks if run.frames_apart else 1
     block = patches * _count_vision_bytes(g, run)
     passing = patches * max(30 * g.vision_hidden, size * (2 * g.vision_hidden + 4 * g.vision_intermediate))
     passing += narrowed
+    if run.merger_trained:
+        kept += patches * (4 + 4 * size) * g.vision_hidden
     if run.vision_trained:
         kept += narrowed
         kept += patches * size * g.vision_hidden * g.vision_depth if run.checkpointing else g.vision_depth * block
         passing += block if run.checkpointing else 0
-    logits = min(BLOCK_LOGITS, batch.tokens * g.vocabulary) * (2 * size + 12)
+    logits = min(BLOCK_LOGITS, own * g.vocabulary) * (2 * size + 12)
     # The tower is done before the decoder begins, and the loss before the decoder goes back.
     items = {
         "pixels": pixels,
         "activations kept for backward": ends + kept,
-        "activations of the moment": max(backward, logits, passing - (0 if run.vision_trained else ends + kept)),
+        "activations of the moment": max(
+            backward, logits, scatter, passing - (0 if run.vision_trained else ends + kept)
+        ),
     }
     if g.largest_matrix:
         items["a weight without quantisation"] = 2 * g.largest_matrix
@@ -246,9 +270,11 @@ def estimate_activations(geometry: Geometry, run: Settings, batch: Batch) -> dic
 
 def estimate_attention_loss(geometry: Geometry, run: Settings, batch: Batch) -> float:
     """Return the bytes of the noun maps and the mask loss."""
-    row = run.size * geometry.heads * geometry.head_dim + 4 * geometry.heads
-    maps = run.supervised_layers * batch.rows * (8 * batch.keys + row)
-    query = 0 if run.fused else batch.tokens * run.size * geometry.heads * geometry.head_dim
+    ranks = run.sequence_parallel
+    row = (run.size * geometry.heads * geometry.head_dim + 4 * geometry.heads) / ranks
+    copies = 2 if ranks > 1 else 1  # stacked, to be added up
+    maps = run.supervised_layers * batch.rows * (8 * copies * batch.keys + row)
+    query = 0 if run.fused else batch.tokens * run.size * geometry.heads * geometry.head_dim / ranks
     return maps + 8 * batch.rows * batch.keys + batch.mask_pixels / 8 + (query if run.supervised_layers else 0)
 
 
@@ -300,12 +326,18 @@ OTHER_REMEDIES = (
 def suggest_changes(parts: list[Part], geometry: Geometry, run: Settings, batch: Batch, memory: float) -> list[str]:
     """Return the changes, in order, with which a step fits into `memory` bytes.
 
-    Each is the first one that suffices by itself, else the one that saves most. If all of `REMEDIES` do not suffice,
-    `OTHER_REMEDIES` follow.
+    Each is the first one that suffices by itself, else the one that saves most. Among them are `REMEDIES` and, last,
+    the numbers of ranks that can share a sequence. If all do not suffice, `OTHER_REMEDIES` follow.
     """
     changes: list[str] = []
+    sharing = [
+        (f"training.sequence_parallel={ranks}", {"sequence_parallel": ranks})
+        for ranks in geometry.group_sizes
+        if run.gpus % ranks == 0
+    ]
+    remedies = (*REMEDIES, *sharing)
     while estimate(parts, geometry, run, batch).total > memory:
-        choices = [(name, dataclasses.replace(run, **values)) for name, values in REMEDIES if _adds(run, values)]
+        choices = [(name, dataclasses.replace(run, **values)) for name, values in remedies if _adds(run, values)]
         sizes = [estimate(parts, geometry, choice, batch).total for _, choice in choices]
         enough = next((i for i, size in enumerate(sizes) if size <= memory), None)
         now = estimate(parts, geometry, run, batch).total

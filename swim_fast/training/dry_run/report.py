@@ -72,12 +72,14 @@ def dry_run(config: RunConfig, gpus: int | None = None, gpu_memory: float = 80.0
         raise ConfigError("data.train is empty: name at least one file, e.g. data.train: [{path: train.jsonl}]")
     arguments = _build_arguments(config)
     model, processor = _build_meta_model(config)
+    sharing = config.sequence_parallel
+    _check_sharing(model, sharing, gpus)
     parts, geometry = _count_parts(model, config), _measure_geometry(model, config)
     settings = _collect_settings(config, arguments, model, gpus)
     memory = _measure_host_memory() if config.training.get("use_cpu") else gpu_memory
 
     dataset, lengths = measure_lengths(config, processor, limit)
-    schedule = plan_schedule(config, arguments, dataset, lengths, gpus)
+    schedule = plan_schedule(config, arguments, dataset, lengths, gpus // sharing)
     tokens = {"median": int(np.median(schedule.batches)), "longest": int(schedule.batches.max())}
     sample_limit = config.sampling.max_tokens
     if config.data.max_tokens_per_batch is not None:
@@ -95,6 +97,33 @@ def dry_run(config: RunConfig, gpus: int | None = None, gpu_memory: float = 80.0
         *format_memory(batches, estimates, changes, memory, name_devices(config, gpus)),
     ]
     return Report("\n".join(lines), estimates, not changes, changes)
+
+
+def _check_sharing(model, ranks: int, gpus: int) -> None:
+    """Refuse ranks that cannot share a sample of this model, or that do not divide the GPUs."""
+    if ranks == 1:
+        return
+    from swim_fast.modeling.sequence_parallel import check_group_size
+
+    check_group_size(model.config, ranks)
+    if gpus % ranks:
+        raise ConfigError(
+            f"training.sequence_parallel is {ranks}, and {gpus} GPU{'s' * (gpus > 1)} cannot be divided into groups of "
+            f"{ranks}: dry-run with a multiple of {ranks} (--gpus {-(-gpus // ranks) * ranks}), or change it"
+        )
+
+
+def _find_group_sizes(model) -> tuple[int, ...]:
+    """Return the numbers of ranks that can share a sequence of this model."""
+    from swim_fast.errors import OptionError
+    from swim_fast.modeling.sequence_parallel import check_group_size, find_group_sizes
+
+    text = model.config.get_text_config()
+    sizes = find_group_sizes(text.num_attention_heads, text.num_key_value_heads)
+    try:
+        return tuple(sizes) if sizes and check_group_size(text, sizes[0]) is None else ()
+    except OptionError:  # a kind of layers
+        return ()
 
 
 def _build_arguments(config: RunConfig):
@@ -187,11 +216,13 @@ def _measure_geometry(model, config: RunConfig) -> Geometry:
         largest_module=max(own),
         largest_matrix=max((p.numel() for p in _get_quantized_bits(model, config)), default=0),
         adapted_width=sum(adapted),
+        group_sizes=_find_group_sizes(model),
     )
 
 
 def _collect_settings(config: RunConfig, arguments, model, gpus: int) -> Settings:
     from swim_fast.families import get_family
+    from swim_fast.modeling.freezing import get_part_parameters
     from swim_fast.modeling.noun_attention import get_attached_layers
 
     deepspeed = config.deepspeed()
@@ -199,7 +230,8 @@ def _collect_settings(config: RunConfig, arguments, model, gpus: int) -> Setting
     offloaded = {key: zero.get(f"offload_{key}", {}).get("device", "none") != "none" for key in ("optimizer", "param")}
     bf16 = (deepspeed or {}).get("bf16", {}).get("enabled", "auto")
     narrow = arguments.bf16 or arguments.fp16
-    visual = model.get_submodule(get_family(model).visual)
+    by_part = get_part_parameters(model)
+    trained = {name: any(p.requires_grad for p in parameters) for name, parameters in by_part.items()}
     limits = {"max_live_parameters": "stage3_max_live_parameters", "sub_group": "sub_group_size"}
     return Settings(
         gpus=gpus,
@@ -216,9 +248,12 @@ def _collect_settings(config: RunConfig, arguments, model, gpus: int) -> Setting
         activation_offload=config.model.activation_offload,
         liger=config.model.liger,
         eager=config.model.attention == "eager",
-        vision_trained=any(p.requires_grad for p in visual.parameters()),
+        vision_trained=trained["vision_tower"],
+        merger_trained=trained["merger"],
         supervised_layers=len(get_attached_layers(model)),
         fused=bool(config.attention_loss and config.attention_loss.fused),
+        sequence_parallel=config.sequence_parallel,
+        frames_apart=get_family(model).frames_apart,
         **{key: int(zero[name]) for key, name in limits.items() if isinstance(zero.get(name), (int, float))},
     )
 
@@ -230,7 +265,7 @@ def _build_batch(
     usable = np.concatenate([source.usable for source in lengths])
     packed = config.data.max_tokens_per_batch is not None
     samples = math.ceil(tokens / np.median(usable)) if packed else arguments.per_device_train_batch_size
-    longest = int(min(usable.max(), tokens))
+    longest = int(min(usable.max(), tokens)) if packed else tokens // samples
     return Batch(
         tokens=tokens,
         longest=longest,

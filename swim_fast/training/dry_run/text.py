@@ -56,6 +56,7 @@ def format_model(config: RunConfig, parts: Sequence[Part], estimated: Estimate, 
     rows.append(("together", f"{trained:,}", f"{frozen:,}", *map(_gib, sizes)))
     engine = "no DeepSpeed" if run.stage is None else f"DeepSpeed ZeRO-{run.stage}"
     engine = "FSDP2" if run.fsdp else engine
+    engine += f", samples shared by {run.sequence_parallel}" if run.sequence_parallel > 1 else ""
     offloaded = [name for name in ("optimizer", "parameters") if getattr(run, f"offload_{name}")]
     engine += f", {' and '.join(offloaded)} on the host" if offloaded else ""
     count = f"{(trained + frozen) / 1e9:.2f} B" if trained + frozen >= 1e8 else f"{(trained + frozen) / 1e6:.2f} M"
@@ -82,13 +83,14 @@ def format_schedule(
 ) -> list[str]:
     accumulation, packed = arguments.gradient_accumulation_steps, config.data.max_tokens_per_batch
     each = f"pack of up to {packed:,} tokens" if packed else f"{arguments.per_device_train_batch_size} sample(s)"
-    on_cpu = config.training.get("use_cpu")
+    on_cpu, sharing = config.training.get("use_cpu"), config.sequence_parallel
     devices, one = ("1 CPU", "a") if on_cpu else (f"{gpus} GPU(s)", "a GPU's")
     about = any(len(source.measured) < source.records for source in lengths)
+    shared = f" / {sharing} that share each" if sharing > 1 else ""
     rows = [
         ("schedule", ""),
         ("samples per epoch", f"{schedule.samples:,}"),
-        ("global batch", f"{schedule.samples_per_step:.0f} samples = {each} × {accumulation} × {devices}"),
+        ("global batch", f"{schedule.samples_per_step:.0f} samples = {each} × {accumulation} × {devices}{shared}"),
         ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
         ("steps in all", f"{schedule.steps:,}"),
         (f"tokens of {one} batch, median", f"{int(np.median(schedule.batches)):,}"),

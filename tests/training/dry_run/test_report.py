@@ -10,6 +10,7 @@ import yaml
 
 from swim_fast.cli import main
 from swim_fast.config import ConfigError, load_config
+from swim_fast.errors import UserError
 from swim_fast.options import Source
 from swim_fast.training.dry_run.report import dry_run
 from swim_fast.training.dry_run.text import draw_histogram, format_table
@@ -59,6 +60,25 @@ def test_fsdp_divides_the_model(write_config, without_weights):
     path = write_config(model={"path": str(without_weights)}, training={"fsdp": True})
     text = str(report_of(path, gpus=2))
     assert "FSDP2" in text and cells(text, "gathered parameters")
+
+
+def test_ranks_that_share_samples(write_config, without_weights):
+    """Eight samples, two a batch, among two groups of two GPUs."""
+    path = write_config(model={"path": str(without_weights)})
+    report = report_of(path, "training.sequence_parallel=2", gpus=4)
+    text = str(report)
+    assert "samples shared by 2" in text
+    assert cells(text, "global batch") == "4 samples = 2 sample(s) × 1 × 4 GPU(s) / 2 that share each".split()
+    assert cells(text, "steps per epoch") == ["2"]
+    whole, kept = report_of(path, gpus=4), "activations kept for backward"
+    assert report.estimates["longest"].items[kept] < whole.estimates["longest"].items[kept]
+
+
+@pytest.mark.parametrize("ranks, gpus, message", [(2, 3, "--gpus 4"), (3, 3, "take one of 2, 4")])
+def test_ranks_that_cannot_share(write_config, without_weights, ranks, gpus, message):
+    path = write_config(model={"path": str(without_weights)})
+    with pytest.raises(UserError, match=message):
+        report_of(path, f"training.sequence_parallel={ranks}", gpus=gpus)
 
 
 def test_run_on_the_cpu_has_the_memory_of_the_host(write_config, without_weights):
