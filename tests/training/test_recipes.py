@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_folder(tmp_path_factory):
-    return real_geometry.write_folder(tmp_path_factory.mktemp("three billion"), TEXTS * 3, small=True)
+    return real_geometry.write_folder(tmp_path_factory.mktemp("three billion"), TEXTS * 3, "Qwen2.5-VL-3B")
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +90,21 @@ def test_number_of_parameters_of_the_parts(folder, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, override",
+    "name, changes",
     [
-        ("long_video", "training.gradient_checkpointing=false"),
-        ("qwen2_5_vl_7b_8xh100", "training.deepspeed=null"),
-        ("qwen2_5_vl_7b_8xa100", "training.gradient_checkpointing=false"),
-        ("long_video_sp4_8xh100", "training.sequence_parallel=1"),
-        ("million_tokens_16xh100", "training.sequence_parallel=8"),
-        with_marks("lora_24gb", "model.lora={rank: 16}"),
+        ("long_video", ["training.gradient_checkpointing=false"]),
+        ("qwen2_5_vl_7b_8xh100", ["training.deepspeed=null"]),
+        ("qwen2_5_vl_7b_8xa100", ["training.gradient_checkpointing=false", "model.activation_offload=false"]),
+        ("long_video_sp4_8xh100", ["training.sequence_parallel=1"]),
+        ("million_tokens_16xh100", ["training.sequence_parallel=8"]),
+        with_marks("lora_24gb", ["model.lora={rank: 16}"]),
     ],
 )
-def test_recipe_without_what_it_states_does_not_fit(name, override, folder, small_folder, data, monkeypatch, tmp_path):
+def test_recipe_without_what_it_states_does_not_fit(name, changes, folder, small_folder, data, monkeypatch, tmp_path):
     folder = small_folder if name in SMALL else folder
     monkeypatch.chdir(CONFIGS.parent)
     monkeypatch.setenv("SWIM_FAST_CACHE", str(tmp_path))
-    overrides = [f"model.path={folder}", f"data.train=[{{path: {data}}}]", "data.reader=decord", override]
+    overrides = [f"model.path={folder}", f"data.train=[{{path: {data}}}]", "data.reader=decord", *changes]
     gpus, memory = GPUS[name]
     report = dry_run(load_config(CONFIGS / f"{name}.yaml", overrides), gpus=gpus, gpu_memory=memory)
     assert report.estimates["limit"].total > memory * 2**30, str(report)
@@ -137,6 +137,6 @@ def test_recipe_states_only_what_differs_from_the_defaults(name):
     for section, kind in sections.items():
         fields = kind.model_fields.values() if section != "training" else dataclasses.fields(kind)
         names = kind.model_fields if section != "training" else (field.name for field in fields)
-        defaults = {name: field.default for name, field in zip(names, fields, strict=True)}
+        defaults = {name: field.default for name, field in zip(names, fields, strict=True)} | {"sequence_parallel": 1}
         for key, value in tree.get(section, {}).items():
             assert value != defaults[key], f"{section}.{key}"

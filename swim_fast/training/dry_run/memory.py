@@ -23,11 +23,12 @@ Assumptions, with Ψ trainable parameters and N GPUs:
   on the host, and up to two layers are in transit. In a layer's backward there are gradients of the MLP's tensors and
   of a few of the layer's width. (Korthikanti et al., arXiv 2205.05198, count the same way.) The vision tower runs
   first: trained, its blocks save likewise; frozen, one block's intermediates are freed before the decoder. A
-  trained merger keeps its norm and its two layers' inputs. Adapters
-  keep an fp32 copy of their layer's input, and the tensor they work on.
-- **Sequence parallelism.** A rank keeps a P-th of the tokens in the decoder, but pixels, embeddings and noun maps whole:
-  its part of the embeddings is a view. Key heads are repeated to P where there are fewer. An exchange has what is sent,
-  what comes and its order by heads at once. A rank encodes a P-th of the temporal patches where these are apart.
+  trained merger keeps its norm and its two layers' inputs. Adapters keep an fp32 copy of their layer's input, and the
+  tensor they work on.
+- **Sequence parallelism.** A rank keeps a P-th of the tokens in the decoder, but pixels, embeddings and noun maps
+  whole: its part of the embeddings is a view. Key heads are repeated to P where there are fewer. An exchange has what
+  is sent, what comes and its order by heads at once. A rank encodes a P-th of the temporal patches where the tower
+  keeps them apart.
 - **Scatter of the features.** Before the decoder: embeddings, features twice, and the result; `masked_scatter` on CUDA
   makes a mask (1 byte) and its running count (8) for every value of the embeddings.
 - **Text loss.** A block of logits in the weights' type, in fp32 and their softmax; backward needs as much again.
