@@ -16,25 +16,37 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class _WithConfig:
-    """An attention module with another configuration, in which flash attention reads its name."""
+    """An attention module with another configuration, in which flash attention reads its name.
 
-    def __init__(self, module: nn.Module, config: Any):
+    Attributes:
+        num_key_value_groups: query heads of each key head, where there are others than the module's.
+    """
+
+    def __init__(self, module: nn.Module, config: Any, key_groups: int | None = None):
         self.module = module
         self.config = config
+        if key_groups is not None:
+            self.num_key_value_groups = key_groups
 
     def __getattr__(self, name):
         return getattr(self.module, name)
 
 
-def get_attention(module: nn.Module, config: Any) -> Callable:
-    """Return the attention function that a configuration names, for a module whose own may name another."""
-    module = getattr(module, "module", module) if isinstance(module, _WithConfig) else module
+def get_attention(module: nn.Module, config: Any, key_groups: int | None = None) -> Callable:
+    """Return the attention function that a configuration names, for a module whose own may name another.
+
+    Args:
+        key_groups: query heads of each key head; None: as many as the module has, or was given before.
+    """
+    if isinstance(module, _WithConfig):
+        key_groups = vars(module).get("num_key_value_groups") if key_groups is None else key_groups
+        module = module.module
     name = config._attn_implementation
     if name == "eager":  # a function of the module's own modeling file
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[name]
-    return functools.partial(function, _WithConfig(module, config))
+    return functools.partial(function, _WithConfig(module, config, key_groups))
 
 
 def name_attention(config: Any, name: str) -> Any:

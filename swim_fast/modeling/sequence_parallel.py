@@ -235,7 +235,7 @@ def shared_attention_forward(module, query, key, value, attention_mask, whole: _
     """
     state = module._shared_sequence
     query, key, value = _to_heads(state.group, query, key, value, whole.length)
-    attention = get_attention(module, state.config)
+    attention = get_attention(module, state.config, query.shape[1] // key.shape[1])
     kwargs["position_ids"] = whole.positions
     output, answer = attention(query, key, value, whole.mask, **kwargs)
     return _to_parts(state.group, output), answer
