@@ -121,9 +121,11 @@ def _find_group_sizes(model) -> tuple[int, ...]:
     text = model.config.get_text_config()
     sizes = find_group_sizes(text.num_attention_heads, text.num_key_value_heads)
     try:
-        return tuple(sizes) if sizes and check_group_size(text, sizes[0]) is None else ()
+        for size in sizes:
+            check_group_size(text, size)
     except OptionError:  # a kind of layers
         return ()
+    return tuple(sizes)
 
 
 def _build_arguments(config: RunConfig):
