@@ -25,4 +25,4 @@ def test_ranks_of_one_sample_are_one_rank(tmp_path, ranks, names):
     assert {case.split(" sdpa")[0].split(" eager")[0] for case in errors} == set(names)
     for case, (text, maps, grads) in errors.items():
         small = 1e-5 if case.startswith(MOE) else 1e-8
-        assert max(text, maps) <= small / 100 and grads <= small, case
+        assert max(text, maps) <= small / 10 and grads <= small, case
