@@ -114,6 +114,27 @@ def test_an_op_is_entered_by_its_package():
     assert sorted(wrong) == []
 
 
+# What exists once -> the modules that hold it.
+ONCE = {
+    "swim_fast.modeling.liger.apply_liger": "modeling.prepare",
+    "swim_fast.modeling.adapters.add_adapters": "modeling.prepare",
+    "swim_fast.modeling.freezing.freeze": "modeling.prepare",
+    "swim_fast.modeling.text_loss.attach_text_loss": "modeling.prepare",
+    "swim_fast.modeling.packed.accept_packed_batches": "modeling.prepare",
+    "swim_fast.modeling.offload.offload_activations": "modeling.prepare",
+    "swim_fast.modeling.sequence_parallel.share_sequences": "modeling.prepare",
+    # a run, the geometry of one, a checkpoint to ask, and the base that adapters are merged into
+    "transformers.AutoModelForImageTextToText": "training.run training.dry_run.report inference.loading"
+    " modeling.adapters",
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_model_is_loaded_and_changed_in_one_place(name):
+    holders = [f"swim_fast.{word}" for word in ONCE[name].split()]
+    assert sorted(module for module, used in imported("swim_fast") if used == name) == sorted(holders)
+
+
 def test_no_circle():
     """No module imports itself by way of others, not even in a function."""
     edges = {}
