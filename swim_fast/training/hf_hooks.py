@@ -166,8 +166,7 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
 
     def _deal_batches(self) -> BatchSamplerShard:
         """Return the batches of this rank's group, as accelerate deals them to ranks that share nothing."""
-        sampler, args = self._get_train_sampler(), self.args
-        batches = BatchSampler(sampler, args.per_device_train_batch_size, args.dataloader_drop_last)
+        batches = BatchSampler(self._get_train_sampler(), self._train_batch_size, self.args.dataloader_drop_last)
         return BatchSamplerShard(batches, *self._share)
 
     def _build_train_loader(self, batches, collate: Collator) -> DataLoader:

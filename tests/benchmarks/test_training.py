@@ -51,8 +51,8 @@ def test_a_step_without_the_attention_loss_is_one_of_a_stock_model(folder, monke
 
     seen, compute = [], module.compute_losses
 
-    def watched(model, batch, loss):
-        losses = compute(model, batch, loss)
+    def watched(model, batch, loss, group):
+        losses = compute(model, batch, loss, group)
         seen.append((loss is not None, losses.outputs.attentions is not None))
         return losses
 

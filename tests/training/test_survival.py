@@ -102,6 +102,8 @@ def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, 
         "batch": 1,
         "accumulation": 1,
         "zero_stage": None,
+        "fsdp": False,
+        "sequence_parallel": 1,
     }
 
     # one rank with as many samples per step goes on too; with fewer it is told what to set
