@@ -149,18 +149,22 @@ class RunConfig(Options):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
     def deepspeed(self) -> dict[str, Any] | None:
-        """Return the options that `training.deepspeed` holds or that the file it names holds; None without.
+        """Return the options of DeepSpeed, see `read_options`."""
+        return self.read_options("deepspeed")
+
+    def read_options(self, key: str) -> dict[str, Any] | None:
+        """Return the options that a key of `training` holds or that the JSON file it names holds; None without.
 
         Raises:
             ConfigError: the file cannot be read.
         """
-        options = self.training.get("deepspeed")
+        options = self.training.get(key)
         if not options or isinstance(options, dict):
             return options or None
         try:
             return json.loads(find_recipe(options).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"training.deepspeed is {options!r}, which cannot be read: {error}") from error
+            raise ConfigError(f"training.{key} is {options!r}, which cannot be read: {error}") from error
 
     @field_validator("training")
     @classmethod

@@ -49,10 +49,14 @@ class SequenceGroup:
     def __deepcopy__(self, memo):
         return self
 
+    def count_part(self, length: int) -> int:
+        """Return the tokens of a rank's part of so many, the last part filled up."""
+        return -(-length // self.ranks)
+
     def get_part(self, tensor: Tensor, dim: int) -> Tensor:
         """Return this rank's part of a tensor, filled up with zeros to a multiple of P along `dim`."""
         dim %= tensor.ndim
-        length = -(-tensor.shape[dim] // self.ranks)
+        length = self.count_part(tensor.shape[dim])
         missing = length * self.ranks - tensor.shape[dim]
         if missing:
             tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing))

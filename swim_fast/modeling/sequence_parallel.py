@@ -61,6 +61,21 @@ def find_group_sizes(heads: int, key_heads: int) -> list[int]:
     return [p for p in range(2, heads + 1) if heads % p == 0 and (key_heads % p == 0 or p % key_heads == 0)]
 
 
+def get_group_sizes(config: Any) -> list[int]:
+    """Return the numbers of ranks, 2 and more, that can share a sequence of a model, or decoder, of a configuration."""
+    text = config.get_text_config()
+    return [] if _find_other_layers(text) else find_group_sizes(*_count_heads(text))
+
+
+def _find_other_layers(text: Any) -> set[str]:
+    return set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+
+
+def _count_heads(text: Any) -> tuple[int, int]:
+    """Return the query and key heads of a decoder's attention."""
+    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
 def check_group_size(config: Any, ranks: int) -> None:
     """Refuse a number of ranks that cannot share a sequence.
 
@@ -72,15 +87,14 @@ def check_group_size(config: Any, ranks: int) -> None:
         OptionError: naming the numbers that can.
     """
     text = config.get_text_config()
-    types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    types = _find_other_layers(text)
     if types:
         raise OptionError(
             f"training.sequence_parallel is {ranks}, and {text.model_type} has layers of {', '.join(sorted(types))}, "
             "which cannot be shared by heads; remove it"
         )
-    heads = text.num_attention_heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    sizes = find_group_sizes(heads, key_heads)
+    heads, key_heads = _count_heads(text)
+    sizes = get_group_sizes(config)
     if ranks not in sizes:
         known = f"take one of {', '.join(map(str, sizes))}" if sizes else "remove it"
         raise OptionError(
@@ -157,7 +171,7 @@ def select_own_labels(
     Returns:
         The rank's targets, and their positions counted through its part [B, l].
     """
-    length = -(-shape[1] // group.ranks)
+    length = group.count_part(shape[1])
     token = positions % shape[1]
     own = (token // length == group.rank).nonzero().squeeze(1)
     return targets[own], (positions // shape[1])[own] * length + token[own] % length

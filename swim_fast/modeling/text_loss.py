@@ -99,7 +99,7 @@ def _loss_at_head(model: nn.Module, keywords: dict) -> Iterator[None]:
     shape = labels.shape
     if group is not None:
         targets, positions = select_own_labels(group, targets, positions, shape)
-        shape = (shape[0], -(-shape[1] // group.ranks))
+        shape = (shape[0], group.count_part(shape[1]))
     head.forward = lambda hidden: _sum_at_head(
         model, head, None if is_linear else forward, hidden, targets, positions, shape
     )

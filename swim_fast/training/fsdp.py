@@ -4,7 +4,6 @@ Checkpoints hold whole files: the weights as `from_pretrained` reads them and th
 parameters, so that any number of ranks can go on from them.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import nn
 
 from swim_fast.config import ConfigError, RunConfig
 from swim_fast.families import get_family
-from swim_fast.recipes import find_recipe
 
 # Options of `training.fsdp_config`: the values that work, and what is said of any other.
 _WORKING: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -47,13 +45,8 @@ def build_fsdp_config(config: RunConfig) -> dict[str, Any]:
         ConfigError: an option that does not work here, or with which FSDP does not go together; a file that cannot be
             read.
     """
-    options = config.training.get("fsdp_config") or {}
-    if isinstance(options, str):
-        try:
-            options = json.loads(find_recipe(options).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"training.fsdp_config is {options!r}, which cannot be read: {error}") from error
-    options = {"version": 2} | {key.removeprefix("fsdp_"): value for key, value in options.items()}
+    given = config.read_options("fsdp_config") or {}
+    options = {"version": 2} | {key.removeprefix("fsdp_"): value for key, value in given.items()}
     for key, (working, why) in _WORKING.items():
         if key in options and options[key] not in working:
             raise ConfigError(f"training.fsdp_config.{key} is {options[key]!r}: {why}")

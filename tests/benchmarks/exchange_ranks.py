@@ -3,7 +3,6 @@
 torchrun --nproc-per-node P -m tests.benchmarks.exchange_ranks bytes.json
 """
 
-import json
 import sys
 from collections import Counter
 
@@ -20,6 +19,7 @@ from swim_fast.modeling.sequence_group import SequenceGroup
 from swim_fast.training.dry_run.memory import Geometry
 from tests.families.test_models import sample_of
 from tests.families.tiny import tiny
+from tests.helpers.ranks import write_and_end
 
 KINDS = {
     "all_to_all_single": "all_to_all",
@@ -78,11 +78,7 @@ def main(output):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     found = [measure(checkpointing) for checkpointing in (False, True)]
-    if dist.get_rank() == 0:
-        with open(output, "w") as file:
-            json.dump(found, file)
-    dist.barrier()
-    dist.destroy_process_group()
+    write_and_end(output, found)
 
 
 if __name__ == "__main__":

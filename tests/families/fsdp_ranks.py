@@ -4,7 +4,6 @@ torchrun --nproc-per-node 2 tests/families/fsdp_ranks.py differences.json
 """
 
 import importlib.util
-import json
 import os
 import sys
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from swim_fast.training.fsdp import choose_layers
 from tests.families.test_models import batch_of, losses_of, sample_of, text_sample
 from tests.families.tiny import MAKERS, NEEDS, tiny
 from tests.helpers import fsdp_on_cpu
+from tests.helpers.ranks import write_and_end
 
 
 def loss_of(model, batch):
@@ -55,11 +55,7 @@ def main(path: str) -> None:
     for name in MAKERS:
         if importlib.util.find_spec(NEEDS.get(name, "torch")):
             found[name] = compare(name, rank)
-    if rank == 0:
-        with open(path, "w") as file:
-            json.dump(found, file)
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads, ended in no order, at times abort a process that has done its work
+    write_and_end(path, found)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ torchrun --nproc-per-node P -m tests.families.sequence_ranks errors.json FAMILY 
 
 import copy
 import itertools
-import json
 import sys
 
 import torch
@@ -18,6 +17,7 @@ from swim_fast.modeling.prepare import prepare_model
 from swim_fast.modeling.sequence_group import SequenceGroup
 from tests.families.test_models import sample_of, text_sample
 from tests.families.tiny import tiny
+from tests.helpers.ranks import write_and_end
 
 MOE = ("Qwen3-VL MoE", "GLM-4.5V", "Qwen3-Omni")  # torch multiplies by experts in fp32 at most
 
@@ -88,11 +88,7 @@ def main(output, *names):
             errors[" ".join(map(str, (name, *case)))] = compare(name, dist.get_world_size(), *case)
     group = SequenceGroup.of_world(dist.get_world_size())
     assert group.is_same(2**62 - 1, "cpu") and not group.is_same(group.rank, "cpu")
-    if dist.get_rank() == 0:
-        with open(output, "w") as file:
-            json.dump(errors, file)
-    dist.barrier()
-    dist.destroy_process_group()
+    write_and_end(output, errors)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 torchrun --nproc-per-node 2 tests/training/text_loss_ranks.py losses.json
 """
 
-import json
-import os
 import sys
 
 import torch
 from torch import nn
+
+from tests.helpers.ranks import write_and_end
 
 STEPS, RATE = 3, 0.05
 LABELS = [(4, 9, 0, 0), (2, 13, 5, 1)]  # how many each of the four sequences ends with, in even and odd steps
@@ -117,11 +117,7 @@ def main(path):
     deepspeed.init_distributed("gloo")
     rank = torch.distributed.get_rank()
     found = {f"{how} {head}": losses_of_this_rank(head, rank, how) for how in ("ddp", "zero3") for head in HEADS}
-    if rank == 0:
-        with open(path, "w") as file:
-            json.dump(found, file)
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads, ended in no order, at times abort a process that has done its work
+    write_and_end(path, found)
 
 
 if __name__ == "__main__":

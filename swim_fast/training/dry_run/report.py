@@ -113,21 +113,6 @@ def _check_sharing(model, ranks: int, gpus: int) -> None:
         )
 
 
-def _find_group_sizes(model) -> tuple[int, ...]:
-    """Return the numbers of ranks that can share a sequence of this model."""
-    from swim_fast.errors import OptionError
-    from swim_fast.modeling.sequence_parallel import check_group_size, find_group_sizes
-
-    text = model.config.get_text_config()
-    sizes = find_group_sizes(text.num_attention_heads, text.num_key_value_heads)
-    try:
-        for size in sizes:
-            check_group_size(text, size)
-    except OptionError:  # a kind of layers
-        return ()
-    return tuple(sizes)
-
-
 def _build_arguments(config: RunConfig):
     """Return the run's `TrainingArguments` on a machine without its GPUs, its other ranks and DeepSpeed."""
     training = {key: value for key, value in config.training.items() if key != "deepspeed"}
@@ -209,6 +194,7 @@ def _count_parts(model, config: RunConfig) -> list[Part]:
 
 def _measure_geometry(model, config: RunConfig) -> Geometry:
     from swim_fast.families import get_family
+    from swim_fast.modeling.sequence_parallel import get_group_sizes
 
     layers = model.get_submodule(get_family(model).language_model).layers
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
@@ -218,7 +204,7 @@ def _measure_geometry(model, config: RunConfig) -> Geometry:
         largest_module=max(own),
         largest_matrix=max((p.numel() for p in _get_quantized_bits(model, config)), default=0),
         adapted_width=sum(adapted),
-        group_sizes=_find_group_sizes(model),
+        group_sizes=tuple(get_group_sizes(model.config)),
     )
 
 
