@@ -54,6 +54,17 @@ class FakeOpenAI:
         self.chats = defaultdict(list)
         self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
+        self._held_from: int | None = None
+        self._released = threading.Event()
+
+    def hold_from(self, count: int) -> None:
+        """Let requests wait for `release` once there have been so many, all records together."""
+        self._released.clear()
+        self._held_from = count
+
+    def release(self) -> None:
+        self._held_from = None
+        self._released.set()
 
     def handle(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
@@ -68,7 +79,10 @@ class FakeOpenAI:
             self.most_at_once = max(self.most_at_once, self._at_once)
             if behaviour == "limit":
                 self.limited.append(time.monotonic())
+            held = self._held_from is not None and sum(self.requests.values()) >= self._held_from
         try:
+            if held:
+                self._released.wait()
             time.sleep(self.delay)
             self._answer(handler, behaviour, text, number)
         finally:

@@ -41,15 +41,17 @@ def test_a_killed_build_resumes_where_it_was(tmp_path):
     source, out, journal = (tmp_path / name for name in ("raw.jsonl", "out.jsonl", "out.jsonl.journal.jsonl"))
     source.write_text("".join(json.dumps(raw_record(n)) + "\n" for n in range(COUNT)))
     rng = random.Random(11)
-    # so slow that a busy machine interrupts it too
+    # so slow that it is not over before Ctrl-C is heard
     server = FakeOpenAI({n: ["prose"] for n in range(0, COUNT, 7)}, delay=0.05)
     interruptions = [signal.SIGKILL, signal.SIGKILL, signal.SIGINT]
     with serving(server) as url:
         for number, how in enumerate(interruptions):
-            before = sum(server.requests.values())
+            reached = sum(server.requests.values()) + rng.randrange(8, 20)
+            server.hold_from(reached)  # so that it is not over before the signal comes, however busy the machine
             process = start(source, out, url)
-            wait_for(lambda before=before: sum(server.requests.values()) >= before + rng.randrange(8, 20))
+            wait_for(lambda reached=reached: sum(server.requests.values()) >= reached)
             process.send_signal(how)
+            server.release()
             printed, _ = process.communicate(timeout=30)
             assert not out.exists()
             if how == signal.SIGINT:
