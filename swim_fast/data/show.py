@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from swim_fast.data.sample.builder import Sample, SampleBuilder
-from swim_fast.data.sample.encoding import SECONDS
 from swim_fast.data.sample.media import read_mask
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import Record, RecordFile
@@ -90,8 +89,8 @@ def _add_media(
     size = f"{info.width} × {info.height} pixels"
     if video:
         spacing = f"in {num_patches} temporal patches"
-        for name in SECONDS & sample.inputs.keys():
-            spacing += f", {float(sample.inputs[name][0]):.3g} s apart"
+        if builder.encode.layout.seconds is not None:
+            spacing += f", {float(sample.inputs[builder.encode.layout.seconds][0]):.3g} s apart"
         size += f", {info.num_frames} frames at {info.fps:g} per second"
         view.facts.insert(0, ("frames taken", f"{len(sample.frames)}", spacing))
     view.facts.insert(0, (record.kind, record.media.name, size))

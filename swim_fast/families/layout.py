@@ -66,6 +66,7 @@ class VisualLayout:
     Attributes:
         kinds: media that the family takes.
         frames_per_patch: frames of a video that share their tokens.
+        seconds: argument of the model's forward that tells the time between temporal patches; None: it has none.
         token_types: argument of the model's forward that tells visual tokens from text; None: it has none.
         padded: inputs [n, tiles, …] that are filled up with zeros where the samples of a batch have fewer tiles.
         flattened: inputs [n, pictures, …] of which the model takes all pictures alike: those of a batch become one row.
@@ -73,6 +74,7 @@ class VisualLayout:
 
     kinds: tuple[str, ...] = ("image", "video")
     frames_per_patch: int = 1
+    seconds: str | None = None
     token_types: str | None = None
     padded: tuple[str, ...] = ()
     flattened: tuple[str, ...] = ()
@@ -190,7 +192,7 @@ class VisualLayout:
         return [(frames, height, width)]
 
     @classmethod
-    def join(cls, name: str, values: list[Tensor]) -> Tensor:
+    def join(cls, name: str, values: list[Tensor]) -> Any:
         """Join an input of several samples; a single one stays as it is, for a long video's are tens of megabytes.
 
         Raises:

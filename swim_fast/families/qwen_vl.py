@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,32 @@ from swim_fast.families.patched import ClipLimitedLayout, PatchedLayout, minimal
 from swim_fast.families.sizes import Size
 
 
-class TimedLayout(PatchedLayout):
-    """Qwen2.5-VL's layout: the model is told how far temporal patches are apart, in seconds.
+class Seconds:
+    """Time between the temporal patches of each video of a batch, exact whatever becomes of the batch's tensors.
 
-    Attributes:
-        seconds: name of that argument of the model's forward.
+    Trainers under DeepSpeed cast every tensor of floats to bf16, those in lists and dictionaries too, and 1.999 s would
+    become 2 s. Qwen2.5-VL iterates over numbers, the Omni models take the tensor at an index; both are given here.
     """
+
+    def __init__(self, values: Sequence[float]):
+        self.values = tuple(values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.values)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return the time of a video, fp32 []."""
+        return torch.tensor(self.values[index], dtype=torch.float32)
+
+    def __repr__(self) -> str:
+        return f"Seconds({list(self.values)})"
+
+
+class TimedLayout(PatchedLayout):
+    """Qwen2.5-VL's layout: the model is told how far temporal patches are apart, in seconds."""
 
     seconds = "second_per_grid_ts"
 
@@ -29,6 +50,11 @@ class TimedLayout(PatchedLayout):
             seconds = seconds_per_patch(clip, self.frames_per_patch)
             inputs[self.seconds] = torch.tensor([seconds], dtype=torch.float32)
         return inputs
+
+    @classmethod
+    def join(cls, name: str, values: list[Tensor]) -> Any:
+        """Join an input of several samples: tensors to one, and times to `Seconds`; see `VisualLayout.join`."""
+        return Seconds(torch.cat(values).tolist()) if name == cls.seconds else super().join(name, values)
 
 
 class StampedLayout(ClipLimitedLayout):

@@ -11,7 +11,6 @@ from transformers.video_utils import VideoMetadata
 
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.sample.builder import Sample, SampleBuilder
-from swim_fast.data.sample.encoding import SECONDS
 from swim_fast.data.source.records import Record, Turn
 from swim_fast.data.video.reader import MediaInfo
 from swim_fast.families import FAMILIES, Clip, find_family, get_layout
@@ -71,12 +70,12 @@ def test_inputs_are_those_of_the_processor(name, kind):
         about = {"do_sample_frames": False, "video_metadata": [metadata]}
         wanted = processor(text=[conversation.text], videos=[[planes]], videos_kwargs=about, return_tensors="pt")
     batch = batch_of(name, found)
-    inputs = model_inputs(batch)
+    inputs, seconds = model_inputs(batch), get_layout(processor).seconds
     assert inputs["input_ids"].tolist() == wanted["input_ids"].tolist()
     own = {"input_ids", "attention_mask", "labels", "position_ids"}
     assert inputs.keys() - own <= wanted.keys() | {"mm_token_type_ids"}
-    assert wanted.keys() - own - {"mm_token_type_ids", *SECONDS} <= inputs.keys()
-    for key in inputs.keys() & wanted.keys() - own - SECONDS:
+    assert wanted.keys() - own - {"mm_token_type_ids"} <= inputs.keys()
+    for key in inputs.keys() & wanted.keys() - own - {seconds}:
         assert torch.equal(inputs[key], wanted[key]), key
 
 

@@ -2,15 +2,17 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from accelerate.utils import send_to_device
+from transformers import AutoModelForImageTextToText, Trainer
 
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.batch.positions import PositionIds
 from swim_fast.data.sample.builder import Row, Sample
-from swim_fast.families import find_family, get_eligible_layers
+from swim_fast.families import find_family, get_eligible_layers, get_layout
 from swim_fast.families.layout import BatchError
 from swim_fast.modeling import attach_noun_attention, detach_noun_attention
 from swim_fast.modeling.adapters import add_adapters
@@ -18,7 +20,7 @@ from swim_fast.modeling.freezing import PARTS, freeze, get_part_parameters, keep
 from swim_fast.modeling.noun_attention import get_attached_layers
 from swim_fast.modeling.prepare import prepare_model, restore_model
 from swim_fast.options import Lora
-from tests.families.test_data import FAMILY, encode, kinds_of
+from tests.families.test_data import FAMILY, FPS, encode, kinds_of
 from tests.families.tiny import tiny
 
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -83,6 +85,46 @@ def test_maps_and_gradients_are_those_of_eager_attention(name, model):
         torch.testing.assert_close(gradient, of_eager[key], atol=2e-5, rtol=2e-3, msg=lambda m, key=key: f"{key}: {m}")
     detach_noun_attention(model)
     assert torch.equal(model(**inputs, use_cache=False).logits, tiny(name).build()(**inputs, use_cache=False).logits)
+
+
+@torch.no_grad()
+def positions_of(model, inputs):
+    """The positions that enter the decoder, or None."""
+    seen = []
+    language_model = model.get_submodule(find_family(model.config).language_model)
+    hook = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@FAMILY
+def test_positions_outlast_what_trainers_do_to_tensors(name, model):
+    """Under DeepSpeed the trainer casts all tensors of floats, also those in lists: 1.278 s would become 1.281 s, and
+    the last patch of Qwen2.5-Omni stand at 128 in place of 127."""
+    sample, spacing = sample_of(name, frames=[*range(9), 23]), 2 * 23 / 9 / FPS
+    inputs, seconds = model_inputs(Collator(tiny(name).processor)([sample])), get_layout(tiny(name).processor).seconds
+    config = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=config))
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled=True,
+        args=SimpleNamespace(device=torch.device("cpu")),
+        accelerator=SimpleNamespace(state=state),
+    )
+    trainer._prepare_input = lambda data: Trainer._prepare_input(trainer, data)
+    cast = trainer._prepare_input(send_to_device(inputs, "cpu"))
+    floats = [key for key, value in cast.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    assert floats == [key for key in PIXELS if key in inputs]
+    assert all(cast[key].dtype == torch.bfloat16 for key in floats)
+    if seconds is not None:
+        assert list(cast[seconds]) == pytest.approx([spacing])
+        inputs[seconds] = torch.tensor([spacing], dtype=torch.float64)
+    wanted, found = positions_of(model, inputs), positions_of(model.bfloat16(), cast)
+    assert torch.equal(found, wanted) if wanted is not None else found is None
 
 
 @FAMILY

@@ -95,7 +95,7 @@ class Collator:
             - `cu_seq_lens_q`, `cu_seq_lens_k` int32 [B + 1] and `max_length_q`, `max_length_k`, numbers, for flash
               attention of the language model, see `swim_fast.modeling.packed`.
 
-            The visual tensors that occur in the batch, joined (`second_per_grid_ts` as a list of numbers); and
+            The visual tensors that occur in the batch, joined (times between temporal patches as `Seconds`); and
             beside it
 
             - `label_positions` [n] int64, see `find_label_positions`, and `counts`: `BatchCounts`;
@@ -164,9 +164,6 @@ class Collator:
             batch[key] = PackedFrames.join(values) if frames else self._layout.join(key, values)
         if not self._frames:
             batch = model_inputs(batch)
-        if "second_per_grid_ts" in batch:
-            # Numbers, not a tensor: DeepSpeed's trainer casts those to bf16, and 1.999 s would become 2 s.
-            batch["second_per_grid_ts"] = batch["second_per_grid_ts"].tolist()
         return batch
 
 

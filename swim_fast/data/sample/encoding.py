@@ -21,7 +21,6 @@ from swim_fast.families import Clip, get_layout
 from swim_fast.labels import IGNORED_LABEL
 from swim_fast.options import Sampling
 
-SECONDS = {"second_per_grid_ts", "video_second_per_grid"}  # families' names of the time between temporal patches
 Resizer = Callable[[np.ndarray], np.ndarray]  # of one frame, uint8 [H, W, 3]
 
 
@@ -190,8 +189,8 @@ class Encoder:
         """
         with _refusals():
             inputs = self.layout.prepare("video", pixels, clip_of(frames, info), max_pixels)
-        if self.sampling.seconds_per_patch != "measured":
-            inputs |= {name: torch.ones(1) for name in SECONDS & inputs.keys()}
+        if self.layout.seconds is not None and self.sampling.seconds_per_patch != "measured":
+            inputs[self.layout.seconds] = torch.ones(1)
         return self._encode(conversation, "video", inputs)
 
     def _encode(self, conversation: Conversation, kind: str, prepared: dict[str, Any]) -> Encoding:

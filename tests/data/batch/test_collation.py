@@ -75,7 +75,7 @@ def test_mixed_batch(build, processor, records):
     assert torch.equal(batch["video_grid_thw"], torch.cat([sample.inputs["video_grid_thw"] for sample in videos]))
     patches = [sample.inputs["pixel_values_videos"].patches() for sample in videos]
     assert torch.equal(batch["pixel_values_videos"], torch.cat(patches))
-    assert batch["second_per_grid_ts"] == [sample.inputs["second_per_grid_ts"].item() for sample in videos]
+    assert list(batch["second_per_grid_ts"]) == [sample.inputs["second_per_grid_ts"].item() for sample in videos]
     assert torch.equal(batch["image_grid_thw"], image.inputs["image_grid_thw"])
     assert torch.equal(batch["pixel_values"], image.inputs["pixel_values"].patches())
     assert batch["samples"] == [sample.name for sample in samples]

@@ -90,7 +90,8 @@ def test_tokens_lie_one_behind_the_other(samples, pack, processor):
     padded = Collator(processor)([*samples[:2], error, *samples[2:]])
     for key in ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw"):
         assert torch.equal(batch[key], padded[key])
-    for key in ("second_per_grid_ts", "samples", "problems", "notes"):
+    assert list(batch["second_per_grid_ts"]) == list(padded["second_per_grid_ts"])
+    for key in ("samples", "problems", "notes"):
         assert batch[key] == padded[key]
 
 
