@@ -73,12 +73,8 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
-def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, records, tmp_path, capsys):
-    """Two ranks, one killed; two ranks again, preempted; one rank to the end: the losses of a run left in peace."""
-    save = {"max_steps": 4000, "save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": 1}
-    data = {"train": [{"path": str(records), "weight": 20.0}]}  # a long epoch, so that the workers are at work
-    config = write_config(data=data, training={**STEADY, **save})
-    folder = tmp_path / "run"
+def train_until_a_rank_is_killed(config: Path, folder: Path) -> None:
+    """Two ranks, the second of which is killed in some step behind the first checkpoint."""
     process = start("train", str(config), ranks=2)
     while find_last_checkpoint(folder) is None:
         assert process.poll() is None, process.stdout.read()[-3000:]
@@ -89,6 +85,15 @@ def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, 
     assert process.returncode != 0
     assert time.monotonic() - begin < 60, "the other rank was not ended"
     assert "Signal 9" in output
+
+
+def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, records, tmp_path, capsys):
+    """Two ranks, one killed; two ranks again, preempted; one rank to the end: the losses of a run left in peace."""
+    save = {"max_steps": 4000, "save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": 1}
+    data = {"train": [{"path": str(records), "weight": 20.0}]}  # a long epoch, so that the workers are at work
+    config = write_config(data=data, training={**STEADY, **save})
+    folder = tmp_path / "run"
+    train_until_a_rank_is_killed(config, folder)
 
     process = start("train", str(config), "--resume", ranks=2)
     lines = read_until(process, "text_loss")
@@ -118,6 +123,27 @@ def test_after_a_killed_rank_and_a_preemption_the_run_is_the_same(write_config, 
     for key in ("loss", "pairs_per_step"):
         assert losses(folder, key) == pytest.approx(losses(tmp_path / "whole", key), rel=1e-4)
     assert not list(folder.glob("skipped-*"))  # decoders and workers were signalled as well
+
+
+@pytest.mark.slow
+def test_after_a_killed_rank_of_a_shared_sample_the_run_is_the_same(write_config, tmp_path):
+    """Two ranks share samples, one is killed; two go on, then a single one: the losses of one rank left in peace."""
+    save = {"max_steps": 4000, "save_strategy": "steps", "save_steps": 2, "dataloader_num_workers": 1}
+    # four of eight samples a step, six of which have a video: as with a single rank, no part is without gradient
+    even = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-2}
+    config = write_config(training={**STEADY, **save, **even, "sequence_parallel": 2})
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    train_until_a_rank_is_killed(config, folder)
+    last = find_last_checkpoint(folder)
+    then, end = (f"training.max_steps={int(last.name.split('-')[1]) + more}" for more in (2, 3))
+    assert f"resuming from {last}" in run("train", config, then, "--resume", ranks=2)
+    alone = "training.sequence_parallel=1"
+    run_here(config, end, alone, resume=True)
+    run_here(config, end, alone, f"training.output_dir={whole}")
+    for key in ("loss", "text_loss", "mask_loss", "grad_norm", "pairs_per_step"):
+        assert losses(folder, key) == pytest.approx(losses(whole, key), rel=1e-4), key
+    for name, value in weights(whole).items():
+        assert (weights(folder)[name] - value).norm() <= 1e-3 * max(value.norm().item(), 1), name
 
 
 def test_a_data_worker_is_ended_by_its_parent_alone(tmp_path):
