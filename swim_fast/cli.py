@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from swim_fast import __version__, jobs
@@ -42,8 +43,11 @@ def _train(options: jobs.Train) -> int:
 def _doctor(options: jobs.Doctor) -> int:
     from swim_fast.doctor import examine
 
-    report = examine()
-    print(report.as_json() if options.format == "json" else report)
+    if options.format == "json":
+        report = examine()
+        print(report.as_json())
+    else:
+        report = examine(partial(print, flush=True))
     return 0 if report.usable else 1
 
 

@@ -6,6 +6,7 @@ a library that crashes or hangs costs its own line alone. Nothing heavy is impor
 
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import sysconfig
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -68,7 +69,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings; `str` is one screen."""
+    """All findings."""
 
     packages: list[Finding]
     checks: list[Finding]
@@ -81,40 +82,62 @@ class Report:
     def as_json(self) -> str:
         return json.dumps({"usable": self.usable} | asdict(self), indent=2)
 
-    def __str__(self) -> str:
-        from swim_fast import __version__
 
-        lines = [f"swim-fast {__version__}, Python {platform.python_version()}, {platform.platform()}", "", "installed"]
-        for group in dict.fromkeys(package.group for package in self.packages):
-            found = ", ".join(f"{p.name} {p.detail}" for p in self.packages if p.group == group)
-            lines += _wrap(f"  {group:<12}", found)
-        lines += ["", "works here"]
-        for check in self.checks:
-            lines += _wrap(f"  {MARKS[check.state]} {check.name:<18}", check.detail)
-        remedies: dict[str, dict[str, None]] = {}
-        for finding in (*self.packages, *self.checks):
-            if finding.remedy:
-                remedies.setdefault(finding.remedy, {})[finding.name] = None
-        if remedies:
-            lines += ["", "for the rest"]
-        for remedy, names in remedies.items():
-            lines += _wrap(f"  {', '.join(names)}: ", remedy)
-        verdict = "All that is required works." if self.usable else "Something that is required does not work."
-        return "\n".join([*lines, "", verdict])
+def format_packages(packages: Sequence[Finding]) -> Iterator[str]:
+    """Yield the lines about this machine and what is installed, the first of the screen."""
+    from swim_fast import __version__
+
+    yield from (f"swim-fast {__version__}, Python {platform.python_version()}, {platform.platform()}", "", "installed")
+    for group in dict.fromkeys(package.group for package in packages):
+        found = ", ".join(f"{p.name} {p.detail}" for p in packages if p.group == group)
+        yield from _wrap(f"  {group:<12}", found)
+    yield from ("", "works here")
+
+
+def format_check(check: Finding) -> Iterator[str]:
+    """Yield the lines about something that was tried."""
+    yield from _wrap(f"  {MARKS[check.state]} {check.name:<18}", check.detail)
+
+
+def format_end(report: Report) -> Iterator[str]:
+    """Yield the remedies and the verdict, the last lines of the screen."""
+    remedies: dict[str, dict[str, None]] = {}
+    for finding in (*report.packages, *report.checks):
+        if finding.remedy:
+            remedies.setdefault(finding.remedy, {})[finding.name] = None
+    if remedies:
+        yield from ("", "for the rest")
+    for remedy, names in remedies.items():
+        yield from _wrap(f"  {', '.join(names)}: ", remedy)
+    yield from ("", "All that is required works." if report.usable else "Something that is required does not work.")
 
 
 def _wrap(head: str, text: str) -> list[str]:
     return textwrap.wrap(text, 118, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
 
 
-def examine() -> Report:
-    """Return what is found here; takes seconds, for every check imports its libraries anew."""
-    packages = list(find_packages())
-    absent = {package.name for package in packages if package.state == "missing"}
+def examine(show: Callable[[str], None] = lambda line: None) -> Report:
+    """Return what is found here; takes seconds, for every check imports its libraries anew.
+
+    Args:
+        show: called with each line of the screen as soon as it is known.
+    """
+    report = Report(list(find_packages()), [])
+
+    def tell(lines: Iterable[str]) -> None:
+        for line in lines:
+            show(line)
+
+    tell(format_packages(report.packages))
+    absent = {package.name for package in report.packages if package.state == "missing"}
     names = [name for name, check in list_checks().items() if check.package not in absent]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        findings = list(pool.map(run_check, names))
-    return Report(packages, [*sum(findings, []), _find_ffmpeg()])
+        for findings in itertools.chain(pool.map(run_check, names), [[_find_ffmpeg()]]):
+            for finding in findings:
+                report.checks.append(finding)
+                tell(format_check(finding))
+    tell(format_end(report))
+    return report
 
 
 def find_packages() -> Iterator[Finding]:

@@ -5,13 +5,14 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from swim_fast import doctor
 from swim_fast.cli import main
-from swim_fast.doctor import Check, Finding, Report, find_packages, list_checks, run_check
+from swim_fast.doctor import Check, Finding, find_packages, list_checks, run_check
 from tests.kernels.flash_noun_attention_cases import stand_ins  # noqa: F401
 
 
@@ -150,11 +151,13 @@ def test_kernels_run():
 
 @pytest.mark.parametrize(("state", "code"), [("ok", 0), ("broken", 1), ("missing", 1)])
 def test_exit_code_is_that_of_what_is_required(monkeypatch, capsys, state, code):
-    checks = [
-        Finding("kernels", state, "detail", "a remedy", required=True),
-        Finding("peft", "broken", "x", "a remedy"),
-    ]
-    monkeypatch.setattr(doctor, "examine", lambda: Report([Finding("numpy", "ok", "2.0", group="required")], checks))
+    checks = {
+        "kernels": Finding("kernels", state, "detail", "a remedy", required=True),
+        "peft": Finding("peft", "broken", "x", "a remedy"),
+    }
+    monkeypatch.setattr(doctor, "find_packages", lambda: [Finding("numpy", "ok", "2.0", group="required")])
+    monkeypatch.setattr(doctor, "list_checks", lambda: {name: Check(None) for name in checks})
+    monkeypatch.setattr(doctor, "run_check", lambda name: [checks[name]])
     assert main(["doctor"]) == code
     lines = capsys.readouterr().out.splitlines()
     assert "  required    numpy 2.0" in lines and "  kernels, peft: a remedy" in lines
@@ -168,7 +171,25 @@ def test_a_report_is_one_screen(monkeypatch):
     monkeypatch.setattr(doctor, "run_check", lambda name: [Finding(name, "ok", "word " * 12)] * 16)
     packages = [*find_packages(), Finding("flash-attn", "missing", "(not installed)", doctor.INSTALL_GPU)]
     monkeypatch.setattr(doctor, "find_packages", lambda: packages)
-    report = doctor.examine()
+    lines = []
+    report = doctor.examine(lines.append)
     assert {check.name for check in report.checks} == {"peft", "FFmpeg"}  # no use in trying what is not there
-    lines = str(report).splitlines()
     assert len(lines) <= 50 and max(map(len, lines)) <= 120
+
+
+def test_lines_are_shown_as_they_are_known(monkeypatch):
+    lines, shown = [], threading.Event()
+
+    def show(line):
+        lines.append(line)
+        if "quick" in line:
+            shown.set()
+
+    def check(name):
+        assert name == "quick" or shown.wait(20)
+        return [Finding(name, "ok", "works")]
+
+    monkeypatch.setattr(doctor, "list_checks", lambda: {"quick": Check(None), "slow": Check(None)})
+    monkeypatch.setattr(doctor, "run_check", check)
+    assert [finding.name for finding in doctor.examine(show).checks] == ["quick", "slow", "FFmpeg"]
+    assert lines[2] == "installed" and lines[-1].endswith(" works.")
