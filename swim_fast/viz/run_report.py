@@ -77,6 +77,12 @@ class ClipView:
     answers: dict[str, str] = field(default_factory=dict)
     maps: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
+    @property
+    def first_frame(self) -> int:
+        """Index of the frame that is shown first: one with a mask of the first object that has any."""
+        shown = (at for of_tag in self.masks for at, mask in enumerate(of_tag) if mask is not None and mask.any())
+        return next(shown, 0)
+
 
 def write_run_page(
     path: str | os.PathLike[str], runs: Sequence[RunView], clips: Sequence[ClipView], notes: Sequence[str]

@@ -59,17 +59,32 @@ def test_page_lies_beside_the_run_and_escapes_what_records_say(folder, page):
     assert not re.search(r"(?:src|href)=\"?https?:", text)
 
 
-def test_json_of_the_page_cannot_end_its_script(tmp_path):
-    frame, mask = np.zeros((28, 28, 3), np.uint8), np.ones((28, 28), np.uint8)
-    maps = {HOSTILE: np.ones((1, 1, 2, 2), np.float32)}
+def clip_view(masks: list) -> ClipView:
+    """A clip whose texts are hostile, with masks by tag and frame."""
+    frame, count = np.zeros((28, 28, 3), np.uint8), len(masks[0])
     word = Word("dog", (0, 3), False, 0, 0)
-    clip = ClipView(HOSTILE, HOSTILE, [frame], [HOSTILE], [0], [[mask]], [word], (0, 3), (3, 4), {"a": HOSTILE})
-    clip.maps["a"] = maps
+    about = [frame] * count, [HOSTILE] * count, list(range(count)), masks, [word], (0, 3), (3, 4)
+    maps = {HOSTILE: np.ones((1, count, 2, 2), np.float32)}
+    return ClipView(HOSTILE, HOSTILE, *about, answers={"a": HOSTILE}, maps={"a": maps})
+
+
+def test_json_of_the_page_cannot_end_its_script(tmp_path):
+    clip = clip_view([[np.ones((28, 28), np.uint8)]])
     text = write_run_page(tmp_path / "page.html", [RunView("a")], [clip], [HOSTILE]).read_text()
     script = text.partition('id="clips">')[2].partition("</script>")[0]
     (data,) = json.loads(script)
     assert data["labels"] == [HOSTILE] and list(data["runs"]["a"]) == [HOSTILE]
     assert "\u2028" not in script and "<script>window" not in text
+
+
+@pytest.mark.parametrize(
+    ("seen", "first"),
+    [([[1, 1]], 0), ([[None, 0, 1, 1]], 2), ([[None, None, None], [None, 1, 1]], 1), ([[None, None]], 0)],
+)
+def test_slider_starts_where_an_object_is_seen(tmp_path, seen, first):
+    masks = [[None if value is None else np.full((28, 28), value, np.uint8) for value in row] for row in seen]
+    text = write_run_page(tmp_path / "page.html", [RunView("a")], [clip_view(masks)], []).read_text()
+    assert f'max="{len(seen[0]) - 1}" value="{first}"' in text
 
 
 def test_what_cannot_be_shown_is_named_and_the_rest_is_shown(folder, page, tmp_path):
