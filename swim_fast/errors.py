@@ -52,6 +52,11 @@ _LIMITS = {
 }
 
 
+def name_count(number: int, noun: str) -> str:
+    """Return a number and the singular or regular plural of a noun: "1 record", "2,000 records"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """Return the hint for an unknown name: the nearest known one, or all of them."""
     known = list(known)

@@ -22,7 +22,7 @@ from swim_fast.data.source.masks import stated_size
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import TokenRanges, strip_tags
 from swim_fast.data.video.reader import MediaInfo
-from swim_fast.errors import printable
+from swim_fast.errors import name_count, printable
 from swim_fast.jobs import Check
 from swim_fast.options import Decoding, Excerpt, Sampling, Supervision
 
@@ -86,31 +86,30 @@ class CheckReport:
         count = self.counts
         lines = [
             self.path,
-            f"  {count['records']:,} records, {count['usable']:,} usable: "
+            f"  {name_count(count['records'], 'record')}, {count['usable']:,} usable: "
             f"{count['video']:,} video, {count['image']:,} image, {count['text']:,} text only",
-            f"  {count['with_tags']:,} records with {count['tags']:,} tagged nouns, "
-            f"{count['masks']:,} masks in {count['annotated_frames']:,} annotated frames",
+            f"  {name_count(count['with_tags'], 'record')} with {name_count(count['tags'], 'tagged noun')}, "
+            f"{name_count(count['masks'], 'mask')} in {name_count(count['annotated_frames'], 'annotated frame')}",
         ]
         if count["tags_without_mask"]:
-            lines.append(
-                f"  {count['tags_without_mask']:,} tagged nouns without any mask pixel: their attention is not trained"
-            )
+            nouns = name_count(count["tags_without_mask"], "tagged noun")
+            lines.append(f"  {nouns} without any mask pixel, whose attention is not trained")
         if self.tokens:
             lines.append("  tokens per sample: {fewest:,.0f} to {most:,.0f}, mean {mean:,.0f}".format(**self.tokens))
             if self.tokens["thinned"]:
                 lines[-1] += f"; {self.tokens['thinned']:,.0f} with fewer or smaller frames to fit"
         if self.clips_in_part:
+            clips = name_count(self.clips_in_part, "clip")
             lines.append(
-                f"  {self.clips_in_part:,} clips are too long to be compared with their index to the end: a third of "
-                "decode_timeout is for that"
+                f"  too long to be compared with its index to the end: {clips}; a third of decode_timeout is for that"
             )
         if self.warnings:
-            lines.append(f"  {len(self.warnings):,} warnings:")
+            lines.append(f"  {name_count(len(self.warnings), 'warning')}:")
             lines += [f"    {warning}" for warning in self.warnings]
         if not self.problems:
             return "\n".join([*lines, "  no problems"])
         kinds = ", ".join(f"{count:,} in {kind}" for kind, count in self.by_kind().items())
-        lines.append(f"  {len(self.problems):,} problems: {kinds}")
+        lines.append(f"  {name_count(len(self.problems), 'problem')}: {kinds}")
         return "\n".join([*lines, *(f"    {problem}" for problem in self.problems)])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from swim_fast.data.source.errors import DataError
+from swim_fast.errors import name_count
 from swim_fast.importing.clips import Clips
 from swim_fast.importing.formats.coco import CocoFile, YoutubeVisFile
 from swim_fast.importing.formats.codes import Sam2Files, SavFiles
@@ -80,7 +81,8 @@ class ImportReport:
         count = self.counts
         lines = [
             f"{count['units']:,} clips, images or records of {self.source}",
-            f"  {count['records']:,} records with {count['tags']:,} tagged nouns and {count['masks']:,} masks",
+            f"  {name_count(count['records'], 'record')} with {name_count(count['tags'], 'tagged noun')} and "
+            f"{name_count(count['masks'], 'mask')}",
             f"  output: {self.out}",
         ]
         if self.problems:

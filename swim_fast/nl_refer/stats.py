@@ -16,7 +16,7 @@ from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.masks import read_segmentation, stated_size
 from swim_fast.data.source.records import Record, RecordFile
 from swim_fast.data.source.tags import strip_tags
-from swim_fast.errors import OptionError, printable
+from swim_fast.errors import OptionError, name_count, printable
 from swim_fast.jobs import Stats as StatsOptions
 from swim_fast.progress_bar import ProgressBar
 from swim_fast.viz.charts import draw_counts
@@ -72,11 +72,12 @@ class Stats:
         names = "percentiles " + ", ".join(map(str, _PERCENTILES))
         lines = [
             self.path,
-            f"  {count['records']:,} records: "
+            f"  {name_count(count['records'], 'record')}: "
             f"{count['video']:,} video, {count['image']:,} image, {count['text']:,} text only",
-            f"  {count['tagged']:,} with {count['tags']:,} tagged nouns, {len(self.nouns):,} different ones",
+            f"  {count['tagged']:,} with {name_count(count['tags'], 'tagged noun')}, {len(self.nouns):,} of them "
+            "different",
             f"  records by number of tags: {per_record or '-'}",
-            f"  {count['masks']:,} masks, {count['empty_masks']:,} of them empty",
+            f"  {name_count(count['masks'], 'mask')}, {count['empty_masks']:,} of them empty",
         ]
         if len(self.areas):
             percents = [f"{100 * value:.2f} %" for value in np.percentile(np.array(self.areas), _PERCENTILES)]
@@ -85,9 +86,8 @@ class Stats:
             values = [f"{value:g}" for value in np.percentile(np.array(self.frames), _PERCENTILES)]
             lines.append(f"  annotated frames of an object, {names}: " + ", ".join(values))
         if count["problems"]:
-            lines.append(
-                f"  {count['problems']:,} problems, see `swim-fast data check`; the first: {self.first_problem}"
-            )
+            problems = name_count(count["problems"], "problem")
+            lines.append(f"  {problems}, see `swim-fast data check`; the first: {self.first_problem}")
         if self.nouns:
             lines.append("  most frequent nouns:")
             frequent = [(printable(noun), number) for noun, number in self.nouns.most_common(top)]

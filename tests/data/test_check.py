@@ -150,7 +150,7 @@ def test_report_as_text_and_json(file, processor, capsys, monkeypatch):
     assert lines[0] == file
     assert lines[1] == "  11 records, 4 usable: 7 video, 1 image, 1 text only"
     assert lines[2] == "  6 records with 7 tagged nouns, 6 masks in 5 annotated frames"
-    assert lines[3] == "  1 tagged nouns without any mask pixel: their attention is not trained"
+    assert lines[3] == "  1 tagged noun without any mask pixel, whose attention is not trained"
     assert lines[4].startswith("  tokens per sample: ")
     assert lines[5] == "  9 problems: 4 in annotation, 2 in video, 2 in conversations, 1 in record"
     assert len(lines) == 6 + 9
@@ -242,4 +242,4 @@ def test_clips_too_long_to_be_compared_are_counted(tmp_path, clip, monkeypatch):
     monkeypatch.setattr(MediaReader, "compare", lambda self, record: False)
     (tmp_path / "a.json").write_text(json.dumps([entry(str(i), "What?", video=str(clip(12))) for i in range(3)]))
     report = check_file(Check(file=str(tmp_path / "a.json"), workers=0), progress=False)
-    assert report.clips_in_part == 1 and "1 clips are too long to be compared with their index" in str(report)
+    assert report.clips_in_part == 1 and "to the end: 1 clip;" in str(report)

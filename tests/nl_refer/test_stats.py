@@ -51,7 +51,7 @@ def test_counts(tmp_path):
     assert list(stats.frames) == [2, 0, 1, 0, 0]
     assert "record 3, annotation" in stats.first_problem
     table = stats.table(top=1)
-    assert "5 tagged nouns, 2 different ones" in table and "dog" in table and "big cat" not in table
+    assert "5 tagged nouns, 2 of them different" in table and "dog" in table and "big cat" not in table
     assert "3 problems" in table
 
 
@@ -60,7 +60,7 @@ def test_command(tmp_path, capsys):
     plot = tmp_path / "plots" / "set.png"
     assert main(["nl-refer", "stats", str(path), "--limit", "1", "--plot", str(plot)]) == 0
     out = capsys.readouterr().out
-    assert "1 records" in out and "records by number of tags: 2: 1" in out
+    assert "1 record: " in out and "records by number of tags: 2: 1" in out
     assert plot.read_bytes()[:4] == b"\x89PNG" and plot.stat().st_size > 10_000
     assert main(["nl-refer", "stats", str(path), "--limit", "0"]) == 2
     path.write_text(json.dumps({"conversations": [{"from": "human", "value": "Hi"}]}))
