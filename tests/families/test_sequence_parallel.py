@@ -1,4 +1,7 @@
-"""Every family whose layers can be shared gives, on several ranks, the maps, losses and gradients of one."""
+"""Every family whose layers can be shared gives, on several ranks, the maps, losses and gradients of one.
+
+The exchange within an attention is compared with DeepSpeed's.
+"""
 
 import json
 
@@ -26,3 +29,14 @@ def test_ranks_of_one_sample_are_one_rank(tmp_path, ranks, names):
     for case, (text, maps, grads) in errors.items():
         small = 1e-5 if case.startswith(MOE) else 1e-8
         assert max(text, maps) <= small / 10 and grads <= small, case
+
+
+@pytest.mark.slow
+@pytest.mark.needs("deepspeed")
+def test_exchange_gives_the_bits_of_deepspeed(tmp_path):
+    """`UlyssesSPAttentionHF` around the same sdpa; four, two, and with one fewer key heads than ranks; fp32, fp64."""
+    run_command([*launch(2), "-m", "tests.families.ulysses_ranks", str(tmp_path / "errors.json")])
+    for errors in json.loads((tmp_path / "errors.json").read_text()):
+        assert len(errors) == 6
+        for case, (to_deepspeed, to_one_rank) in errors.items():
+            assert to_deepspeed == 0 and to_one_rank <= (1e-6 if "float32" in case else 1e-14), case
