@@ -1,10 +1,11 @@
 """Token counts of all samples, found without decoding the videos and kept on disk.
 
 A length is exactly that of the sample which `SampleBuilder` builds: conversation, tokenizer, choice of frames and the
-processor's rule for their size are the same code. It costs opening each clip once. The lengths of a file are kept under
-its path, size and time of change, its media folder, the options (its own, too) and the processor. Those of a clip whose
-size or time of change is another one are measured anew, as are lengths that cannot be true, and records that could not
-be measured.
+processor's rule for their size are the same code. (VideoLLaMA3 leaves out tokens by what the frames show: there it is
+the most that there can be, and packed batches have room left.) It costs opening each clip once. The lengths of a file
+are kept under its path, size and time of change, its media folder, the options (its own, too) and the processor. Those
+of a clip whose size or time of change is another one are measured anew, as are lengths that cannot be true, and records
+that could not be measured.
 """
 
 from __future__ import annotations

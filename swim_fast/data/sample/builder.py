@@ -167,6 +167,8 @@ class SampleBuilder:
     def length(self, record: Record) -> int:
         """Return the number of tokens of a record's sample; no frame is decoded for it but the clip's first.
 
+        Of a family that leaves out tokens by what the frames show (VideoLLaMA3) it is the most there can be.
+
         Raises:
             DataError: anything that keeps the record from becoming a sample, except frames that do not decode.
         """
@@ -288,7 +290,7 @@ class SampleBuilder:
             pixels = {frame: self.encode.seen(record.kind, mask.decode()) for frame, mask in chosen.items()}
             temporal_patch_size = self.encode.frames_per_patch(record.kind)
             found = supervised_patches(sample.frames, pixels, temporal_patch_size, self.supervision.supervise)
-            found = {patch: mask for patch, mask in found.items() if mask.any() and (encoding.cells[patch] >= 0).any()}
+            found = {patch: mask for patch, mask in found.items() if _has_token(mask, encoding.cells[patch])}
             known[key] = list(found), len(sample.masks)
             sample.masks += [torch.from_numpy(np.ascontiguousarray(mask)) for mask in found.values()]
         patches, first_mask = known[key]
@@ -336,6 +338,15 @@ class SampleBuilder:
         limit = self.sampling.max_tokens
         if limit is not None and length > limit:
             raise DataError(f"too long: {length:,} tokens > max_tokens {limit:,}; {remedy}")
+
+
+def _has_token(mask: np.ndarray, cells: Tensor) -> bool:
+    """Return True if a mask [Hm, Wm] covers, at least in part, a cell that has a token; cells [h, w]."""
+    filled = (cells >= 0).numpy()
+    if filled.all():
+        return bool(mask.any())
+    rows, columns = ((np.arange(size) * count // size) for size, count in zip(mask.shape, cells.shape, strict=True))
+    return bool(mask[filled[np.ix_(rows, columns)]].any())
 
 
 def _range(cells: Tensor) -> tuple[int, int]:
