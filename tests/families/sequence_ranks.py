@@ -13,6 +13,7 @@ import torch.distributed as dist
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.batch.positions import PositionIds
 from swim_fast.families import find_family, get_eligible_layers
+from swim_fast.modeling import offload
 from swim_fast.modeling.prepare import prepare_model
 from swim_fast.modeling.sequence_group import SequenceGroup
 from tests.families.test_models import sample_of, text_sample
@@ -50,8 +51,8 @@ def run(model, batch, group):
     return outputs.loss.detach(), maps.detach(), grads
 
 
-def compare(name, ranks, attention, pack, checkpointing, fused):
-    """Relative errors of text loss, maps and gradients."""
+def compare(name, ranks, attention, pack, checkpointing, fused, spare=False):
+    """Relative errors of text loss, maps and gradients; `spare`: activations on the host, and MLPs in tiles."""
     stock = tiny(name).build().to(dtype_of(name)).train()
     stock.set_attn_implementation(attention)
     if checkpointing:
@@ -61,7 +62,9 @@ def compare(name, ranks, attention, pack, checkpointing, fused):
     for shared in (None, group):
         model = copy.deepcopy(stock)
         layers = get_eligible_layers(model)
-        prepare_model(model, layers=layers, fused=fused, packed=pack, ranks=ranks, sequence_group=shared)
+        options = {"activation_offload": True, "mlp_tiles": 3} if spare else {}
+        options |= {"layers": layers, "fused": fused, "packed": pack, "ranks": ranks, "sequence_group": shared}
+        prepare_model(model, **options)
         text, maps, grads = run(model, batch_of(name, model, pack), shared)
         if shared is not None:
             for share in (text, grads):
@@ -74,16 +77,17 @@ def compare(name, ranks, attention, pack, checkpointing, fused):
 def main(output, *names):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    offload.SMALLEST = 0  # a tiny model's are all small
     errors = {}
     for name in names:
         packable = find_family(tiny(name).build().config).packable
         first = name == names[0]
-        cases = itertools.product(
-            ("sdpa", "eager") if first else ("sdpa",),
-            (False, True) if packable else (False,),
-            (False, True) if first else (False,),
-            (True, False) if first else (True,),
+        packs = (False, True) if packable else (False,)
+        kinds = (
+            [("sdpa", "eager"), packs, (False, True), (True, False)] if first else [("sdpa",), packs, (False,), (True,)]
         )
+        cases = list(itertools.product(*kinds))
+        cases += [("sdpa", False, checkpointing, True, True) for checkpointing in (False, True) if first]
         for case in cases:
             errors[" ".join(map(str, (name, *case)))] = compare(name, dist.get_world_size(), *case)
     group = SequenceGroup.of_world(dist.get_world_size())

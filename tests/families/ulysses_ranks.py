@@ -1,4 +1,4 @@
-"""An attention whose sequence is shared by ranks, by our exchange and by DeepSpeed's; run by test_sequence_parallel.py.
+"""An attention whose sequence is shared, by our exchange and by DeepSpeed's; run by test_sequence_parallel.py.
 
 torchrun --nproc-per-node P -m tests.families.ulysses_ranks errors.json
 """
@@ -50,22 +50,25 @@ def attend(attention, tensors, upstream, group: SequenceGroup):
     return output.detach(), *torch.autograd.grad(output, parts, group.get_part(upstream, 1))
 
 
-def compare(key_heads: int, dtype: torch.dtype, group: SequenceGroup) -> list[float]:
-    """Largest relative errors: ours against DeepSpeed's, and ours against one rank."""
+def compare(key_heads: int, dtype: torch.dtype, group: SequenceGroup) -> dict[str, float]:
+    """Largest relative errors of output and gradients by our exchange against those by others."""
     generator = torch.Generator().manual_seed(key_heads)
     shapes = [(BATCH, heads, LENGTH, SIZE) for heads in (HEADS, key_heads, key_heads)]
     tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
     upstream = torch.randn(BATCH, LENGTH, HEADS, SIZE, generator=generator, dtype=dtype)
-    ours, theirs = (
-        attend(share(key_heads, group), tensors, upstream, group) for share in (share_by_ours, share_by_deepspeed)
-    )
+    ours = share_by_ours(key_heads, group)
+    whole_graph = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    ways = {"deepspeed": share_by_deepspeed(key_heads, group), "compiled": whole_graph}
+    found = {name: attend(way, tensors, upstream, group) for name, way in ways.items()}
     wholes = [tensor.clone().requires_grad_() for tensor in tensors]
     output = scaled_dot_product_attention(*wholes, is_causal=True, enable_gqa=True).transpose(1, 2)
     grads = torch.autograd.grad(output, wholes, upstream)
-    truth = group.get_part(output.detach(), 1), *(group.get_part(grad, 2) for grad in grads)
-    return [
-        max(float((a - b).norm() / b.norm()) for a, b in zip(ours, other, strict=True)) for other in (theirs, truth)
-    ]
+    found["one rank"] = group.get_part(output.detach(), 1), *(group.get_part(grad, 2) for grad in grads)
+    ours = attend(ours, tensors, upstream, group)
+    return {
+        name: max(float((a - b).norm() / b.norm()) for a, b in zip(ours, other, strict=True))
+        for name, other in found.items()
+    }
 
 
 def main(output: str) -> None:

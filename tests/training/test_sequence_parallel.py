@@ -17,11 +17,17 @@ STEPS = {"max_steps": 4, "learning_rate": 1e-2, "optim": "adamw_torch", "per_dev
 # Above most gradients, the smallest of which are rounding errors; each step of this order has a picture, as with a
 # single rank parameters without gradient are left out, which moments would move.
 STEPS |= {"adam_epsilon": 1e-2, "gradient_accumulation_steps": 2, "seed": SEED}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+SLOW = pytest.mark.slow
 
 
-def zero(stage):
-    return pytest.param({"deepspeed": f"configs/deepspeed/zero{stage}.json"}, marks=pytest.mark.needs("deepspeed"))
+def case(engine=None, pack=None, *marks, **model):
+    return pytest.param(engine or {}, pack, model, marks=marks)
+
+
+def zero(stage, pack=None):
+    return case({"deepspeed": f"configs/deepspeed/zero{stage}.json"}, pack, SLOW, pytest.mark.needs("deepspeed"))
 
 
 def start(configs, engine, ranks):
@@ -49,31 +55,34 @@ def configure(write_config, unlike):
     """Configurations of one run over records of every kind, two of which give no sample; evaluated twice."""
     often = {"eval_strategy": "steps", "eval_steps": 2, "gradient_checkpointing": True}
 
-    def write(name, pack=None, **training):
+    def write(name, pack=None, model=None, **training):
         data = {"train": [{"path": str(unlike)}], "eval": {"same": {"path": str(unlike), "limit": 3}}}
         if pack:
             data["max_tokens_per_batch"], training["per_device_train_batch_size"] = pack, 1
-        return write_config(name, data=data, training={**STEPS, **often, **training})
+        return write_config(name, model=model or {}, data=data, training={**STEPS, **often, **training})
 
     return write
 
 
 @pytest.mark.parametrize(
-    ("engine", "pack"),
+    ("engine", "pack", "model"),
     [
-        ({}, None),
-        ({}, 400),
-        (FSDP, None),
-        pytest.param(FSDP, 400, marks=pytest.mark.slow),
-        pytest.param(*zero(2).values, 400, marks=(*zero(2).marks, pytest.mark.slow)),
-        pytest.param(*zero(3).values, 400, marks=(*zero(3).marks, pytest.mark.slow)),
-        pytest.param(*zero(3).values, None, marks=(*zero(3).marks, pytest.mark.slow)),
+        case(),
+        case(pack=400),
+        case(FSDP),
+        case(FSDP, 400, SLOW),
+        zero(1, 400),
+        zero(2, 400),
+        zero(3, 400),
+        zero(3),
+        case(COMPILED, None, SLOW),
+        case({}, None, SLOW, pytest.mark.needs("peft"), lora={"rank": 4}),
     ],
 )
-def test_two_ranks_of_one_sample_are_one_rank(configure, engine, pack):
+def test_two_ranks_of_one_sample_are_one_rank(configure, engine, pack, model):
     """Everything is trained; the videos have an odd number of tokens, or fewer patches than there are ranks."""
-    one = configure("one", pack)
-    shared = configure("shared", pack, sequence_parallel=2, **engine)
+    one = configure("one", pack, model)
+    shared = configure("shared", pack, model, sequence_parallel=2, **engine)
     run_here(one)
     start([shared], engine, ranks=2)
     assert_same(one.with_suffix(""), shared.with_suffix(""))
