@@ -78,8 +78,8 @@ def count_exchanges(
     ranks: int,
     *,
     tokens: int,
-    patches: int,
-    cells: int,
+    encoded: int,
+    held: int,
     map_values: int = 0,
     checkpointing: bool = True,
     merger_trained: bool = True,
@@ -89,18 +89,17 @@ def count_exchanges(
 
     Args:
         tokens: of the whole sequence.
-        patches, cells: temporal patches that the vision tower encodes, and tokens of each.
+        encoded: visual tokens whose features the rank encodes.
+        held: visual tokens of the rank's part.
         map_values: of all noun maps, layers × rows × columns.
         size: bytes of an activation.
     """
     own = -(-tokens // ranks)
     per_token = 2 * geometry.heads + 2 * max(geometry.key_heads, ranks)  # query, key, value there, the output back
     passes = 3 if checkpointing else 2  # forward, again in backward, and its gradient
-    features = -(-patches // ranks) * cells * geometry.hidden * size  # of the rank with most
+    features = (encoded + held * merger_trained) * geometry.hidden * size  # there, and their gradients back
     return {
-        "all_to_all": passes * geometry.layers * own * per_token * geometry.head_dim * size,
-        "all_gather": features,
-        "reduce_scatter": ranks * features if merger_trained else 0,
+        "all_to_all": passes * geometry.layers * own * per_token * geometry.head_dim * size + features,
         "all_reduce": 4 * map_values,
     }
 
@@ -149,7 +148,7 @@ def simulate(model: Model, tokens: int, ranks: int, machine: Machine = H100, gpu
     visual = patches * cells
     run = Settings(
         gpus=gpus, stage=3, checkpointing=True, liger=True, frames_apart=True, merger_trained=True,
-        supervised_layers=SUPERVISED_LAYERS, sequence_parallel=ranks,
+        supervised_layers=SUPERVISED_LAYERS, sequence_parallel=ranks, embeds_part=True,
     )  # fmt: skip
     batch = Batch(tokens, tokens, NOUN_TOKENS, visual, NOUN_TOKENS * patches * MASK_PIXELS)
     memory = estimate(list(model.parts), geometry, run, batch).total / GIB
@@ -166,10 +165,11 @@ def simulate(model: Model, tokens: int, ranks: int, machine: Machine = H100, gpu
     elementwise = 4 * geometry.layers * tokens / ranks * count_saved_bytes(geometry, run) / machine.memory
 
     maps = SUPERVISED_LAYERS * NOUN_TOKENS * visual
-    sent = count_exchanges(geometry, ranks, tokens=tokens, patches=patches, cells=cells, map_values=maps)
+    encoded, held = -(-patches // ranks) * cells, min(visual, -(-tokens // ranks))
+    sent = count_exchanges(geometry, ranks, tokens=tokens, encoded=encoded, held=held, map_values=maps)
     exchanges = 0.0
     if ranks > 1:
-        sent |= {"all_gather": ranks * sent["all_gather"], "all_reduce": 2 * sent["all_reduce"]}  # on the wire
+        sent["all_reduce"] *= 2  # on the wire
         exchanges = sum(transfer_seconds(machine, size, ranks) for size in sent.values())
         exchanges += machine.collective * (3 * 2 * geometry.layers + 3)
     loss = _attention_loss_seconds(geometry, visual, patches, ranks, machine)
@@ -264,7 +264,7 @@ def draw_exchanges() -> list[str]:
                     own * heads * geometry.head_dim * 2 / 1e6
                     for heads in (geometry.heads, 2 * max(geometry.key_heads, ranks))
                 ]
-                sent = count_exchanges(geometry, ranks, tokens=LENGTHS[label], patches=0, cells=0)["all_to_all"]
+                sent = count_exchanges(geometry, ranks, tokens=LENGTHS[label], encoded=0, held=0)["all_to_all"]
                 rows.append(
                     (name, label, ranks, *(f"{size:,.0f} MB" for size in (*sizes, sizes[0])), f"{sent / 1e9:,.1f} GB")
                 )

@@ -78,7 +78,8 @@ class Family:
         merger_parameters: paths of parameters that belong to the mergers and lie in none of these modules.
         unused: (model) → modules that no input of this project reaches, or that no output depends on; they are frozen.
         packable: several samples can be one sequence.
-        frames_apart: the vision tower takes `grid_thw` and encodes each temporal patch by itself.
+        frames_apart: the vision tower takes `grid_thw` and encodes each temporal patch by itself; the layout's
+            `prepare` takes the frames of some patches alone.
         cacheless: a key/value cache is made before the decoder is called, so that it has to be told above to make none.
     """
 
@@ -100,6 +101,11 @@ class Family:
     packable: bool = True
     frames_apart: bool = False
     cacheless: bool = False
+
+    @property
+    def embeds_part(self) -> bool:
+        """True where ranks that share a sample can cut its tokens before they are embedded: positions come with it."""
+        return self.frames_apart and self.numbering is not None
 
 
 def get_head_dim(text_config: Any) -> int:

@@ -41,9 +41,12 @@ class PatchedLayout(VisualLayout):
         return PixelLimits(factor, lowest, highest, shared)
 
     def prepare(self, kind: str, pixels: np.ndarray, clip: Clip, max_pixels: int | None = None) -> dict[str, Any]:
-        """Return the frames, resized; see `VisualLayout.prepare`. Those that have their size already stay."""
+        """Return the frames, resized; see `VisualLayout.prepare`. Those that have their size already stay.
+
+        `pixels` may be of some frames of the clip alone, or none; the grid is the whole clip's.
+        """
         resize = self.resizer(kind, clip, max_pixels)
-        if pixels.shape[1:3] != self.size(kind, clip, max_pixels):
+        if len(pixels) and pixels.shape[1:3] != self.size(kind, clip, max_pixels):
             pixels = np.stack([resize(frame) for frame in pixels])
         return {PIXELS[kind]: PackedFrames.of(pixels, self.patches[kind]), **self.sketch(kind, clip, max_pixels)}
 

@@ -17,7 +17,7 @@ from swim_fast.families import get_family
 _NOT_FOR_VISUAL = (
     *("noun_queries", "mass_queries", "mass_sets", "missing_passes"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
-    "right_padded",
+    *("right_padded", "whole_length"),
     "num_items_in_batch",  # transformers' denominator of the text loss
 )
 

@@ -68,6 +68,12 @@ class SequenceGroup:
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self._group())
         return bool(bounds.sum() == 0)
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return what all ranks call this with, in their order; picklable."""
+        found = [None] * self.ranks
+        dist.all_gather_object(found, value, group=self._group())
+        return found
+
     def exchange(self, parts: Tensor) -> Tensor:
         """Send the r-th part [P, …] to rank r, and return what all ranks sent here, in their order [P, …]."""
         flat = parts.contiguous().flatten(0, 1)
@@ -78,13 +84,15 @@ class SequenceGroup:
         return _all_gather(tensor.contiguous(), dim, self._group())
 
     def gather_rows(self, tensor: Tensor, counts: list[int]) -> Tensor:
-        """Join the first `counts[r]` rows of each rank r's tensor, which has at least one row."""
+        """Join the tensors of all ranks, which have `counts[r]` rows."""
         most = max(counts)
-        padded = tensor[:most]
-        if len(padded) < most:
-            padded = F.pad(padded, (0, 0) * (tensor.ndim - 1) + (0, most - len(padded)))
+        padded = F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, most - len(tensor)))
         whole = self.gather(padded, 0).split(most)
         return torch.cat([rows[:count] for rows, count in zip(whole, counts, strict=True)])
+
+    def exchange_rows(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send the first `sent[0]` rows to rank 0, the next to rank 1, and return what all ranks sent here."""
+        return collectives.all_to_all_single_autograd(rows.contiguous(), received, sent, self._group())
 
     def add(self, tensor: Tensor) -> Tensor:
         """Add up the tensors of all ranks, on which all ranks' losses depend alike."""

@@ -1,10 +1,11 @@
 """Sequence parallelism: P ranks share one sample, in an unmodified Hugging Face model.
 
-Every rank takes the whole batch. Images and videos are divided among the ranks by temporal patches where the vision
-tower keeps those apart, and the features are gathered. Behind the visual scatter, at the door of the decoder stack, the
-sequence is cut into P parts of one length. Inside each attention one all-to-all gives a rank the queries, keys and
-values of the whole sequence for Hq / P heads, and a second one takes the output back to the parts (DeepSpeed-Ulysses,
-arXiv 2309.14509). A rank's noun maps are the mean over its heads, and one reduction makes them the model's.
+Every rank takes the whole batch, of videos the pixels of its share alone. Images and videos are divided among the ranks
+by temporal patches where the vision tower keeps those apart (`shared_vision`). The sequence is cut into P parts of one
+length before its tokens are embedded, or, where positions do not come with the batch, at the door of the decoder stack.
+Inside each attention one all-to-all gives a rank the queries, keys and values of the whole sequence for Hq / P heads,
+and a second one takes the output back to the parts (DeepSpeed-Ulysses, arXiv 2309.14509). A rank's noun maps are the
+mean over its heads, and one reduction makes them the model's.
 
 Whatever is not cut (masks, lengths of packed samples, noun queries, targets) is that of one rank. Engines that average
 gradients over all ranks need not know of it: every rank's loss is its share, and the shares add up.
@@ -23,10 +24,12 @@ from transformers.masking_utils import create_causal_mask
 
 from swim_fast.errors import OptionError
 from swim_fast.families import get_attentions, get_family
+from swim_fast.frame_shares import FrameShare
 from swim_fast.modeling.attention_interface import get_attention, name_attention
-from swim_fast.modeling.hooks import add_keyword_step, remove_keyword_step
+from swim_fast.modeling.hooks import add_context, add_keyword_step, remove_context, remove_keyword_step
 from swim_fast.modeling.noun_attention import MapsAndMasses
 from swim_fast.modeling.sequence_group import SequenceGroup
+from swim_fast.modeling.shared_vision import SharedVision
 
 ATTENTION_NAME = "swim_shared_sequence"
 _CUT = ("inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds")
@@ -129,11 +132,13 @@ def share_sequences(model: nn.Module, group: SequenceGroup) -> nn.Module:
     add_keyword_step(model, "sequence_parallel", functools.partial(_cut, group))
     hooks = [language_model.register_forward_hook(functools.partial(_join, group), with_kwargs=True)]
     if family.frames_apart:
-        deal = _FrameShares(group)
+        shared = SharedVision(group, visual.spatial_merge_size)
         hooks += [
-            visual.register_forward_pre_hook(deal.before, with_kwargs=True),
-            visual.register_forward_hook(deal.after),
+            visual.register_forward_pre_hook(shared.before_tower, with_kwargs=True),
+            visual.register_forward_hook(shared.after_tower),
         ]
+        if family.embeds_part:
+            add_context(model.get_submodule(family.numbering), "sequence_parallel", shared.embed_part)
     model._sequence_group, model._sequence_hooks = group, hooks
     return model
 
@@ -148,12 +153,20 @@ def stop_sharing(model: nn.Module) -> nn.Module:
         hook.remove()
     vars(model).pop("_sequence_group", None)
     remove_keyword_step(model, "sequence_parallel")
+    for module in model.modules():
+        remove_context(module, "sequence_parallel")
     return model
 
 
 def get_sequence_group(model: nn.Module) -> SequenceGroup | None:
     """Return the ranks that share the sequences of a bare model; None: every rank has its own."""
     return vars(model).get("_sequence_group")
+
+
+def get_frame_share(model: nn.Module) -> FrameShare | None:
+    """Return which of the ranks that share a sample this one is; None: a rank needs the pixels of whole videos."""
+    group = get_sequence_group(model)
+    return FrameShare(group.ranks, group.rank) if group is not None and get_family(model).frames_apart else None
 
 
 def select_own_labels(
@@ -186,7 +199,9 @@ def _cut(group: SequenceGroup, language_model: nn.Module, kwargs: dict) -> dict:
     if other:
         raise OptionError(f"{type(language_model).__name__} gets {other[0]}, which sequence parallelism does not know")
     embeds, mask, positions = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "position_ids"))
-    batch, length, _ = embeds.shape
+    length = kwargs.pop("whole_length", None)  # of tokens that were cut before they were embedded
+    cut = length is not None
+    batch, length = len(embeds), length if cut else embeds.shape[1]
     if positions is None:
         positions = torch.arange(length, device=embeds.device).expand(batch, -1)
     text = positions[0] if positions.ndim == 3 and len(positions) == 4 else positions if positions.ndim == 2 else None
@@ -195,15 +210,16 @@ def _cut(group: SequenceGroup, language_model: nn.Module, kwargs: dict) -> dict:
     if isinstance(mask, dict):
         mask = mask["full_attention"]
     else:
-        mask = create_causal_mask(language_model.config, embeds, mask, None, position_ids=text)
+        like = embeds.new_empty(batch, length, 0)
+        mask = create_causal_mask(language_model.config, like, mask, None, position_ids=text)
     kwargs |= {
-        "inputs_embeds": group.get_part(embeds, 1),
+        "inputs_embeds": embeds if cut else group.get_part(embeds, 1).clone(),  # a view would keep the whole
         "position_ids": group.get_part(positions, -1),
         "attention_mask": None,
         "use_cache": False,
         "whole": _Whole(length, mask, text),
     }
-    if kwargs.get("deepstack_visual_embeds") is not None:
+    if kwargs.get("deepstack_visual_embeds") is not None and not cut:
         kwargs |= _cut_deepstack(group, kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"])
     return kwargs
 
@@ -275,47 +291,3 @@ def _to_parts(group: SequenceGroup, output: Tensor) -> Tensor:
         output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, missing))
     parts = output.unflatten(1, (group.ranks, -1)).transpose(0, 1)
     return group.exchange(parts).permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-# vision tower
-
-
-class _FrameShares:
-    """Hooks of a vision tower by which each rank encodes a P-th of the temporal patches.
-
-    A rank without one encodes the first, so that it takes part in the backward pass of the tower, and drops it.
-    """
-
-    def __init__(self, group: SequenceGroup):
-        self._group = group
-        self._counts: list[int] = []  # patches of each rank, of the pass that is running
-        self._encoded = 0  # patches of this rank's pass
-
-    def before(self, visual: nn.Module, args: tuple, kwargs: dict):
-        """Cut patches [n, values] and `grid_thw` [videos, 3] to this rank's."""
-        (name, pixels), *_ = [("", args[0])] if args else kwargs.items()
-        grids = kwargs["grid_thw"].tolist()
-        sizes = [(rows * columns, [1, rows, columns]) for times, rows, columns in grids for _ in range(times)]
-        bounds = [len(sizes) * r // self._group.ranks for r in range(self._group.ranks + 1)]
-        self._counts = [sum(size for size, _ in sizes[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-        first, last = bounds[self._group.rank : self._group.rank + 2]
-        if first == last:
-            first, last = 0, 1
-        begin = sum(size for size, _ in sizes[:first])
-        self._encoded = sum(size for size, _ in sizes[first:last])
-        own = pixels[begin : begin + self._encoded]
-        grid = kwargs["grid_thw"].new_tensor([grid for _, grid in sizes[first:last]])
-        if args:
-            return (own, *args[1:]), kwargs | {"grid_thw": grid}
-        return args, kwargs | {name: own, "grid_thw": grid}
-
-    def after(self, visual: nn.Module, args: tuple, output: Any):
-        """Gather the features of all patches."""
-        output.pooler_output = self._gather(output.pooler_output)
-        if output.get("deepstack_features"):  # Qwen3-VL's, for some layers of the decoder
-            output.deepstack_features = [self._gather(features) for features in output.deepstack_features]
-        return output
-
-    def _gather(self, features: Tensor) -> Tensor:
-        patches = self._encoded // len(features)  # that are merged into one row
-        return self._group.gather_rows(features, [count // patches for count in self._counts])

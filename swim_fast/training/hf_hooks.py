@@ -21,6 +21,7 @@ test_checkpoints |
 """
 
 import functools
+import itertools
 import logging
 import math
 import time
@@ -206,10 +207,15 @@ class HookedTrainer(AttentionLossMixin, CheckpointingTrainer):
 
     def _agree(self, batch: dict) -> dict:
         """Return a batch if all ranks that share it have the same; else one that trains nothing, with the reason."""
-        if self.sequence_group is None or self.sequence_group.is_same(fingerprint(batch), self.args.device):
+        group = self.sequence_group
+        if group is None or group.is_same(fingerprint(batch), self.args.device):
             return batch
-        here = "; ".join((*batch["samples"], *batch["problems"])) or "nothing"
-        return self.data_collator([DataError(f"the ranks that share a batch have read it differently; here: {here}")])
+        names, problems = zip(*group.gather_objects((batch["samples"], batch["problems"])), strict=True)
+        told = list(dict.fromkeys(itertools.chain(*problems)))
+        for name in dict.fromkeys(itertools.chain(*names)):
+            if not any(problems) or all(name in of_rank for of_rank in names):
+                told.append(f"{name}: left out with its batch, which the ranks that share it have read differently")
+        return self.data_collator([DataError(text) for text in told])
 
     def _report(self, step: int, problems: list[str], notes: Sequence[str] = ()) -> None:
         if self._counts_samples:

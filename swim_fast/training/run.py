@@ -68,11 +68,11 @@ def load_model(config: RunConfig, ranks: int = 1, sharded: bool = False, group: 
     return model, processor
 
 
-def build_sample_builder(config: RunConfig, processor):
-    """Return what makes samples of a run's records. Errors as for `SampleBuilder`."""
+def build_sample_builder(config: RunConfig, processor, share=None):
+    """Return what makes samples of a run's records; arguments and errors as for `SampleBuilder`."""
     from swim_fast.data.sample.builder import SampleBuilder
 
-    return SampleBuilder(processor, config.sampling, config.decoding, config.supervision)
+    return SampleBuilder(processor, config.sampling, config.decoding, config.supervision, share)
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,13 @@ def _build_trainer(run: ResolvedRun, callbacks: Sequence = ()):
     from swim_fast.data.batch.collation import Collator
     from swim_fast.data.batch.dataset import SwimDataset
     from swim_fast.data.batch.positions import PositionIds
-    from swim_fast.modeling.sequence_parallel import get_sequence_group
+    from swim_fast.modeling.sequence_parallel import get_frame_share, get_sequence_group
     from swim_fast.training.callbacks import EarlyStopping
     from swim_fast.training.live_maps import LiveMaps
     from swim_fast.training.trainer import SwimTrainer
 
     config, args, model, processor = run.config, run.arguments, run.model, run.processor
-    builder = build_sample_builder(config, processor)
+    builder = build_sample_builder(config, processor, get_frame_share(model))
 
     train_dataset = SwimDataset(config.data.train, builder) if config.data.train else None
     pack = train_dataset is not None and config.data.max_tokens_per_batch is not None

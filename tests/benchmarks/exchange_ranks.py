@@ -14,6 +14,7 @@ from benchmarks.long_video import count_exchanges
 from swim_fast.data.batch.collation import Collator, model_inputs
 from swim_fast.data.batch.positions import PositionIds
 from swim_fast.families import get_eligible_layers
+from swim_fast.frame_shares import FrameShare
 from swim_fast.modeling.prepare import prepare_model
 from swim_fast.modeling.sequence_group import SequenceGroup
 from swim_fast.training.dry_run.memory import Geometry
@@ -23,8 +24,6 @@ from tests.helpers.ranks import write_and_end
 
 KINDS = {
     "all_to_all_single": "all_to_all",
-    "all_gather_into_tensor": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter",
     "allreduce_": "all_reduce",
 }
 
@@ -61,12 +60,13 @@ def measure(checkpointing: bool) -> tuple[dict, dict]:
         outputs = model(**model_inputs(batch, dtype=model.dtype), **about, use_cache=False)
         (outputs.loss + sum(map.sum() for map in outputs.attentions)).backward()
     patches, rows, columns = sample.grids[0]
+    visual = group.get_part(batch["mm_token_type_ids"], 1) > 0
     expected = count_exchanges(
         Geometry.from_config(model.config, largest_module=0),
         group.ranks,
         tokens=batch["input_ids"].shape[1],
-        patches=patches,
-        cells=rows * columns,
+        encoded=len(FrameShare(group.ranks, group.rank).of_clip(patches)) * rows * columns,
+        held=int(visual.sum()),
         map_values=sum(map.numel() for map in outputs.attentions),
         checkpointing=checkpointing,
         size=4,

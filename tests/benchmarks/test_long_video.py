@@ -15,15 +15,14 @@ def test_bytes_of_the_exchanges_are_those_of_a_run(tmp_path, ranks):
     run_command([*launch(ranks), "-m", "tests.benchmarks.exchange_ranks", str(tmp_path / "bytes.json")])
     (plain, of_plain), (checkpointed, of_checkpointed) = json.loads((tmp_path / "bytes.json").read_text())
     assert plain == of_plain and checkpointed == of_checkpointed
-    assert checkpointed["all_to_all"] == 1.5 * plain["all_to_all"] > 0
+    assert checkpointed["all_to_all"] > plain["all_to_all"] > 0
 
 
 def test_bytes_by_hand():
     """7B in bf16, 128 k tokens among four: 235 MB of queries, 67 of keys and values, 235 of outputs, a layer."""
     geometry = Model.build("Qwen2.5-VL-7B").geometry
-    sent = count_exchanges(geometry, 4, tokens=2**17, patches=256, cells=512)
-    assert sent["all_to_all"] == 3 * 28 * (2 * 234_881_024 + 67_108_864)
-    assert sent["all_gather"] == 64 * 512 * 3584 * 2 and sent["reduce_scatter"] == 4 * sent["all_gather"]
+    sent = count_exchanges(geometry, 4, tokens=2**17, encoded=64 * 512, held=2**15)
+    assert sent["all_to_all"] == 3 * 28 * (2 * 234_881_024 + 67_108_864) + 2 * 64 * 512 * 3584 * 2
 
 
 def test_transfers_within_a_node_and_between_two():

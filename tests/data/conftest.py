@@ -88,9 +88,9 @@ def clip(tmp_path_factory):
     return make
 
 
-def builder_of(processor, **options) -> SampleBuilder:
+def builder_of(processor, share=None, **options) -> SampleBuilder:
     """A builder with options of any of the three kinds."""
     kinds = (Sampling, Decoding, Supervision)
     assert set(options) <= {name for kind in kinds for name in kind.model_fields}
     made = (kind(**{name: options[name] for name in kind.model_fields if name in options}) for kind in kinds)
-    return SampleBuilder(processor, *made)
+    return SampleBuilder(processor, *made, share)

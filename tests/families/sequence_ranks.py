@@ -5,6 +5,7 @@ torchrun --nproc-per-node P -m tests.families.sequence_ranks errors.json FAMILY 
 
 import copy
 import itertools
+import math
 import sys
 
 import torch
@@ -16,6 +17,7 @@ from swim_fast.families import find_family, get_eligible_layers
 from swim_fast.modeling import offload
 from swim_fast.modeling.prepare import prepare_model
 from swim_fast.modeling.sequence_group import SequenceGroup
+from swim_fast.modeling.sequence_parallel import get_frame_share
 from tests.families.test_models import sample_of, text_sample
 from tests.families.tiny import tiny
 from tests.helpers.ranks import write_and_end
@@ -36,9 +38,19 @@ def dtype_of(name):
     return torch.float32 if name in MOE else torch.float64
 
 
-def run(model, batch, group):
+def keep_share(inputs, share):
+    """Cut the patches of whole videos to those that this rank decodes."""
+    pixels, grids, parts = inputs["pixel_values_videos"], inputs["video_grid_thw"].tolist(), []
+    for (time, height, width), clip in zip(grids, pixels.split([math.prod(grid) for grid in grids]), strict=True):
+        own = share.of_clip(time)
+        parts.append(clip[own.start * height * width : own.stop * height * width])
+    return inputs | {"pixel_values_videos": torch.cat(parts)}
+
+
+def run(model, batch, group, own):
     """Losses, maps and the gradients of this rank's share of them."""
-    inputs = model_inputs(batch, dtype=model.dtype)
+    inputs, share = model_inputs(batch, dtype=model.dtype), get_frame_share(model)
+    inputs = keep_share(inputs, share) if own and share is not None else inputs
     inputs = {k: v.to(model.dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
     model.zero_grad()
     about = {"labels": batch["labels"], "noun_queries": batch["noun_queries"], "num_items_in_batch": 1}
@@ -51,8 +63,13 @@ def run(model, batch, group):
     return outputs.loss.detach(), maps.detach(), grads
 
 
-def compare(name, ranks, attention, pack, checkpointing, fused, spare=False):
-    """Relative errors of text loss, maps and gradients; `spare`: activations on the host, and MLPs in tiles."""
+def compare(name, ranks, attention, pack, checkpointing, fused, own=True, spare=False):
+    """Relative errors of text loss, maps and gradients.
+
+    Args:
+        own: ranks get the pixels that they encode alone.
+        spare: activations on the host, and MLPs in tiles.
+    """
     stock = tiny(name).build().to(dtype_of(name)).train()
     stock.set_attn_implementation(attention)
     if checkpointing:
@@ -65,8 +82,13 @@ def compare(name, ranks, attention, pack, checkpointing, fused, spare=False):
         options = {"activation_offload": True, "mlp_tiles": 3} if spare else {}
         options |= {"layers": layers, "fused": fused, "packed": pack, "ranks": ranks, "sequence_group": shared}
         prepare_model(model, **options)
-        text, maps, grads = run(model, batch_of(name, model, pack), shared)
+        embedded = []
+        model.get_input_embeddings().register_forward_hook(lambda module, args, out, seen=embedded: seen.append(out))
+        batch = batch_of(name, model, pack)
+        text, maps, grads = run(model, batch, shared, own)
         if shared is not None:
+            if find_family(model.config).embeds_part:
+                assert embedded[0].shape[1] == shared.count_part(batch["input_ids"].shape[1])
             for share in (text, grads):
                 dist.all_reduce(share)
         found[shared is not None] = text, maps, grads
@@ -87,10 +109,12 @@ def main(output, *names):
             [("sdpa", "eager"), packs, (False, True), (True, False)] if first else [("sdpa",), packs, (False,), (True,)]
         )
         cases = list(itertools.product(*kinds))
-        cases += [("sdpa", False, checkpointing, True, True) for checkpointing in (False, True) if first]
+        cases += [("sdpa", False, checkpointing, True, True, True) for checkpointing in (False, True) if first]
+        cases += [("sdpa", pack, False, True, False) for pack in packs if first]
         for case in cases:
             errors[" ".join(map(str, (name, *case)))] = compare(name, dist.get_world_size(), *case)
     group = SequenceGroup.of_world(dist.get_world_size())
+    assert group.gather_objects({group.rank}) == [{rank} for rank in range(group.ranks)]
     assert group.is_same(2**62 - 1, "cpu") and not group.is_same(group.rank, "cpu")
     write_and_end(output, errors)
 

@@ -22,6 +22,7 @@ from swim_fast.data.source.records import Record
 from swim_fast.data.source.tags import TokenRanges
 from swim_fast.data.video.reader import MediaInfo
 from swim_fast.errors import printable
+from swim_fast.frame_shares import FrameShare
 from swim_fast.options import Decoding, Sampling, Supervision
 
 MAX_MASK_PIXELS = 1 << 31  # of all masks of a sample together
@@ -125,6 +126,8 @@ class SampleBuilder:
         sampling: text, frames, pixels and tokens of a sample.
         decoding: how videos are decoded.
         supervision: labels, and rows, masks and readout keys of tagged nouns.
+        share: of the ranks that share a sample, the one that decodes its temporal patches of each video alone; for
+            families with `frames_apart`. Tokens and masks are those of the whole video.
 
     Raises:
         ProcessorError: a processor that cannot be used, or options that contradict the processor's.
@@ -137,8 +140,9 @@ class SampleBuilder:
         sampling: Sampling = Sampling(),
         decoding: Decoding = Decoding(),
         supervision: Supervision = Supervision(),
+        share: FrameShare | None = None,
     ):
-        self.sampling, self.supervision = sampling, supervision
+        self.sampling, self.supervision, self._share = sampling, supervision, share
         self.render = ConversationRenderer(processor, sampling.system_prompt, supervision.label_header)
         self.encode = Encoder(processor, sampling)
         self.reader = MediaReader(decoding)
@@ -256,8 +260,7 @@ class SampleBuilder:
         if record.kind == "image":
             encoding = self.encode.image(plan.conversation, self.reader.frames(record, plan.frames)[0])
         else:
-            resize = self.encode.resizer("video", clip_of(plan.frames, plan.info), plan.max_pixels)
-            pixels = self.reader.frames(record, plan.frames, resize)
+            pixels = self._read_video(record, plan)
             encoding = self.encode.video(plan.conversation, pixels, plan.frames, plan.info, plan.max_pixels)
         sample = Sample(name, encoding.inputs, frames=list(plan.frames), notes=list(plan.notes))
         sample.cells, sample.grids, known = encoding.cells, encoding.grids, {}
@@ -268,6 +271,17 @@ class SampleBuilder:
         if sample.rows:
             self._add_key_sets(sample, encoding.cells.flatten(1))
         return sample
+
+    def _read_video(self, record: Record, plan: Plan) -> np.ndarray:
+        """Return the frames that this rank decodes, uint8 [T, H, W, 3]."""
+        frames, size = plan.frames, self.encode.frames_per_patch("video")
+        if self._share is not None:
+            own = self._share.of_clip(len(frames) // size)
+            frames = frames[own.start * size : own.stop * size]
+            if not frames:
+                return np.empty((0, 1, 1, 3), np.uint8)
+        resize = self.encode.resizer("video", clip_of(plan.frames, plan.info), plan.max_pixels)
+        return self.reader.frames(record, frames, resize)
 
     def _add_noun(
         self,

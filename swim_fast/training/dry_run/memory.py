@@ -131,7 +131,8 @@ class Settings:
     supervised_layers: int = 0
     fused: bool = True
     sequence_parallel: int = 1  # P, ranks that share a sample
-    frames_apart: bool = False  # each of them encodes a P-th of the temporal patches
+    frames_apart: bool = False  # each of them has a P-th of the temporal patches
+    embeds_part: bool = False  # and embeds its tokens alone
     max_live_parameters: int = 10**9
     sub_group: int = 10**9
 
@@ -233,19 +234,18 @@ def estimate_activations(geometry: Geometry, run: Settings, batch: Batch) -> dic
     layer = own * count_saved_bytes(g, run)
     if run.eager:
         layer += batch.tokens * batch.longest * g.heads / ranks * (4 + 2 * size)
-    ends = (batch.tokens * size + own * (4 + 3 * size)) * g.hidden  # embeddings and the last norm
+    ends = own * (4 + 4 * size) * g.hidden  # embeddings and the last norm
     inputs = g.layers * own * size * g.hidden
     kept = inputs if run.checkpointing else g.layers * layer
     if run.activation_offload:
         kept = 2 * kept / g.layers
     exchanged = (g.heads + 2 * _count_key_heads(g, run)) * g.head_dim if ranks > 1 else 0
     backward = own * size * (3 * max(g.intermediate, exchanged) + 6 * g.hidden) + (layer if run.checkpointing else 0)
-    scatter = batch.tokens * g.hidden * (4 * size + 9) - (ends + kept)
+    scatter = (own if run.embeds_part else batch.tokens) * g.hidden * (4 * size + 9) - (ends + kept)
 
-    patches = g.patches_per_token * batch.tokens
+    patches = g.patches_per_token * batch.tokens / (ranks if run.frames_apart else 1)
     pixels = 4 * patches * g.patch_values
     narrowed = patches * g.patch_values * size if size < 4 else 0
-    patches /= ranks if run.frames_apart else 1
     block = patches * _count_vision_bytes(g, run)
     passing = patches * max(30 * g.vision_hidden, size * (2 * g.vision_hidden + 4 * g.vision_intermediate))
     passing += narrowed

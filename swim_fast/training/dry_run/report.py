@@ -242,6 +242,7 @@ def _collect_settings(config: RunConfig, arguments, model, gpus: int) -> Setting
         fused=bool(config.attention_loss and config.attention_loss.fused),
         sequence_parallel=config.sequence_parallel,
         frames_apart=get_family(model).frames_apart,
+        embeds_part=get_family(model).embeds_part,
         **{key: int(zero[name]) for key, name in limits.items() if isinstance(zero.get(name), (int, float))},
     )
 

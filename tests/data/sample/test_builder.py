@@ -10,7 +10,8 @@ from swim_fast.data.sample.builder import Sample
 from swim_fast.data.sample.encoding import label_spans
 from swim_fast.families import Clip
 from swim_fast.families.patched import seconds_per_patch
-from tests.data.conftest import rle
+from swim_fast.frame_shares import FrameShare
+from tests.data.conftest import builder_of, rle
 from tests.data.sample.samples import TOKENS, H, W, labelled, mask, shown_numbers
 
 
@@ -44,6 +45,34 @@ def test_video_sample(build, video, tokenizer):
     assert labelled(sample, tokenizer) == ["The ball rolls.<|im_end|>"]
     assert sample.notes == []
     assert all(sample.inputs[key].dtype == torch.int64 for key in ("input_ids", "labels", "mm_token_type_ids"))
+
+
+@pytest.mark.parametrize("max_frames", [2, 6, 12])
+def test_ranks_that_share_a_video_decode_their_part_of_it(processor, video, max_frames):
+    """All else is that of the whole; a clip of one patch is everyone's, and with one of three a rank has nothing."""
+    record = video("The <ins>dog</ins>?", "It runs.", objects=({5: rle(mask(0, 0))},))
+    whole = builder_of(processor, max_frames=max_frames)(record)
+    patches, parts = whole.inputs["video_grid_thw"][0, 0].item(), []
+    for rank in range(4):
+        shared = builder_of(processor, FrameShare(4, rank), max_frames=max_frames)
+        decoded = count_decoded(shared)
+        sample = shared(record)
+        assert sum(decoded) == (2 if patches == 1 else 2 * (patches * (rank + 1) // 4 - patches * rank // 4))
+        parts.append(sample.inputs.pop("pixel_values_videos").patches())
+        assert sample.inputs.keys() == whole.inputs.keys() - {"pixel_values_videos"}
+        assert all(torch.equal(value, whole.inputs[key]) for key, value in sample.inputs.items())
+        assert (sample.rows, sample.pairs, sample.frames) == (whole.rows, whole.pairs, whole.frames)
+    parts = parts[:1] if patches == 1 else parts
+    assert torch.equal(torch.cat(parts), whole.inputs["pixel_values_videos"].patches())
+
+
+def count_decoded(builder):
+    """The frames of each request of a builder, a list that grows."""
+    counts, read = [], builder.reader.frames
+    builder.reader.frames = lambda record, frames, change=None: (
+        counts.append(len(frames)) or read(record, frames, change)
+    )
+    return counts
 
 
 def test_all_assistant_turns_are_labelled_and_nothing_else(build, video, tokenizer):

@@ -74,17 +74,17 @@ def test_other_engines(settings, total):
 
 
 def test_sharing_divides_the_decoder_and_nothing_that_is_whole():
-    """128 k tokens among four: inputs of 28 layers by hand; embeddings, pixels and maps stay whole."""
+    """128 k tokens among four: inputs of 28 layers by hand; maps stay whole."""
     batch = Batch(tokens=131_072, longest=131_072, rows=8, keys=131_072)
-    run = Settings(gpus=8, stage=3, checkpointing=True, supervised_layers=6, frames_apart=True)
+    run = Settings(gpus=8, stage=3, checkpointing=True, supervised_layers=6, frames_apart=True, embeds_part=True)
     whole, shared = (
         estimate(PARTS, GEOMETRY, dataclasses.replace(run, sequence_parallel=ranks), batch).items for ranks in (1, 4)
     )
-    for name in ("weights", "gradients", "optimizer states", "buckets", "gathered parameters", "pixels"):
+    for name in ("weights", "gradients", "optimizer states", "buckets", "gathered parameters"):
         assert whole[name] == shared[name]
     part = 32_768 * 3584
-    kept = 28 * part * 2 + 131_072 * 3584 * 2 + part * (4 + 3 * 2)
-    assert shared["activations kept for backward"] == kept
+    assert shared["activations kept for backward"] == 28 * part * 2 + part * (4 + 4 * 2)
+    assert shared["pixels"] == whole["pixels"] / 4
     moment = "activations of the moment"
     assert shared[moment] == whole[moment] / 4
     maps, prediction, rows = 6 * 8 * 131_072 * 16, 8 * 131_072 * 8, 6 * 8 * (28 * 128 * 2 + 28 * 4) / 4
@@ -97,11 +97,16 @@ def test_more_ranks_than_key_heads_keep_one_each():
 
 
 def test_the_scatter_of_features_is_a_peak_of_its_own():
-    """Where a rank has few tokens, the whole embeddings, 17 bytes a value, are more than a layer's backward."""
+    """Where a rank has few tokens, the whole embeddings, 17 bytes a value, are more than a layer's backward.
+
+    Qwen2.5-Omni's, that is: Qwen2.5-VL embeds a rank's tokens alone.
+    """
     batch = Batch(tokens=2**20, longest=2**20)
     run = Settings(gpus=28, stage=3, checkpointing=True, frames_apart=True, sequence_parallel=28)
     items = estimate_activations(GEOMETRY, run, batch)
     assert items["activations of the moment"] + items["activations kept for backward"] == 2**20 * 3584 * 17
+    parted = estimate_activations(GEOMETRY, dataclasses.replace(run, embeds_part=True), batch)
+    assert parted["activations of the moment"] < items["activations of the moment"] / 4
 
 
 def test_quantised_weights_stay_as_they_are():
