@@ -288,8 +288,8 @@ bytes and memory are counted or computed; the speed at which they are done is as
   ZeRO-3's gathering of weights is hidden as far as there is something to compute.
 - **Sample**: one clip, {cells} tokens a temporal patch, {nouns} noun tokens, {layers} supervised layers, a mask of
   1280 × 720 for every patch: more masks than data have. The vision tower is frozen.
-- **Left out**: decoding, which every rank does for the whole clip and which may well be the slowest part; the copy of
-  the pixels to the GPU; the optimizer's step; waiting for the slowest rank.
+- **Left out**: decoding, a P-th of the clip for each rank, which may well be the slowest part; the copy of the pixels
+  to the GPU; the optimizer's step; waiting for the slowest rank.
 
 Seconds. A step is one sample. Efficiency is the time of one GPU, if it had the memory, over P times that of P.
 GiB in bold do not fit {size} GiB.

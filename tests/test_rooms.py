@@ -14,6 +14,7 @@ RULES = {
     "swim_kernels": "",
     "swim_fast.options": "",
     "swim_fast.labels": "",
+    "swim_fast.frame_shares": "",
     "swim_fast.position_ids": "",
     "swim_fast.jobs": "options",
     "swim_fast.command_line": "options",
@@ -22,9 +23,9 @@ RULES = {
     "swim_fast.progress_bar": "",
     "swim_fast.loss": "options swim_kernels",
     "swim_fast.families": "",
-    "swim_fast.modeling": "families labels options position_ids swim_kernels",
-    "swim_fast.data": "families options jobs files progress_bar labels loss.targets loss.questions position_ids"
-    " viz.record swim_kernels",
+    "swim_fast.modeling": "families frame_shares labels options position_ids swim_kernels",
+    "swim_fast.data": "families frame_shares options jobs files progress_bar labels loss.targets loss.questions"
+    " position_ids viz.record swim_kernels",
     "swim_fast.llm": "files options progress_bar",
     "swim_fast.nl_refer.english": "options",
     "swim_fast.importing": "options jobs data nl_refer progress_bar",  # names of objects are tagged as nl_refer does

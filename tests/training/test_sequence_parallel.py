@@ -10,7 +10,18 @@ from swim_fast.config import ConfigError, load_config
 from swim_fast.errors import OptionError
 from swim_fast.modeling.sequence_parallel import check_group_size, find_group_sizes
 from swim_fast.training.checkpoints import Layout
-from tests.training.conftest import ROOT, SEED, history, launch, run, run_command, run_here
+from tests.training.conftest import (
+    ROOT,
+    SEED,
+    history,
+    launch,
+    record,
+    run,
+    run_command,
+    run_here,
+    square_clip,
+    write_records,
+)
 
 LOGGED = ("loss", "text_loss", "mask_loss", "pointing_accuracy", "mass_in_mask", "grad_norm", "pairs_per_step")
 STEPS = {"max_steps": 4, "learning_rate": 1e-2, "optim": "adamw_torch", "per_device_train_batch_size": 2}
@@ -103,6 +114,24 @@ def test_a_run_goes_on_with_another_number_of_ranks_a_sample(configure):
     run_here(one, "training.lr_scheduler_type=constant")
     run_here(shared, "training.sequence_parallel=1", "training.lr_scheduler_type=constant", resume=True)
     assert_same(one.with_suffix(""), shared.with_suffix(""))
+
+
+@pytest.mark.slow
+def test_a_clip_that_one_rank_cannot_decode_is_left_out_by_all(write_config, tmp_path):
+    """Damaged at its end: the first rank has its half of the clip, the second has not."""
+    lines = [record(f"{i}.mp4", square_clip(tmp_path / f"{i}.mp4", i, count=60)[:1]) for i in range(4)]
+    content = bytearray((tmp_path / "0.mp4").read_bytes())
+    start = content.index(b"mdat")
+    size = int.from_bytes(content[start - 4 : start], "big")
+    content[start + size * 19 // 20 : start + size - 4] = bytes(size - 4 - size * 19 // 20)
+    (tmp_path / "0.mp4").write_bytes(content)
+    path = write_records(tmp_path / "damaged.jsonl", lines)
+    config = write_config("run", data={"train": [{"path": str(path)}]}, training={**STEPS, "sequence_parallel": 2})
+    run("train", config, "training.max_steps=2", "training.gradient_accumulation_steps=1", ranks=2)
+    told = [json.loads(line)["problem"] for line in (tmp_path / "run/skipped-rank0.jsonl").read_text().splitlines()]
+    assert len(told) == 2 and "0.mp4: cannot be decoded" in told[0]
+    assert told[1].endswith("left out with its batch, which the ranks that share it have read differently")
+    assert [log.get("skipped") for log in history(tmp_path / "run")].count(2) == 1
 
 
 def test_ranks_without_a_group_are_refused(configure):

@@ -13,8 +13,11 @@ from swim_fast.labels import count_labels
 
 
 def fingerprint(batch: dict) -> int:
-    """Return a number of 62 bits by which a batch of `Collator` is told from others: samples, lengths and pairs."""
-    told = batch["samples"], batch["problems"], batch["counts"], len(batch["mask_targets"])
+    """Return a number of 62 bits by which a batch of `Collator` is told from others: samples, lengths and pairs.
+
+    Of the problems only their number counts: a decoder's words for one fault differ from process to process.
+    """
+    told = batch["samples"], len(batch["problems"]), batch["counts"], len(batch["mask_targets"])
     return int.from_bytes(hashlib.sha256(repr(told).encode()).digest()[:8], "big") >> 2
 
 
