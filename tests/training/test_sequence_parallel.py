@@ -125,8 +125,8 @@ def test_a_clip_that_one_rank_cannot_decode_is_left_out_by_all(write_config, tmp
     size = int.from_bytes(content[start - 4 : start], "big")
     content[start + size * 19 // 20 : start + size - 4] = bytes(size - 4 - size * 19 // 20)
     (tmp_path / "0.mp4").write_bytes(content)
-    path = write_records(tmp_path / "damaged.jsonl", lines)
-    config = write_config("run", data={"train": [{"path": str(path)}]}, training={**STEPS, "sequence_parallel": 2})
+    path, training = write_records(tmp_path / "damaged.jsonl", lines), {**STEPS, "sequence_parallel": 2}
+    config = write_config("run", data={"train": [{"path": str(path)}], "reader": "pyav"}, training=training)
     run("train", config, "training.max_steps=2", "training.gradient_accumulation_steps=1", ranks=2)
     told = [json.loads(line)["problem"] for line in (tmp_path / "run/skipped-rank0.jsonl").read_text().splitlines()]
     assert len(told) == 2 and "0.mp4: cannot be decoded" in told[0]

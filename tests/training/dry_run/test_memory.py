@@ -106,7 +106,7 @@ def test_the_scatter_of_features_is_a_peak_of_its_own():
     items = estimate_activations(GEOMETRY, run, batch)
     assert items["activations of the moment"] + items["activations kept for backward"] == 2**20 * 3584 * 17
     parted = estimate_activations(GEOMETRY, dataclasses.replace(run, embeds_part=True), batch)
-    assert parted["activations of the moment"] < items["activations of the moment"] / 4
+    assert parted["activations of the moment"] < items["activations of the moment"] / 3
 
 
 def test_quantised_weights_stay_as_they_are():
