@@ -43,6 +43,7 @@ def measure(ranks: int, length: int, checkpointing: bool) -> int:
     labels = ids.clone()
     labels[:, :-LABELS] = -100
     inputs = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(length).expand(3, 1, -1)}
+    inputs["mm_token_type_ids"] = torch.zeros_like(ids)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # so that backward allocates none
