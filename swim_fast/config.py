@@ -1,8 +1,7 @@
 """One YAML file describes a run; every key is typed, checked, and refused if nothing reads it.
 
 Sections: `model`, `data`, `attention_loss`, `optimization`, and `training`, which takes any field of transformers'
-`TrainingArguments` by its own name. `key.sub=value` on the command line replaces single values. `python -m
-swim_fast.config` writes the page of all keys, docs/configuration.md.
+`TrainingArguments` by its own name. `key.sub=value` on the command line replaces single values.
 
 Nothing heavy is imported, so that a mistake is told at once: the names and types of `TrainingArguments` are read from
 the source of the installed transformers.
@@ -13,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -33,7 +32,6 @@ from swim_fast.options import (
     Weights,
     key_path,
     mistake,
-    unwrap,
 )
 from swim_fast.recipes import find_recipe
 from swim_fast.training_fields import FIXED, NO_EFFECT, training_fields
@@ -361,53 +359,3 @@ def _take_out(tree: Any, path: tuple[int | str, ...]) -> None:
         del tree[last]
     else:
         tree[last] = "?" if parents else {}  # only sections, and names of files and models, must be given
-
-
-def reference() -> str:
-    """Return the page of all keys, docs/configuration.md."""
-    lines = [
-        "# Configuration",
-        "",
-        "One YAML file describes a run: `swim-fast train run.yaml`. `key.sub=value` behind it replaces single values.",
-        "Every key is checked, and all mistakes of a file are told at once. `configs/` holds recipes to start from.",
-        "",
-        "This page is written by `python -m swim_fast.config > docs/configuration.md`.",
-    ]
-    for name, field in RunConfig.model_fields.items():
-        if name == "training":
-            lines += ["", "## `training`", "", f"{field.description} See the documentation of transformers."]
-        else:
-            lines += _section(f"`{name}`", unwrap(field.annotation))
-    lines += _section("Files: `data.train[…]`, `data.eval.…`", Source) + _section("`model.lora`", Lora)
-    return "\n".join(lines) + "\n"
-
-
-def _section(title: str, options: type[Options]) -> list[str]:
-    lines = [
-        "",
-        f"## {title}",
-        "",
-        options.__doc__.strip(),
-        "",
-        "| key | type | default | meaning |",
-        "|---|---|---|---|",
-    ]
-    for name, field in options.model_fields.items():
-        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-        meaning = " ".join(field.description.split())
-        lines.append(f"| `{name}` | {_type_text(field.annotation)} | {default} | {meaning} |")
-    return lines
-
-
-def _type_text(annotation: Any) -> str:
-    kind = unwrap(annotation)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return " · ".join(f"`{value}`" for value in arguments)
-    if origin in (list, dict):
-        return f"{origin.__name__} of {_type_text(arguments[-1])}"
-    return "section" if issubclass(kind, Options) else f"`{kind.__name__}`"
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from swim_fast.config import ConfigError, DataConfig, ModelConfig, RunConfig, load_config, reference
+from swim_fast.config import ConfigError, DataConfig, ModelConfig, RunConfig, load_config
+from swim_fast.config_page import draw_page
 from swim_fast.options import AttentionLoss
 from swim_fast.training.arguments import build_arguments
 from swim_fast.training_fields import FIXED, HONOURED, NEWER, NO_EFFECT, OWN, training_fields
@@ -352,7 +353,7 @@ def test_no_maps_at_all(write):
 
 def test_the_page_of_all_keys_is_up_to_date():
     page = Path(__file__).parents[1] / "docs" / "configuration.md"
-    assert page.read_text(encoding="utf-8") == reference(), "python -m swim_fast.config > docs/configuration.md"
+    assert page.read_text(encoding="utf-8") == draw_page(), "python -m swim_fast.config_page > docs/configuration.md"
     for options in (ModelConfig, DataConfig, AttentionLoss):
         for name, field in options.model_fields.items():
             assert field.description.endswith((".", "…")), f"{options.__name__}.{name} has no docstring"

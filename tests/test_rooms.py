@@ -19,6 +19,7 @@ RULES = {
     "swim_fast.jobs": "options",
     "swim_fast.command_line": "options",
     "swim_fast.config": "options recipes training_fields",
+    "swim_fast.config_page": "config options",
     "swim_fast.files": "",
     "swim_fast.progress_bar": "",
     "swim_fast.loss": "options swim_kernels",
