@@ -24,7 +24,7 @@ Assumptions, with Ψ trainable parameters and N GPUs:
   of a few of the layer's width. (Korthikanti et al., arXiv 2205.05198, count the same way.) The vision tower runs
   first: trained, its blocks save likewise; frozen, one block's intermediates are freed before the decoder. A
   trained merger keeps its norm and its two layers' inputs. Adapters keep an fp32 copy of their layer's input, and the
-  tensor they work on.
+  tensor they work on. Of an MLP in tiles, one tile at a time has its tensors, in its backward.
 - **Sequence parallelism.** A rank keeps a P-th of the tokens in the decoder, but pixels, embeddings and noun maps
   whole: its part of the embeddings is a view. Key heads are repeated to P where there are fewer. An exchange has what
   is sent, what comes and its order by heads at once. A rank encodes a P-th of the temporal patches where the tower
@@ -85,6 +85,7 @@ class Geometry:
     largest_module: int  # parameters that are gathered together
     largest_matrix: int = 0  # among the quantised ones
     adapted_width: int = 0  # input features of a layer's linear modules with adapters, summed
+    adapted_mlp_width: int = 0  # of them, those of the MLP
     group_sizes: tuple[int, ...] = ()  # numbers of ranks that can share a sequence
 
     @classmethod
@@ -123,6 +124,7 @@ class Settings:
     size: int = 2  # bytes of an activation
     optim: str = "adamw_torch"
     checkpointing: bool = False
+    mlp_tiles: int = 1
     activation_offload: bool = False
     liger: bool = False
     eager: bool = False  # attention probabilities are kept
@@ -211,8 +213,13 @@ def count_saved_bytes(geometry: Geometry, run: Settings) -> float:
     g, size = geometry, run.size
     norm = 2 * size * g.hidden if run.liger else (4 + 2 * size) * g.hidden
     attention = size * g.head_dim * (2 * g.heads + 2 * _count_key_heads(g, run)) + 4 * g.heads
-    mlp = (3 if run.liger else 4) * size * g.intermediate
-    return 2 * norm + attention + mlp + (4 + size) * g.adapted_width
+    mlp = _count_mlp_bytes(g, run) if run.mlp_tiles == 1 else 0
+    return 2 * norm + attention + (4 + size) * (g.adapted_width - g.adapted_mlp_width) + mlp
+
+
+def _count_mlp_bytes(geometry: Geometry, run: Settings) -> float:
+    """Return the bytes that autograd saves per token of an MLP, or of one of its tiles."""
+    return (3 if run.liger else 4) * run.size * geometry.intermediate + (4 + run.size) * geometry.adapted_mlp_width
 
 
 def _count_key_heads(geometry: Geometry, run: Settings) -> int:
@@ -240,7 +247,10 @@ def estimate_activations(geometry: Geometry, run: Settings, batch: Batch) -> dic
     if run.activation_offload:
         kept = 2 * kept / g.layers
     exchanged = (g.heads + 2 * _count_key_heads(g, run)) * g.head_dim if ranks > 1 else 0
-    backward = own * size * (3 * max(g.intermediate, exchanged) + 6 * g.hidden) + (layer if run.checkpointing else 0)
+    width = max(g.intermediate / run.mlp_tiles, exchanged)
+    backward = own * size * (3 * width + 6 * g.hidden) + (layer if run.checkpointing else 0)
+    if run.mlp_tiles > 1:
+        backward += own / run.mlp_tiles * _count_mlp_bytes(g, run)
     scatter = (own if run.embeds_part else batch.tokens) * g.hidden * (4 * size + 9) - (ends + kept)
 
     patches = g.patches_per_token * batch.tokens / (ranks if run.frames_apart else 1)

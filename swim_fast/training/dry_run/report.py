@@ -144,7 +144,8 @@ def _build_meta_model(config: RunConfig):
     dtype = saved if options.dtype == "auto" else getattr(torch, options.dtype)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(described, dtype=dtype)
-    prepare_model(model, lora=options.lora, frozen=options.freeze, layers=loss.layers if loss else [])
+    layers = loss.layers if loss else []
+    prepare_model(model, lora=options.lora, frozen=options.freeze, layers=layers, mlp_tiles=options.mlp_tiles)
     return model, processor
 
 
@@ -196,14 +197,15 @@ def _measure_geometry(model, config: RunConfig) -> Geometry:
     from swim_fast.families import get_family
     from swim_fast.modeling.sequence_parallel import get_group_sizes
 
-    layers = model.get_submodule(get_family(model).language_model).layers
+    layer = model.get_submodule(get_family(model).language_model).layers[0]
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
-    adapted = [module.in_features for module in layers[0].modules() if hasattr(module, "lora_A")]
+    adapted = {name: module.in_features for name, module in layer.named_modules() if hasattr(module, "lora_A")}
     return Geometry.from_config(
         model.config,
         largest_module=max(own),
         largest_matrix=max((p.numel() for p in _get_quantized_bits(model, config)), default=0),
-        adapted_width=sum(adapted),
+        adapted_width=sum(adapted.values()),
+        adapted_mlp_width=sum(width for name, width in adapted.items() if name.startswith("mlp.")),
         group_sizes=tuple(get_group_sizes(model.config)),
     )
 
@@ -233,6 +235,7 @@ def _collect_settings(config: RunConfig, arguments, model, gpus: int) -> Setting
         size=2 if narrow else min(4, max(p.element_size() for p in model.parameters() if p.is_floating_point())),
         optim=str(getattr(arguments.optim, "value", arguments.optim)),
         checkpointing=arguments.gradient_checkpointing,
+        mlp_tiles=config.model.mlp_tiles,
         activation_offload=config.model.activation_offload,
         liger=config.model.liger,
         eager=config.model.attention == "eager",

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from benchmarks.memory import count_allocations
+from swim_fast.demo.tiny_model import ModelSize, build_model, train_tokenizer
+from swim_fast.modeling.freezing import freeze
+from swim_fast.modeling.tiled_mlp import tile_mlps
 from swim_fast.training.dry_run.memory import (
     GIB,
     Batch,
@@ -94,6 +97,23 @@ def test_sharing_divides_the_decoder_and_nothing_that_is_whole():
 def test_more_ranks_than_key_heads_keep_one_each():
     saved = [count_saved_bytes(GEOMETRY, Settings(sequence_parallel=ranks)) for ranks in (1, 4, 28)]
     assert saved[0] == saved[1] == saved[2] - 2 * 128 * 2 * (28 - 4)
+
+
+def test_one_tile_of_an_mlp_at_a_time():
+    """128 k tokens, whose MLPs are in eight tiles: four tensors of a tile's width and three gradients, by hand."""
+    batch = Batch(tokens=131_072, longest=131_072)
+    run = Settings(gpus=8, stage=3)
+    kept, moment = "activations kept for backward", "activations of the moment"
+    for checkpointing in (False, True):
+        one = dataclasses.replace(run, checkpointing=checkpointing)
+        whole, tiled = (
+            estimate_activations(GEOMETRY, dataclasses.replace(one, mlp_tiles=tiles), batch) for tiles in (1, 8)
+        )
+        saved = 131_072 * 2 * 4 * 18944  # of a layer's MLP
+        gradients = 131_072 * 2 * 3 * 18944
+        assert whole[kept] - tiled[kept] == (0 if checkpointing else 28 * saved)
+        recomputed = saved if checkpointing else 0
+        assert whole[moment] - tiled[moment] == recomputed - saved / 8 + gradients * 7 / 8
 
 
 def test_the_scatter_of_features_is_a_peak_of_its_own():
@@ -187,16 +207,29 @@ def test_remedies_suffice():
     assert estimate(PARTS, GEOMETRY, done, BATCH).total <= 80 * GIB
 
 
+SIZE = ModelSize(hidden_size=128, intermediate_size=512, num_layers=6, num_heads=4, vision_depth=4)
+
+
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_activations_that_mlps_in_tiles_keep(tiles):
+    """What a forward over text holds at its end, allocations counted one by one, is within a twentieth."""
+    model = build_model(train_tokenizer(["a clip of a dog"] * 4, 300), SIZE, seed=0).train()
+    tile_mlps(model, tiles)
+    ids = torch.randint(20, 200, (1, 2048))
+    with count_allocations() as counted:
+        outputs = model(input_ids=ids, logits_to_keep=8, use_cache=False)
+        counted.mark("forward")
+        del outputs
+    geometry = Geometry.from_config(model.config, largest_module=0)
+    items = estimate_activations(geometry, Settings(size=4, mlp_tiles=tiles), Batch(tokens=2048, longest=2048))
+    assert items["activations kept for backward"] == pytest.approx(counted.held["forward"], rel=0.05)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("frozen", [["vision_tower", "merger"], ["vision_tower"], []])
 def test_activations_of_a_tiny_model(checkpointing, frozen):
     """The peak of forward and backward, allocations counted one by one, is within a third of the estimate."""
-    from swim_fast.demo.tiny_model import ModelSize, build_model, train_tokenizer
-    from swim_fast.modeling.freezing import freeze
-
-    size = ModelSize(hidden_size=128, intermediate_size=512, num_layers=6, num_heads=4, vision_depth=4)
-    tokenizer = train_tokenizer(["a clip of a dog"] * 4, 300)
-    model = build_model(tokenizer, size, seed=0).train()
+    model = build_model(train_tokenizer(["a clip of a dog"] * 4, 300), SIZE, seed=0).train()
     freeze(model, frozen)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -74,6 +74,12 @@ def test_ranks_that_share_samples(write_config, without_weights):
     assert report.estimates["longest"].items[kept] < whole.estimates["longest"].items[kept]
 
 
+def test_mlps_in_tiles(write_config, without_weights):
+    path, kept = write_config(model={"path": str(without_weights)}), "activations kept for backward"
+    whole, tiled = (report_of(path, f"model.mlp_tiles={tiles}").estimates["longest"] for tiles in (1, 4))
+    assert 0 < tiled.items[kept] < whole.items[kept]
+
+
 @pytest.mark.parametrize("ranks, gpus, message", [(2, 3, "--gpus 4"), (3, 3, "take one of 2, 4")])
 def test_ranks_that_cannot_share(write_config, without_weights, ranks, gpus, message):
     path = write_config(model={"path": str(without_weights)})
