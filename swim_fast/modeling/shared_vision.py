@@ -23,21 +23,22 @@ from swim_fast.modeling.sequence_group import SequenceGroup
 _KINDS = (("pixel_values", "image_grid_thw", 1), ("pixel_values_videos", "video_grid_thw", 2))  # types of their tokens
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Pass:
-    """One pass of the tower over N tokens' patches.
+    """One pass of the tower: what becomes of the features, of N tokens in all.
 
     Attributes:
-        encoded: patches that this rank encodes.
-        counts: patches of each rank.
-        sources: [N] int64, the rank that encodes each token.
-        owners: [N] int64, the rank whose part of the sequence has it; None: all have.
+        counts: tokens whose features each rank encodes.
+        order: in which this rank's features are sent, int64; None: every rank gathers all.
+        sent, received: features for each rank and from each.
+        back: order that makes what arrives that of the tokens, int64.
     """
 
-    encoded: int
     counts: list[int]
-    sources: Tensor
-    owners: Tensor | None
+    order: Tensor | None
+    sent: list[int]
+    received: list[int]
+    back: Tensor
 
 
 class SharedVision:
@@ -80,10 +81,9 @@ class SharedVision:
         shares = divide_patches((clip[0] for clip in clips), self._group.ranks)
         runs, grids = [], []
         for (_, height, width), of_clip in zip(clips, shares, strict=True):
-            runs.append([len(own) * height * width for own in of_clip])
+            runs.append([len(own) * height * width // self._merge**2 for own in of_clip])
             grids += [(1, height, width)] * len(of_clip[rank])  # GLM's tower takes no longer ones
-        counts = [sum(column) for column in zip(*runs, strict=True)]
-        self._pass = _Pass(counts[rank], counts, *self._route(runs, tokens))
+        self._pass = self._plan(runs, tokens, grid.device)
         pixels = self._select(pixels, clips, shares)
         if not grids:  # it takes part in the backward pass of the tower all the same
             pixels = pixels.new_zeros(self._merge**2, pixels.shape[1])
@@ -120,33 +120,30 @@ class SharedVision:
             first += len(times) * size
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _route(self, runs: list[list[int]], tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the rank that encodes each token, and the one that has it. Waits for the device.
+    def _plan(self, runs: list[list[int]], tokens: Tensor | None, device: torch.device) -> _Pass:
+        """Return where the features go. Waits for the device.
 
         Args:
-            runs: patches of each clip that each rank encodes.
-            tokens: [B, L] bool, the tokens of the pass.
+            runs: tokens of each clip that each rank encodes.
+            tokens: [B, L] bool, the tokens of the pass; None: all features go to all ranks.
         """
-        device = "cpu" if tokens is None else tokens.device
-        counts = torch.tensor(runs, device=device).flatten() // self._merge**2
-        sources = torch.arange(self._group.ranks, device=device).repeat(len(runs)).repeat_interleave(counts)
+        group, counts = self._group, [sum(column) for column in zip(*runs, strict=True)]
+        ranks = torch.arange(group.ranks, device=device)
+        sources = ranks.repeat(len(runs)).repeat_interleave(torch.tensor(runs, device=device).flatten())
         if tokens is None:
-            return sources, None
-        owners = tokens.nonzero()[:, 1] // self._group.count_part(tokens.shape[1])
+            return _Pass(counts, None, [], [], sources.argsort(stable=True).argsort())
+        owners = tokens.nonzero()[:, 1] // group.count_part(tokens.shape[1])
         if len(owners) != len(sources):
             raise BatchError(f"{len(owners)} tokens are of images or videos whose grids have {len(sources)}")
-        return sources, owners
+        receivers, senders = owners[sources == group.rank], sources[owners == group.rank]
+        sent, received = (torch.bincount(of_row, minlength=group.ranks).tolist() for of_row in (receivers, senders))
+        back = senders.argsort(stable=True).argsort()
+        return _Pass(counts, receivers.argsort(stable=True), sent, received, back)
 
     def _send(self, features: Tensor) -> Tensor:
         """Return the features of this rank's tokens in their order, or those of all."""
-        group, done = self._group, self._pass
-        patches = (done.encoded or self._merge**2) // len(features)  # that are merged into one row
-        features = features[: done.encoded // patches]
-        if done.owners is None:
-            rows = group.gather_rows(features, [count // patches for count in done.counts])
-            return rows[done.sources.argsort(stable=True).argsort().to(rows.device)]
-        receivers = done.owners[done.sources == group.rank]
-        senders = done.sources[done.owners == group.rank]
-        sent, received = (torch.bincount(ranks, minlength=group.ranks).tolist() for ranks in (receivers, senders))
-        rows = group.exchange_rows(features[receivers.argsort(stable=True)], sent, received)
-        return rows[senders.argsort(stable=True).argsort()]
+        group, plan = self._group, self._pass
+        features = features[: plan.counts[group.rank]]
+        if plan.order is None:
+            return group.gather_rows(features, plan.counts)[plan.back]
+        return group.exchange_rows(features[plan.order], plan.sent, plan.received)[plan.back]
