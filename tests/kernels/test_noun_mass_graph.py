@@ -74,7 +74,8 @@ def test_only_the_gradient_asked_for_is_computed(wanted):
     expected = dict(zip(("query", "key"), run(query, key, queries, sets, grad, backend="torch")[1:], strict=True))
     leaves = {"query": query.detach(), "key": key.detach()}
     leaves[wanted].requires_grad_()
-    gradients = noun_mass(leaves["query"], leaves["key"], queries, sets, backend="torch").grad_fn.apply(grad)
+    masses = noun_mass(leaves["query"], leaves["key"], queries, sets, backend="torch")
+    gradients = masses.grad_fn.apply(grad)
     assert torch.equal(gradients[("query", "key").index(wanted)], expected[wanted])
     assert sum(g is not None for g in gradients) == 1
     assert not noun_mass(query.detach(), key.detach(), queries, sets, backend="torch").requires_grad
