@@ -73,6 +73,9 @@ class LiveMaps(TrainerCallback):
             maps, targets = self._compute_maps([] if sample is None else [sample])
             if sample is None or not state.is_world_process_zero:
                 continue
+            if not len(targets):
+                logger.warning("no picture of %s: the ranks that share it have read it differently", sample.name)
+                continue
             p = grid_prediction(
                 maps, targets.pairs, fusion=self._loss.shown_fusion, prediction="min_max", backend=self._loss.backend
             )

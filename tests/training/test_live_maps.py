@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from swim_fast.config import load_config
+from swim_fast.data.batch.collation import Collator
 from swim_fast.data.batch.dataset import SwimDataset
 from swim_fast.data.sample.builder import SampleBuilder
 from swim_fast.data.source.records import Turn
@@ -104,8 +105,6 @@ def make_callback(folder, lines, count, tracker, options):
         asked.append(samples)
         if not samples:
             return (), None
-        from swim_fast.data.batch.collation import Collator
-
         batch = Collator(builder.encode.processor, frames=True)(samples)
         queries = batch["noun_queries"]
         import torch
@@ -150,6 +149,15 @@ def test_every_rank_computes_as_often_whatever_it_can_read(tmp_path, options, ca
         counts.append([len(samples) for samples in asked])
         assert len(tracker.logged) == first
     assert counts == [[1, 0, 0]] * 2
+
+
+def test_a_sample_that_another_rank_cannot_read_is_not_drawn(tmp_path, options, caplog):
+    tracker = Log()
+    callback, _ = make_callback(tmp_path, [record("0.mp4", square_clip(tmp_path / "0.mp4", 0))], 1, tracker, options)
+    empty = Collator(callback._places[0].data.builder.encode.processor)([])
+    callback._compute_maps = lambda samples: ((), empty["mask_targets"])
+    evaluate(callback, 1)
+    assert tracker.logged == [] and "no picture of" in caplog.text
 
 
 def test_samples_are_spread_evenly(tmp_path, options):
