@@ -187,6 +187,11 @@ class CheckpointingTrainer(Trainer):
         for name, _ in model.named_parameters(remove_duplicate=False):
             if state_dict is not None and name not in once:
                 state_dict.pop(name, None)
+        # Loading under ZeRO-3 keeps renamings that this checkpoint had no use for. Undone, they would make
+        # `model.model.layers` of the published `model.layers`.
+        renamings = getattr(model, "_weight_conversions", None)
+        if renamings is not None:
+            model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -15,7 +15,8 @@
 | `_load_from_checkpoint`, `_load_best_model` | weights under published names, adapters | test_equivalence, test_fsdp |
 | `_init_training_state` (checkpoints.py) | a finished run that is resumed trains no further step | test_survival |
 | `_load_optimizer_and_scheduler` (checkpoints.py) | several ranks on the CPU | test_survival |
-| `_save`, `_save_optimizer_and_scheduler` (checkpoints.py) | a tied head once; no second file of weights | test_fsdp |
+| `_save` (checkpoints.py) | a tied head once, the published names | test_fsdp, test_sequence_parallel |
+| `_save_optimizer_and_scheduler` (checkpoints.py) | no second file of weights | test_fsdp |
 | `_get_output_dir`, `_push_from_checkpoint`, `_save_checkpoint` (checkpoints.py) | whole checkpoints or none | \
 test_checkpoints |
 """

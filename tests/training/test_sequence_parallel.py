@@ -20,6 +20,7 @@ from tests.training.conftest import (
     run_command,
     run_here,
     square_clip,
+    weights,
     write_records,
 )
 
@@ -56,6 +57,7 @@ def assert_same(one, shared, rel=2e-5):
     for key in ("loss", "text_loss", "mask_loss", "pairs", "soft_iou"):
         assert mine[f"eval_same_{key}"] == pytest.approx(other[f"eval_same_{key}"], rel=rel), key
     assert mine["skipped_samples"] == other["skipped_samples"]
+    assert weights(one).keys() == weights(shared).keys()
     mine, other = (AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32) for folder in (one, shared))
     for (name, value), trained in zip(mine.named_parameters(), other.parameters(), strict=True):
         assert (value - trained).norm() <= 1e-3 * max(value.norm().item(), 1), name
