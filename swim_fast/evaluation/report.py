@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swim_fast.errors import name_count
 from swim_fast.evaluation import published
 from swim_fast.evaluation.judge import DIMENSIONS
 from swim_fast.evaluation.questions import READINGS
@@ -90,7 +91,7 @@ def grounding_report(results: Mapping[str, Any]) -> str:
     lines = ["# Attention of the tagged nouns", "", table(head, _layer_rows(results, METRICS, fused, how)), ""]
     lines.append(f"{results['pairs']} pairs of noun token and temporal patch, in {results['records']} records")
     if results["without"]:
-        lines.append(f"{results['without']} records have no tagged noun with a mask")
+        lines.append(f"without a tagged noun with a mask: {name_count(results['without'], 'record')}")
     lines.append("definitions: swim_fast/loss/metrics.py")
     rows = _layer_rows(ranking, RANKING_METRICS, fused, how)
     for model, values in published.ATTENTION.items():

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from swim_fast.data.source.errors import DataError
 from swim_fast.data.source.records import RecordFile
+from swim_fast.errors import name_count
 from swim_fast.jobs import Build
 from swim_fast.llm.journal import Journal
 from swim_fast.llm.settle import Settler, Usage
@@ -61,9 +62,9 @@ class BuildReport:
 
     def __str__(self) -> str:
         count = self.counts
-        lines = [f"{count['records']:,} records"]
+        lines = [name_count(count["records"], "record")]
         if count["rewritten"]:
-            lines.append(f"  {count['rewritten']:,} rewritten, with {count['tags']:,} tagged nouns")
+            lines.append(f"  {count['rewritten']:,} rewritten, with {name_count(count['tags'], 'tagged noun')}")
         if count["passed"]:
             lines.append(f"  {count['passed']:,} passed through: they have no placeholder")
         if count["masks_left_out"]:

@@ -3,6 +3,7 @@
 import yaml
 
 from swim_fast.config import RunConfig
+from swim_fast.errors import name_count
 
 _CARD = """---
 {header}---
@@ -100,7 +101,7 @@ def render_model_card(config: RunConfig, steps: int, metrics: dict[str, float]) 
         positions=_POSITIONS if config.model.position_ids == "pretraining" else "",
         differs=_DIFFERS.format(options=" and ".join(differs)) if differs else "",
         sources="\n".join(sources),
-        skipped=f"\n{skipped} samples were left out of training for their problems.\n" if skipped else "",
+        skipped=f"\nLeft out of training for their problems: {name_count(skipped, 'sample')}.\n" if skipped else "",
         metrics="\n".join(values),
         config=config.as_yaml(),
     )

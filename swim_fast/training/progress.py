@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from transformers import ProgressCallback
 
 from swim_fast.config import RunConfig
+from swim_fast.errors import name_count
 from swim_fast.options import METRICS, Source
 
 _LOSSES = ("text", "mask", "image", "system")
@@ -64,7 +65,7 @@ def format_log(logs: dict, step: int, steps: int, seconds_left: float | None = N
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
     if logs.get("skipped"):
-        parts.append(f"{logs['skipped']:.0f} samples skipped")
+        parts.append(f"{name_count(int(logs['skipped']), 'sample')} skipped")
     if seconds_left is not None:
         parts.append(f"{format_seconds(seconds_left)} left")
     return "  ".join(parts)
@@ -94,7 +95,7 @@ def format_ending(config: RunConfig, metrics: dict[str, float]) -> str:
         scores = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
         lines.append("  ".join([f"score on {name}:", *_parts(scores, METRICS)]))
     if metrics.get("skipped_samples"):
-        left_out = f"{metrics['skipped_samples']:.0f} samples"
+        left_out = name_count(int(metrics["skipped_samples"]), "sample")
         lines.append(f"left out: {left_out}; see {output}/skipped-rank0.jsonl and those of other ranks")
     lines += ["", "next:"]
     sources = [*config.data.eval.values(), *config.data.train]

@@ -71,7 +71,7 @@ def test_layers_and_fused(checkpoint, annotated, tmp_path, capsys, layers, fused
         in printed
     )
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
-    assert "1 records have no tagged noun" in printed
+    assert "without a tagged noun with a mask: 1 record\n" in printed
     second = printed[printed.index("| layer", printed.index("## Pixels")) :]
     assert " | ".join(RANKING_METRICS.values()) in " ".join(second.splitlines()[0].split())
     assert f"{ranking['fused']['auc']:.3f}" in second and "SWIM-7B (published)" in second

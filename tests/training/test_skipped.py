@@ -53,7 +53,7 @@ def test_the_model_card_counts_samples_left_out(write_config, tmp_path):
     names = ["0.mp4", "gone.mp4", "0.mp4", "0.mp4"]
     data = write_records(tmp_path / "data.jsonl", [record(name, masks) for name in names])
     run_here(write_config(data={"train": [{"path": str(data)}]}, training={"max_steps": 2, "logging_steps": 5}))
-    assert "\n1 samples were left out of training" in (tmp_path / "run" / "README.md").read_text()
+    assert "\nLeft out of training for their problems: 1 sample.\n" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
