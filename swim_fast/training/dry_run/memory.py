@@ -25,10 +25,9 @@ Assumptions, with Ψ trainable parameters and N GPUs:
   first: trained, its blocks save likewise; frozen, one block's intermediates are freed before the decoder. A
   trained merger keeps its norm and its two layers' inputs. Adapters keep an fp32 copy of their layer's input, and the
   tensor they work on. Of an MLP in tiles, one tile at a time has its tensors, in its backward.
-- **Sequence parallelism.** A rank keeps a P-th of the tokens in the decoder, but pixels, embeddings and noun maps
-  whole: its part of the embeddings is a view. Key heads are repeated to P where there are fewer. An exchange has what
-  is sent, what comes and its order by heads at once. A rank encodes a P-th of the temporal patches where the tower
-  keeps them apart.
+- **Sequence parallelism.** A rank keeps a P-th of the tokens, and of the temporal patches where the tower keeps those
+  apart, but noun maps whole. Where positions do not come with the batch, it embeds the whole sequence for a moment. Key
+  heads are repeated to P where there are fewer. An exchange has what is sent, what comes, and its order by heads.
 - **Scatter of the features.** Before the decoder: embeddings, features twice, and the result; `masked_scatter` on CUDA
   makes a mask (1 byte) and its running count (8) for every value of the embeddings.
 - **Text loss.** A block of logits in the weights' type, in fp32 and their softmax; backward needs as much again.
@@ -318,6 +317,7 @@ REMEDIES = (
     ("training.gradient_checkpointing=true", {"checkpointing": True}),
     ("training.deepspeed=configs/deepspeed/zero2.json", {"stage": 2}),
     ("training.deepspeed=configs/deepspeed/zero3.json", {"stage": 3}),
+    ("model.mlp_tiles=8", {"mlp_tiles": 8}),
     ("model.activation_offload=true", {"activation_offload": True}),
     ("training.deepspeed=configs/deepspeed/zero2_offload.json", {"stage": 2, "offload_optimizer": True}),
     (

@@ -184,6 +184,9 @@ def test_remedies():
     assert changes(80, gpus=8, stage=3) == ["training.gradient_checkpointing=true"]
     found = changes(40, gpus=8, stage=1)
     assert found == ["training.gradient_checkpointing=true", "training.deepspeed=configs/deepspeed/zero3.json"]
+    long = Batch(tokens=131_072, longest=131_072)
+    run = Settings(gpus=8, stage=3, checkpointing=True, liger=True)
+    assert suggest_changes(PARTS, GEOMETRY, run, long, 80 * GIB) == ["model.mlp_tiles=8"]
     hopeless = changes(1, gpus=8, stage=3)
     assert "fewer tokens" in hopeless[-2] and "model.lora" in hopeless[-1]
 
