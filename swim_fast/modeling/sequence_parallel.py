@@ -153,8 +153,9 @@ def stop_sharing(model: nn.Module) -> nn.Module:
         hook.remove()
     vars(model).pop("_sequence_group", None)
     remove_keyword_step(model, "sequence_parallel")
-    for module in model.modules():
-        remove_context(module, "sequence_parallel")
+    family = get_family(model)
+    if family.embeds_part:
+        remove_context(model.get_submodule(family.numbering), "sequence_parallel")
     return model
 
 
